@@ -1,30 +1,29 @@
-"""Which backends exist, why one is missing, and which one a call gets.
+"""Which backends exist, why one is missing, and which one a call asks for.
 
 A call chooses its backend once, before the op runs, from the first of these that names one:
 
 1. the argument ``backend=`` of the op,
 2. the innermost ``with use_backend(name):``,
 3. the environment variable ``ZIPFORMER_KERNELS_BACKEND``, read when this module is imported,
-4. ``auto``: the first backend in `PREFERENCE` that serves the call, and ``eager`` always does.
+4. ``auto``: the first backend of `PREFERENCE` for the tensor's device that serves the call; ``eager`` always does.
 
-A backend that was asked for by name and cannot serve the call raises `BackendError` with the reason; ``auto``
-passes on to the next one, and `explain` tells what it passed over and why.
+A backend that was asked for by name and cannot serve the call raises `BackendError` with the reason; ``auto`` passes
+on to the next one, and `zipformer_kernels.explain` tells what it passed over and why.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
+import importlib.util
 import os
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-from torch import Tensor
+import torch  # before the compiled module, so that both use one OpenMP runtime
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
-PREFERENCE = ("cuda", "triton", "cpu", "eager")
+PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
 
 
 class BackendError(RuntimeError):
@@ -45,7 +44,7 @@ _requested = check_name(os.environ.get("ZIPFORMER_KERNELS_BACKEND", "auto"))
 def use_backend(name: str) -> Iterator[None]:
     """Within the block every op runs on backend `name`, or raises `BackendError` where it cannot.
 
-    The choice holds for the process, not for one thread; backward passes keep the backend of their forward.
+    The choice holds for the whole process, not for one thread. A backward pass keeps the backend of its forward.
 
     Args:
         name: ``eager``, ``cpu``, ``triton``, ``cuda``, or ``auto``.
@@ -61,68 +60,62 @@ def use_backend(name: str) -> Iterator[None]:
         _requested = previous
 
 
-def requested() -> str:
-    """The backend that calls get without an argument: a name, or ``auto``."""
-    return _requested
+def requested(argument: str | None = None) -> str:
+    """The backend that a call asks for: `argument` if given, else the surrounding choice; a name or ``auto``."""
+    return _requested if argument is None else check_name(argument)
 
 
-@functools.cache
-def native() -> types.ModuleType | None:
-    """The compiled module, or None where it was not built. torch is imported first: one OpenMP runtime."""
+TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Triton kernels run in Triton's interpreter, on CPU tensors. Only for tests: ``auto`` never chooses it."""
+
+
+def _import_native() -> types.ModuleType | None:
     try:
         return importlib.import_module("zipformer_kernels._native")
     except ModuleNotFoundError:
         return None
 
 
-@functools.cache
-def native_missing() -> str | None:
-    """Why there is no compiled module, or None if there is one."""
-    if native() is not None:
-        return None
-    return "the compiled module was not built: reinstall with a C++ compiler (ZIPFORMER_KERNELS_BUILD=auto)"
+native: types.ModuleType | None = _import_native()
+"""The compiled module, or None where it was not built. Tests put the emulator's build here."""
 
 
-@functools.cache
-def triton_missing() -> str | None:
-    """Why Triton kernels cannot run in this process, or None if they can."""
-    try:
-        importlib.import_module("triton")
-    except ImportError as error:
-        return f"triton cannot be imported ({error}): pip install triton"
-    if not (torch.cuda.is_available() or triton_interprets()):
-        return "no GPU (TRITON_INTERPRET=1 runs Triton kernels on the CPU, for tests)"
-    return None
+def emulated() -> bool:
+    """Whether the compiled module runs its CUDA kernels in the emulator, on CPU tensors."""
+    return native is not None and native.build["emulated"]
 
 
-def triton_interprets() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET", "0") == "1"
-
-
-@functools.cache
-def cuda_missing() -> str | None:
-    """Why CUDA C++ kernels cannot run in this process, or None if they can."""
-    if native() is None:
-        return native_missing()
-    if not native().build["cuda_targets"]:
-        return "the compiled module was built without CUDA: reinstall where nvcc is on the PATH"
-    if not native().emulated and not torch.cuda.is_available():
+def _missing(name: str) -> str | None:
+    if name in ("cpu", "cuda") and native is None:
+        return "the compiled module was not built: reinstall with a C++ compiler on the PATH"
+    if name == "cuda" and not native.build["cuda_targets"]:
+        return "the compiled module was built without CUDA: reinstall with nvcc on the PATH"
+    if name == "cuda" and not emulated() and not torch.cuda.is_available():
         return "torch sees no CUDA device"
+    if name == "triton" and importlib.util.find_spec("triton") is None:
+        return "triton is not installed: pip install triton"
+    if name == "triton" and not TRITON_INTERPRETS and not torch.cuda.is_available():
+        return "torch sees no CUDA device (with TRITON_INTERPRET=1 the kernels run interpreted on the CPU)"
     return None
 
 
-def unserved_device(backend: str, x: Tensor) -> str | None:
-    """Why `backend` cannot run on the device of `x` in this process, or None if it can."""
-    device = x.device.type
-    if backend == "cpu":
-        return native_missing() or (None if device == "cpu" else f"it takes CPU tensors, not {device}")
-    if backend == "triton":
-        wanted = "cpu" if triton_interprets() else "cuda"
-        return triton_missing() or (None if device == wanted else f"it takes {wanted} tensors, not {device}")
-    if backend == "cuda":
-        if cuda_missing():
-            return cuda_missing()
-        wanted = "cpu" if native().emulated else "cuda"
-        return None if device == wanted else f"it takes {wanted} tensors, not {device}"
-    return None
+missing: dict[str, str | None] = {}
+"""For each backend, why it cannot run in this process at all, or None if it can."""
+
+
+def refresh() -> None:
+    """Fills `missing`. Called at import, and by tests that put another compiled module in place."""
+    for name in BACKENDS:
+        missing[name] = _missing(name)
+
+
+refresh()
+
+
+def unserved_device(name: str, device: str) -> str | None:
+    """Why backend `name` cannot run on tensors of a device type in this process, or None if it can."""
+    if missing[name] is not None or name == "eager":
+        return missing[name]
+    stands_in = TRITON_INTERPRETS if name == "triton" else emulated()
+    wanted = "cpu" if name == "cpu" or stands_in else "cuda"
+    return None if device == wanted else f"it takes {wanted} tensors, got one on {device}"

@@ -1,33 +1,291 @@
 """The one door between the ops and torch: torch.library operators and autograd.Function.
 
-An op is a reference in plain PyTorch and, for each backend, a module of launchers. `Op` joins them:
+An op is a reference in plain PyTorch and, for each backend, a set of `Launchers`. `Op` joins them:
 
 - outside of tracing, one `torch.autograd.Function` calls the launchers directly (a few microseconds a call);
-- under `torch.compile` and `torch.export` the same launchers stand behind the operators
-  ``zipformer_kernels::<op>`` and ``zipformer_kernels::<op>_backward``, with fakes and a registered backward;
-- the backend ``eager`` is, while tracing, the reference itself: the compiler sees plain PyTorch.
+- under `torch.compile` the same launchers stand behind the operators ``zipformer_kernels::<op>`` and
+  ``zipformer_kernels::<op>_backward``, with fakes and a registered backward;
+- on backend ``eager`` the compiler and every exporter see the reference itself, plain PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from zipformer_kernels import backend as backends
+
+_LIBRARY = torch.library.Library("zipformer_kernels", "FRAGMENT")
+
+
+@dataclass(frozen=True)
+class Launchers:
+    """One backend of one op. All three functions take the op's arguments, in the order of its schema.
+
+    Attributes:
+        supports: ``(*args)`` -> why this backend cannot serve the call, or None if it can. It looks at dtypes, shapes
+            and strides only; whether the backend runs on the tensors' device is settled before.
+        forward: ``(*args)`` -> outputs and extras, one flat tuple of new tensors. Extras are what backward needs
+            besides inputs and outputs.
+        backward: ``(needs, grads, saved, *args)`` -> one gradient, or None, per tensor argument. `needs` says which
+            are wanted; `grads` has one tensor per output, of any strides; `saved` are the op's saved outputs followed
+            by the extras; tensor arguments that the op does not save arrive as None. Gradients are allocated as
+            `torch.empty_like` would.
+    """
+
+    supports: Callable[..., str | None]
+    forward: Callable[..., tuple[Tensor, ...]]
+    backward: Callable[..., tuple[Tensor | None, ...]]
+
+
+def triton_launchers(package: str) -> dict[str, Launchers]:
+    """The launchers of ``<package>.triton``, or nothing where Triton cannot run: importing it would fail."""
+    if backends.missing["triton"] is not None:
+        return {}
+    return {"triton": importlib.import_module(f"{package}.triton").launchers}
+
+
+class Op:
+    """An operation with one reference and several backends behind one call.
+
+    Args:
+        name: its name in `torch.ops.zipformer_kernels`.
+        schema: its arguments in torch's schema language, without defaults, e.g. ``Tensor x, Tensor? mask, int dim``.
+        reference: the op in differentiable PyTorch: ``(*args)`` -> output, or a tuple of outputs.
+        backends: launchers by backend name; ``eager`` among them.
+        saves: names of the tensor arguments that backward reads or that can need a gradient.
+        outputs: how many results a caller gets.
+        saves_outputs: which of them backward reads.
+        extras: how many further tensors forward returns for backward.
+        fake: ``(*args)`` -> tensors shaped as what forward returns, computed without data. By default, for one
+            output and no extras, `torch.empty_like` of the first argument.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        reference: Callable[..., Any],
+        backends: dict[str, Launchers],
+        saves: Sequence[str],
+        outputs: int = 1,
+        saves_outputs: Sequence[int] = (),
+        extras: int = 0,
+        fake: Callable[..., tuple[Tensor, ...]] | None = None,
+    ) -> None:
+        self.name = name
+        self.reference = reference
+        self.backends = backends
+        self.outputs = outputs
+        self.saves_outputs = tuple(saves_outputs)
+        self.fake = fake or (lambda x, *_: (torch.empty_like(x),))
+        kinds, names = zip(*(argument.split() for argument in schema.split(", ")), strict=True)
+        self.arity = len(kinds)
+        self.tensors = tuple(i for i, kind in enumerate(kinds) if kind.startswith("Tensor"))
+        self.saved = tuple(i for i in self.tensors if names[i] in saves)
+        self._define(schema, kinds, names, extras)
+
+    # ---- choosing a backend ----
+
+    def unsupported(self, name: str, *args: Any) -> str | None:
+        """Why backend `name` cannot serve a call with these arguments, or None if it can."""
+        if name not in self.backends:
+            return backends.missing[name] or f"{self.name} has no {name} kernels"
+        device = next(args[i] for i in self.tensors if args[i] is not None).device.type
+        return backends.unserved_device(name, device) or self.backends[name].supports(*args)
+
+    def select(self, backend: str | None, *args: Any) -> str:
+        """The name of the backend that a call with these arguments gets. Raises `BackendError`."""
+        name = backends.requested(backend)
+        if name == "auto":
+            order = backends.PREFERENCE.get(args[self.tensors[0]].device.type, ("eager",))
+            return next(name for name in order if self.unsupported(name, *args) is None)
+        reason = self.unsupported(name, *args)
+        if reason is not None:
+            raise backends.BackendError(f"{self.name}: backend {name!r} cannot serve this call: {reason}")
+        return name
+
+    def explain(self, *args: Any, backend: str | None = None) -> str:
+        """Says which backend a call gets, and why each other one would not serve it."""
+        lines = [f"{self.name}: runs on {self.select(backend, *args)!r} (asked for: {backends.requested(backend)!r})"]
+        for name in backends.BACKENDS:
+            reason = self.unsupported(name, *args)
+            lines.append(f"  {name:7}{'available' if reason is None else 'no: ' + reason}")
+        return "\n".join(lines)
+
+    # ---- the call ----
+
+    def __call__(self, *args: Any, backend: str | None = None) -> Any:
+        """Runs the op. Arguments as in its schema."""
+        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
+            return self.reference(*args)
+        if torch.compiler.is_compiling():
+            return self._traced(*args, backend=backend)
+        launchers = self.backends[self.select(backend, *args)]
+        if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.tensors):
+            return _Function.apply(self, launchers, *args)
+        return self._results(_without_autocast(launchers.forward, *args))
+
+    def _traced(self, *args: Any, backend: str | None) -> Any:
+        exporting = torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
+        if exporting and backends.requested(backend) == "auto":
+            return self.reference(*args)  # an exported program must not need this package
+        name = self.select(backend, *args)
+        if name == "eager":
+            return self.reference(*args)
+        operator = getattr(torch.ops.zipformer_kernels, self.name)
+        results = operator(*args, name)
+        return self._results((results,) if isinstance(results, Tensor) else results)
+
+    def _results(self, results: tuple[Tensor, ...]) -> Any:
+        return results[0] if self.outputs == 1 else tuple(results[: self.outputs])
+
+    def _keep(self, args: Sequence[Any], results: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+        """What backward reads: saved arguments, then saved outputs, then extras."""
+        return (
+            *(args[i] for i in self.saved),
+            *(results[i] for i in self.saves_outputs),
+            *results[self.outputs :],
+        )
+
+    def _arguments(self, kept: Sequence[Tensor | None], values: Sequence[Any]) -> list[Any]:
+        """The op's arguments again: saved tensors where they were saved, None for the other tensors."""
+        args = list(values)
+        for i, tensor in zip(self.saved, kept, strict=False):
+            args[i] = tensor
+        return args
+
+    def _values(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """The arguments with None in place of every tensor."""
+        return tuple(None if i in self.tensors else value for i, value in enumerate(args))
+
+    def _spread(self, gradients: Iterable[Tensor | None]) -> list[Tensor | None]:
+        """One gradient per argument from one per tensor argument."""
+        spread: list[Tensor | None] = [None] * self.arity
+        for i, gradient in zip(self.tensors, gradients, strict=True):
+            spread[i] = gradient
+        return spread
+
+    # ---- the operators behind tracing ----
+
+    def _define(self, schema: str, kinds: Sequence[str], names: Sequence[str], extras: int) -> None:
+        count = self.outputs + extras
+        returns = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+        _LIBRARY.define(f"{self.name}({schema}, str backend) -> {returns}")
+
+        grads = ", ".join(f"Tensor grad{i}" for i in range(self.outputs))
+        kept = [f"{kinds[i]} {names[i]}" for i in self.saved]
+        kept += [f"Tensor saved{i}" for i in range(len(self.saves_outputs) + extras)]
+        self._kept_count = len(kept)
+        values = [f"{kinds[i]} {names[i]}" for i in range(len(names)) if i not in self.tensors]
+        arguments = ", ".join(["bool[] needs", grads, *kept, *values, "str backend"])
+        gradients = ", ".join(["Tensor"] * len(self.tensors))
+        returns = "Tensor" if len(self.tensors) == 1 else f"({gradients})"
+        _LIBRARY.define(f"{self.name}_backward({arguments}) -> {returns}")
+
+        qualified = f"zipformer_kernels::{self.name}"
+        torch.library.impl(qualified, "CompositeExplicitAutograd", self._operator, lib=_LIBRARY)
+        torch.library.register_fake(qualified, self._operator_fake, lib=_LIBRARY)
+        torch.library.register_autograd(
+            qualified, self._operator_gradient, setup_context=self._operator_context, lib=_LIBRARY
+        )
+        torch.library.impl(qualified + "_backward", "CompositeExplicitAutograd", self._backward_operator, lib=_LIBRARY)
+        torch.library.register_fake(qualified + "_backward", self._backward_fake, lib=_LIBRARY)
+
+    def _operator(self, *args: Any) -> Any:
+        *args, name = args
+        return _one_or_all(_without_autocast(self.backends[name].forward, *args))
+
+    def _operator_fake(self, *args: Any) -> Any:
+        return _one_or_all(self.fake(*args[:-1]))
+
+    def _operator_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        *args, ctx.name = inputs
+        results = (output,) if isinstance(output, Tensor) else output
+        ctx.save_for_backward(*self._keep(args, results))
+        ctx.values = [value for i, value in enumerate(args) if i not in self.tensors]
+        ctx.set_materialize_grads(True)
+
+    def _operator_gradient(self, ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        needs = [ctx.needs_input_grad[i] for i in self.tensors]
+        operator = getattr(torch.ops.zipformer_kernels, self.name + "_backward")
+        gradients = operator(needs, *grads[: self.outputs], *ctx.saved_tensors, *ctx.values, ctx.name)
+        gradients = (gradients,) if isinstance(gradients, Tensor) else gradients
+        return *self._spread(g if need else None for g, need in zip(gradients, needs, strict=True)), None
+
+    def _split_backward(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        """Takes apart the arguments of the backward operator, after `needs`."""
+        *arguments, name = arguments
+        grads, rest = arguments[: self.outputs], arguments[self.outputs :]
+        kept, values = rest[: self._kept_count], iter(rest[self._kept_count :])
+        args = self._arguments(kept, [None if i in self.tensors else next(values) for i in range(self.arity)])
+        return name, tuple(grads), tuple(kept[len(self.saved) :]), args
+
+    def _backward_operator(self, needs: Sequence[bool], *arguments: Any) -> Any:
+        name, grads, saved, args = self._split_backward(arguments)
+        gradients = _without_autocast(self.backends[name].backward, tuple(needs), grads, saved, *args)
+        return _one_or_all(tuple(grads[0].new_empty(0) if g is None else g for g in gradients))
+
+    def _backward_fake(self, needs: Sequence[bool], *arguments: Any) -> Any:
+        _, grads, _, args = self._split_backward(arguments)
+        return _one_or_all(
+            tuple(
+                torch.empty_like(args[i]) if need else grads[0].new_empty(0)
+                for i, need in zip(self.tensors, needs, strict=True)
+            )
+        )
+
+
+def _one_or_all(results: tuple[Tensor, ...]) -> Any:
+    return results[0] if len(results) == 1 else results
+
+
+def _without_autocast(launch: Callable[..., Any], *args: Any) -> Any:
+    """Launchers state their dtypes; torch functions inside them must not cast once more."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return launch(*args)
+    return launch(*args)
+
+
+class _Function(torch.autograd.Function):
+    """Forward and backward of one call of an `Op` on one backend, outside of tracing."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, launchers: Launchers, *args: Any) -> Any:
+        results = _without_autocast(launchers.forward, *args)
+        ctx.op, ctx.launchers, ctx.values = op, launchers, op._values(args)
+        ctx.save_for_backward(*op._keep(args, results))
+        return op._results(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        op, kept = ctx.op, ctx.saved_tensors
+        needs = tuple(ctx.needs_input_grad[2 + i] for i in op.tensors)
+        saved, args = kept[len(op.saved) :], op._arguments(kept, ctx.values)
+        gradients = _without_autocast(ctx.launchers.backward, needs, grads, saved, *args)
+        return None, None, *op._spread(gradients)
 
 
 class _GradientHook(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, function: Callable[..., Tensor], *saved: Tensor) -> Tensor:
-        ctx.function = function
+    def forward(ctx: Any, x: Tensor, function: Callable[..., Tensor], *saved: Tensor) -> Tensor:
+        ctx.function, ctx.count = function, len(saved)
         ctx.save_for_backward(*saved)
-        ctx.unused = (None,) * len(saved)
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
-        with torch.autocast(grad.device.type, enabled=False):
-            return ctx.function(grad, *ctx.saved_tensors), None, *ctx.unused
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _without_autocast(ctx.function, grad, *ctx.saved_tensors), None, *(None,) * ctx.count
 
 
 def gradient_hook(x: Tensor, function: Callable[..., Tensor], *saved: Tensor) -> Tensor:

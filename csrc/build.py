@@ -1,0 +1,138 @@
+"""Compiles csrc/ into one extension module with ninja. setup.py and the tests (for the emulator) call `build`.
+
+Needs setuptools' Python headers, pybind11 and ninja; no torch. Every ``csrc/<op>/cpu.cpp`` is compiled once for each
+instruction set of `ISAS`; every ``*.cu`` by nvcc, or for the emulator by the host compiler.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+CSRC = Path(__file__).parent
+CUDA_TARGETS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
+
+COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{CSRC}"]
+CPU_FLAGS = ["-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+ISAS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+}
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-lineinfo", f"-I{CSRC}"]
+
+
+def cxx() -> str | None:
+    """The C++ compiler's command, or None if there is none."""
+    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+
+
+def nvcc() -> str | None:
+    """nvcc's path, or None if there is none."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
+
+
+def cuda_home(compiler: str) -> Path:
+    """The toolkit folder that belongs to an nvcc, as nvcc itself reports it."""
+    dry_run = subprocess.run(
+        [compiler, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True, check=True
+    )
+    top = next(line.split("=", 1)[1] for line in dry_run.stderr.splitlines() if "TOP=" in line)
+    return Path(top.strip()).resolve()
+
+
+def cuda_targets() -> tuple[str, ...]:
+    """The compute capabilities to build for: TORCH_CUDA_ARCH_LIST, or all of `CUDA_TARGETS`."""
+    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    return tuple(listed.replace(";", " ").split()) or CUDA_TARGETS
+
+
+def gencode(targets: tuple[str, ...]) -> list[str]:
+    """nvcc's flags for targets such as ``9.0`` and ``12.0+PTX``."""
+    flags = []
+    for target in targets:
+        number = target.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if target.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def python_flags() -> list[str]:
+    """Include flags for Python and pybind11."""
+    import pybind11
+
+    return [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
+
+
+def build(output: Path, work: Path, *, cuda: bool = False, emulator: bool = False, verbose: bool = False) -> None:
+    """Compiles and links the extension module to `output`, with object files under `work`.
+
+    Args:
+        output: the module's file; its name up to the first dot is the module's name.
+        work: a folder for object files; a second build in it compiles only what changed.
+        cuda: include the CUDA kernels, compiled by nvcc for `cuda_targets()`.
+        emulator: include the CUDA kernels, compiled for the emulator.
+        verbose: print ninja's and the compilers' output.
+    Raises:
+        RuntimeError: a compiler failed; its output is in the message.
+    """
+    targets = cuda_targets() if cuda else ("emulator",) if emulator else ()
+    definitions = [
+        f"-DZK_MODULE_NAME={output.name.split('.')[0]}",
+        f"-DZK_WITH_CUDA={int(cuda or emulator)}",
+        f"-DZK_EMULATED={int(emulator)}",
+        f"-DZK_CUDA_TARGETS='\"{' '.join(targets)}\"'",
+    ]
+    objects: list[str] = []
+    edges: list[str] = []
+
+    def compile_file(source: Path, rule: str, flags: list[str], suffix: str = "") -> None:
+        target = "_".join(source.relative_to(CSRC).with_suffix("").parts) + suffix + ".o"
+        objects.append(target)
+        edges.append(f"build {target}: {rule} {source}\n  flags = {' '.join(flags)}\n")
+
+    isas = ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+    emulate = [f"-I{CSRC / 'emulator'}", "-Wno-unknown-pragmas", "-x c++"]
+    compile_file(CSRC / "bindings.cpp", "cxx", [*definitions, *python_flags()])
+    compile_file(CSRC / "common/isa.cpp", "cxx", [])
+    for source in sorted(CSRC.glob("*/bind.cpp")):
+        compile_file(source, "cxx", [*definitions, *python_flags()])
+    for source in sorted(CSRC.glob("*/cpu*.cpp")):
+        for isa, flags in isas.items():
+            compile_file(source, "cxx", [*CPU_FLAGS, *flags, f"-DZK_ISA={isa}"], f"_{isa}")
+    for source in sorted(CSRC.glob("*/*.cu")) if cuda or emulator else ():
+        compile_file(source, "cxx" if emulator else "nvcc", emulate if emulator else [])
+    if emulator:
+        compile_file(CSRC / "emulator/emulator.cpp", "cxx", [f"-I{CSRC / 'emulator'}"])
+
+    libraries = ["-fopenmp"]
+    if cuda:
+        lib = next(d for d in (cuda_home(nvcc()) / name for name in ("lib64", "lib")) if d.is_dir())
+        libraries += [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    work.mkdir(parents=True, exist_ok=True)
+    (work / "build.ninja").write_text(
+        f"""rule cxx
+  command = {cxx()} {" ".join(COMMON_FLAGS)} $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule nvcc
+  command = {nvcc()} {" ".join(NVCC_FLAGS)} {" ".join(gencode(targets)) if cuda else ""} -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {cxx()} -shared -Wl,-s $in {" ".join(libraries)} -o $out
+{"".join(edges)}build {output.resolve()}: link {" ".join(objects)}
+"""
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "ninja", "-C", str(work)]
+    result = subprocess.run(command, capture_output=not verbose, text=True)
+    if result.returncode != 0:
+        raise RuntimeError(f"compiling {output.name} failed:\n{result.stdout or ''}{result.stderr or ''}")

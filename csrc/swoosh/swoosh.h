@@ -1,0 +1,40 @@
+// Arguments of the Swoosh kernels, and their entry points.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtypes.h"
+#include "common/isa.h"
+#include "swoosh/math.h"
+
+namespace zk {
+
+// y = swoosh(x) over n elements.
+struct SwooshForward {
+  const void* x;
+  void* y;
+  int64_t n;
+  DType dtype;
+  SwooshKind kind;
+  int threads;  // on the CPU
+};
+
+// dx = dy * swoosh'(x) over n elements.
+struct SwooshBackward {
+  const void* dy;
+  const void* x;
+  void* dx;
+  int64_t n;
+  DType dtype;
+  SwooshKind kind;
+  int threads;  // on the CPU
+};
+
+ZK_DECLARE_CPU(swoosh_forward, SwooshForward)
+ZK_DECLARE_CPU(swoosh_backward, SwooshBackward)
+
+// `stream` is a cudaStream_t.
+void swoosh_forward_cuda(const SwooshForward& args, void* stream);
+void swoosh_backward_cuda(const SwooshBackward& args, void* stream);
+
+}  // namespace zk

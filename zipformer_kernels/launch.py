@@ -1,0 +1,52 @@
+"""What launchers share: dtype codes, dense views of tensors, and the way into the compiled module."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+from zipformer_kernels import backend
+
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
+"""Dtypes as `csrc/common/dtypes.h` numbers them."""
+
+GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CPU_DTYPES = (*GPU_DTYPES, torch.float64)
+
+
+def unsupported_dtype(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why kernels for `dtypes` cannot take x, or None if they can."""
+    if x.dtype in dtypes:
+        return None
+    return f"it takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {x.dtype}"
+
+
+def dense(x: Tensor) -> Tensor:
+    """x itself if its elements fill one stretch of memory in some order of its dimensions, else a contiguous copy."""
+    return x if x.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(x) else x.contiguous()
+
+
+def like(x: Tensor, model: Tensor) -> Tensor:
+    """x with the strides of the dense tensor `model`, copied if it has others."""
+    return x if x.stride() == model.stride() else torch.empty_like(model, dtype=x.dtype).copy_(x)
+
+
+def on_device(x: Tensor) -> AbstractContextManager:
+    """A context in which launches go to the device of x."""
+    if not x.is_cuda or x.device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(x.device)
+
+
+def call_cpu(function: str, x: Tensor, *args: int | float) -> None:
+    """Calls ``<function>_cpu`` of the compiled module with torch's thread count."""
+    getattr(backend.native, function + "_cpu")(*args, torch.get_num_threads())
+
+
+def call_cuda(function: str, x: Tensor, *args: int | float) -> None:
+    """Calls ``<function>_cuda`` of the compiled module on the device of x and torch's current stream."""
+    with on_device(x):
+        stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
+        getattr(backend.native, function + "_cuda")(*args, stream)

@@ -1,0 +1,67 @@
+"""Swoosh, dropout and a linear layer in one module."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zipformer_kernels.modules.scaled_init import ScaledLinear
+from zipformer_kernels.ops.swoosh import swoosh_l, swoosh_r
+from zipformer_kernels.training import FloatLike
+
+ACTIVATIONS = {"SwooshL": swoosh_l, "SwooshR": swoosh_r}
+
+
+class ActivationDropoutAndLinear(nn.Module):
+    """y = W (mask * Swoosh(x)) + b, where the mask drops in training with a rate that may follow a schedule.
+
+    Args:
+        in_channels, out_channels: channels of x and y.
+        bias: whether there is a b.
+        activation: "SwooshL" or "SwooshR".
+        dropout_p: the rate of the dropout, or its schedule.
+        dropout_shared_dim: the dimension of x over which one mask is shared (0 for time); None for no sharing.
+        initial_scale: see `ScaledLinear`.
+
+    Raises:
+        ValueError: `activation` is neither of the two.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        bias: bool = True,
+        activation: str = "SwooshL",
+        dropout_p: FloatLike = 0.0,
+        dropout_shared_dim: int | None = -1,
+        initial_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"activation: wanted one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        linear = ScaledLinear(in_channels, out_channels, bias=bias, initial_scale=initial_scale)
+        self.weight = linear.weight
+        self.register_parameter("bias", linear.bias)
+        self.activation = activation
+        self.dropout_p = dropout_p
+        self.dropout_shared_dim = dropout_shared_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps x, (..., in_channels), to (..., out_channels)."""
+        y = ACTIVATIONS[self.activation](x)
+        mask = self._dropout_mask(x) if self.training else None
+        if mask is not None:
+            y = (y * mask).to(y.dtype)
+        return F.linear(y, self.weight, self.bias)
+
+    def _dropout_mask(self, x: Tensor) -> Tensor | None:
+        """The mask, 0 or 1 / (1 - p) in the default dtype, of the shape of x but for a shared dimension of size 1."""
+        p = float(self.dropout_p)
+        if p == 0.0:
+            return None
+        shape = list(x.shape)
+        if self.dropout_shared_dim is not None:
+            shape[self.dropout_shared_dim] = 1
+        return (torch.rand(shape, device=x.device, dtype=x.dtype) > p) * (1.0 / (1.0 - p))

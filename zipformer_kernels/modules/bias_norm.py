@@ -1,0 +1,55 @@
+"""BiasNorm: the normalisation Zipformer uses in place of LayerNorm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zipformer_kernels.training import FloatLike, limit_param_value
+
+
+class BiasNorm(nn.Module):
+    """y = x * exp(log_scale) / RMS(x - bias), the mean of the RMS over the channels, with no epsilon.
+
+    The trainable bias lets a channel carry a large constant without shrinking the others, which is what networks with
+    LayerNorm are seen to need. (Zipformer paper, arXiv:2310.11230, section 3.3.)
+
+    Args:
+        num_channels: the size of x along `channel_dim`.
+        channel_dim: which dimension of x holds the channels; may be negative.
+        log_scale: initial value of the scalar parameter.
+        log_scale_min, log_scale_max: limits held in training by the gradient, see `limit_param_value`.
+        store_output_for_backprop: accepted as upstream has it; it chose what upstream's backward kept.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        channel_dim: int = -1,
+        log_scale: float = 1.0,
+        log_scale_min: FloatLike = -1.5,
+        log_scale_max: FloatLike = 1.5,
+        store_output_for_backprop: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_channels = num_channels
+        self.channel_dim = channel_dim
+        self.log_scale = nn.Parameter(torch.tensor(log_scale))
+        self.bias = nn.Parameter(torch.empty(num_channels).normal_(mean=0, std=1e-4))
+        self.log_scale_min = log_scale_min
+        self.log_scale_max = log_scale_max
+        self.store_output_for_backprop = store_output_for_backprop
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises x, of any shape with `num_channels` along `channel_dim`."""
+        if x.shape[self.channel_dim] != self.num_channels:
+            raise ValueError(
+                f"x: wanted {self.num_channels} channels along dimension {self.channel_dim}, got {tuple(x.shape)}"
+            )
+        log_scale = limit_param_value(
+            self.log_scale, float(self.log_scale_min), float(self.log_scale_max), training=self.training
+        )
+        channel_dim = self.channel_dim % x.ndim
+        bias = self.bias.reshape(-1, *(1,) * (x.ndim - 1 - channel_dim))
+        inverse_rms = torch.mean((x - bias) ** 2, dim=channel_dim, keepdim=True) ** -0.5
+        return x * (inverse_rms * log_scale.exp())

@@ -1,0 +1,59 @@
+"""The learned bypass around a layer or a stack, which also skips layers at random in training."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from zipformer_kernels.training import FloatLike, ScheduledFloat, limit_param_value
+
+SCALE_MIN = ScheduledFloat((0.0, 0.9), (20000.0, 0.2), default=0)
+
+
+class BypassModule(nn.Module):
+    """src_orig + (src - src_orig) * c, with c learned for each channel.
+
+    (Zipformer paper, arXiv:2310.11230, section 3.2.)
+
+    Args:
+        embed_dim: channels.
+        skip_rate: the probability, in training, that a sequence gets c = 0.
+        straight_through_rate: the probability, in training, that a sequence gets c >= 1.
+        scale_min, scale_max: limits on c held in training by the gradient, see `limit_param_value`. The lower one
+            starts near 1, so that at first every layer has to learn something.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        skip_rate: FloatLike = 0.0,
+        straight_through_rate: FloatLike = 0.0,
+        scale_min: FloatLike = SCALE_MIN,
+        scale_max: FloatLike = 1.0,
+    ) -> None:
+        super().__init__()
+        self.bypass_scale = nn.Parameter(torch.full((embed_dim,), 0.5))
+        self.skip_rate = copy.deepcopy(skip_rate)
+        self.straight_through_rate = copy.deepcopy(straight_through_rate)
+        self.scale_min = copy.deepcopy(scale_min)
+        self.scale_max = copy.deepcopy(scale_max)
+
+    def forward(self, src_orig: Tensor, src: Tensor) -> Tensor:
+        """Both inputs and the result are (T, batch, embed_dim)."""
+        return src_orig + (src - src_orig) * self._scale(src.shape[1])
+
+    def _scale(self, batch: int) -> Tensor:
+        """c, as (channels,) or, with sequences skipped at random, as (batch, channels)."""
+        if not self.training:
+            return self.bypass_scale
+        scale = limit_param_value(self.bypass_scale, float(self.scale_min), float(self.scale_max))
+        skip_rate = float(self.skip_rate)
+        if skip_rate != 0.0:
+            scale = scale * (torch.rand((batch, 1), device=scale.device) > skip_rate)
+        straight_through_rate = float(self.straight_through_rate)
+        if straight_through_rate != 0.0:
+            straight = torch.rand((batch, 1), device=scale.device) < straight_through_rate
+            scale = torch.maximum(scale, straight.to(scale.dtype))
+        return scale

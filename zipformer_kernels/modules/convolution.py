@@ -1,0 +1,197 @@
+"""The convolution module and its chunk-causal depthwise convolution."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
+from zipformer_kernels.modules.streaming import join_cache
+from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
+
+
+class ChunkCausalDepthwiseConv1d(nn.Module):
+    """A depthwise convolution that sees all of the past in its kernel, but of the future only the same chunk.
+
+    It is the sum of a causal convolution of half the width and of a full-width convolution inside each chunk; the
+    latter is scaled by 1 plus a learned correction that depends on the distance to the chunk's left and right edge.
+
+    Args:
+        channels: channels of x.
+        kernel_size: odd width K of the convolution within chunks; the causal one has (K + 1) / 2.
+        initial_scale: factor on the initial weights.
+        bias: whether the convolution within chunks has a bias; the causal one always has.
+
+    Raises:
+        ValueError: `kernel_size` is even.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, initial_scale: float = 1.0, bias: bool = True) -> None:
+        super().__init__()
+        _check_odd(kernel_size)
+        self.causal_conv = nn.Conv1d(channels, channels, (kernel_size + 1) // 2, groups=channels)
+        self.chunkwise_conv = nn.Conv1d(
+            channels, channels, kernel_size, groups=channels, padding=kernel_size // 2, bias=bias
+        )
+        # The corrections near the left edge, then those near the right edge.
+        self.chunkwise_conv_scale = nn.Parameter(torch.zeros(2, channels, kernel_size))
+        self.kernel_size = kernel_size
+        with torch.no_grad():
+            self.causal_conv.weight *= initial_scale
+            self.chunkwise_conv.weight *= initial_scale
+            if bias:
+                self.causal_conv.bias.uniform_(-0.1 * initial_scale, 0.1 * initial_scale)
+
+    def forward(self, x: Tensor, chunk_size: int = -1) -> Tensor:
+        """Convolves x, in chunks that need not divide its length.
+
+        Args:
+            x: (batch, channels, T).
+            chunk_size: frames per chunk; negative for one chunk of all frames.
+
+        Returns:
+            (batch, channels, T).
+        """
+        batch, channels, frames = x.shape
+        left_pad = self.kernel_size // 2
+        if chunk_size < 0 or chunk_size > frames:
+            chunk_size = frames
+        past = self.causal_conv(F.pad(x, (left_pad, 0)))
+
+        chunks = F.pad(x, (0, -frames % chunk_size)).unflatten(2, (-1, chunk_size))
+        chunks = chunks.transpose(1, 2)  # (batch, chunks, channels, chunk_size)
+        within = self.chunkwise_conv(chunks.flatten(0, 1)) * self._chunk_scale(chunk_size)
+        within = within.unflatten(0, chunks.shape[:2]).transpose(1, 2).reshape(batch, channels, -1)
+        return within[..., :frames] + past
+
+    def streaming_forward(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
+        """Convolves one chunk.
+
+        Args:
+            x: (batch, channels, T), the whole chunk.
+            cache: (batch, channels, K // 2), the frames before it.
+
+        Returns:
+            (batch, channels, T), and the next `cache`.
+        """
+        joined, cache = join_cache("cache", cache, x, self.kernel_size // 2, dim=2)
+        return self.chunkwise_conv(x) * self._chunk_scale(x.shape[2]) + self.causal_conv(joined), cache
+
+    def _chunk_scale(self, chunk_size: int) -> Tensor:
+        """The scale on each frame of a chunk, (channels, chunk_size)."""
+        left, right = self.chunkwise_conv_scale
+        missing = chunk_size - self.kernel_size  # padding, or cropping where negative
+        return 1.0 + (F.pad(left, (0, missing)) + F.pad(right, (missing, 0)))
+
+
+class ConvolutionModule(nn.Module):
+    """Linear with a sigmoid gate, zeros on padding, depthwise convolution, SwooshR, linear.
+
+    Args:
+        channels: channels of x and of the result.
+        kernel_size: odd width of the depthwise convolution.
+        causal: use the chunk-causal convolution.
+
+    Raises:
+        ValueError: `kernel_size` is even.
+    """
+
+    def __init__(self, channels: int, kernel_size: int, causal: bool) -> None:
+        super().__init__()
+        _check_odd(kernel_size)
+        self.causal = causal
+        self.in_proj = nn.Linear(channels, 2 * channels)
+        # Keeps the gate's input from growing so large that its gradients become sparse.
+        self.balancer1 = Balancer(
+            channels,
+            channel_dim=-1,
+            min_positive=ScheduledFloat((0.0, 0.05), (8000.0, 0.025)),
+            max_positive=1.0,
+            min_abs=1.5,
+            max_abs=ScheduledFloat((0.0, 5.0), (8000.0, 10.0), default=1.0),
+        )
+        # Named places for diagnostics to hook into.
+        self.activation1 = nn.Identity()
+        self.sigmoid = nn.Sigmoid()
+        self.activation2 = nn.Identity()
+        self.depthwise_conv = (
+            ChunkCausalDepthwiseConv1d(channels, kernel_size)
+            if causal
+            else nn.Conv1d(channels, channels, kernel_size, groups=channels, padding=kernel_size // 2)
+        )
+        self.balancer2 = Balancer(
+            channels,
+            channel_dim=1,
+            min_positive=ScheduledFloat((0.0, 0.1), (8000.0, 0.05)),
+            max_positive=1.0,
+            min_abs=ScheduledFloat((0.0, 0.2), (20000.0, 0.5)),
+            max_abs=10.0,
+        )
+        self.whiten = Whiten(
+            num_groups=1, whitening_limit=whitening_schedule(7.5), prob=(0.025, 0.25), grad_scale=0.01
+        )
+        self.out_proj = ActivationDropoutAndLinear(
+            channels, channels, activation="SwooshR", dropout_p=0.0, initial_scale=0.05
+        )
+
+    def forward(
+        self, x: Tensor, src_key_padding_mask: Tensor | None = None, chunk_size: int = -1
+    ) -> Tensor:
+        """Offline, or chunk-causal where `causal`.
+
+        Args:
+            x: (T, batch, channels).
+            src_key_padding_mask: bool (batch, T), True for padding, which the convolution sees as zeros.
+            chunk_size: frames per chunk; -1 for no chunks.
+
+        Returns:
+            (T, batch, channels).
+
+        Raises:
+            ValueError: there are chunks but the module was not made causal.
+        """
+        if chunk_size >= 0 and not self.causal:
+            raise ValueError(f"chunk_size: {chunk_size} needs a module made with causal=True")
+        x, s = self.in_proj(x).chunk(2, dim=2)
+        s = self.sigmoid(self.balancer1(s))
+        x = self.activation2(self.activation1(x) * s)
+        x = _channels_first(x, src_key_padding_mask)
+        x = self.depthwise_conv(x, chunk_size=chunk_size) if self.causal else self.depthwise_conv(x)
+        x = self.balancer2(x).permute(2, 0, 1)
+        return self.out_proj(self.whiten(x))
+
+    def streaming_forward(
+        self, x: Tensor, cache: Tensor, src_key_padding_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """One chunk of a stream.
+
+        Args:
+            x: (T, batch, channels).
+            cache: (batch, channels, kernel_size // 2), left context of the convolution.
+            src_key_padding_mask: bool (batch, T), True for padding.
+
+        Returns:
+            (T, batch, channels), and the next `cache`.
+        """
+        x, s = self.in_proj(x).chunk(2, dim=2)
+        x = _channels_first(x * self.sigmoid(s), src_key_padding_mask)
+        x, cache = self.depthwise_conv.streaming_forward(x, cache=cache)
+        return self.out_proj(x.permute(2, 0, 1)), cache
+
+
+def _channels_first(x: Tensor, padding: Tensor | None) -> Tensor:
+    """From (T, batch, channels) to (batch, channels, T), with zeros on padding."""
+    x = x.permute(1, 2, 0)
+    if padding is None:
+        return x
+    if padding.shape != (x.shape[0], x.shape[2]):
+        raise ValueError(
+            f"src_key_padding_mask: wanted shape {(x.shape[0], x.shape[2])}, got {tuple(padding.shape)}"
+        )
+    return x.masked_fill(padding.unsqueeze(1), 0.0)
+
+
+def _check_odd(kernel_size: int) -> None:
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size must be odd, got {kernel_size}")

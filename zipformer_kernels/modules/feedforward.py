@@ -1,0 +1,46 @@
+"""The feed-forward module."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
+from zipformer_kernels.training import Balancer, FloatLike, Whiten, whitening_schedule
+
+
+class FeedforwardModule(nn.Module):
+    """Linear, SwooshL, dropout with a mask shared over time, linear.
+
+    Args:
+        embed_dim: channels of x and of the result.
+        feedforward_dim: hidden channels.
+        dropout: the rate of the dropout, or its schedule.
+    """
+
+    def __init__(self, embed_dim: int, feedforward_dim: int, dropout: FloatLike) -> None:
+        super().__init__()
+        self.in_proj = nn.Linear(embed_dim, feedforward_dim)
+        self.hidden_balancer = Balancer(
+            feedforward_dim,
+            channel_dim=-1,
+            min_positive=0.3,
+            max_positive=1.0,
+            min_abs=0.75,
+            max_abs=5.0,
+        )
+        self.out_proj = ActivationDropoutAndLinear(
+            feedforward_dim,
+            embed_dim,
+            activation="SwooshL",
+            dropout_p=dropout,
+            dropout_shared_dim=0,
+            bias=True,
+            initial_scale=0.1,
+        )
+        self.out_whiten = Whiten(
+            num_groups=1, whitening_limit=whitening_schedule(7.5), prob=(0.025, 0.25), grad_scale=0.01
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (T, batch, embed_dim) to the same shape."""
+        return self.out_whiten(self.out_proj(self.hidden_balancer(self.in_proj(x))))

@@ -1,0 +1,280 @@
+"""One Zipformer layer: attention weights shared by three modules, three feed-forwards, two convolutions, bypasses."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import torch
+from torch import Tensor, nn
+
+from zipformer_kernels.modules.attention import (
+    RelPositionMultiheadAttentionWeights,
+    SelfAttention,
+    constant_attention,
+)
+from zipformer_kernels.modules.bias_norm import BiasNorm
+from zipformer_kernels.modules.bypass import BypassModule
+from zipformer_kernels.modules.convolution import ConvolutionModule
+from zipformer_kernels.modules.feedforward import FeedforwardModule
+from zipformer_kernels.modules.nonlin_attention import NonlinAttention
+from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
+
+DYNAMIC_SKIP_RATE = ScheduledFloat((0.0, 0.2), (4000.0, 0.05), (16000, 0.0), default=0)
+CONST_ATTENTION_RATE = ScheduledFloat((0.0, 0.25), (4000.0, 0.025), default=0)
+FEEDFORWARD_SKIP_RATE = ScheduledFloat((0.0, 0.1), (4000.0, 0.01), (50000.0, 0.0))
+BYPASS_SKIP_RATE = ScheduledFloat((0.0, 0.5), (4000.0, 0.02), default=0)
+
+
+class ZipformerEncoderLayer(nn.Module):
+    """One layer of a stack; see figure 2 of the Zipformer paper, arXiv:2310.11230.
+
+    Each module's result is added to src; a bypass in the middle and one at the end mix in the layer's input.
+
+    Args:
+        embed_dim: channels of src.
+        pos_dim: channels of the positional encoding.
+        num_heads: attention heads.
+        query_head_dim, pos_head_dim, value_head_dim: channels per head of queries and keys, of positional queries,
+            and of values.
+        feedforward_dim: hidden channels of the second feed-forward; the first has 3/4 and the third 5/4 of them.
+        dropout: dropout in the feed-forward modules.
+        cnn_module_kernel: odd width of the depthwise convolutions.
+        causal: use chunk-causal convolutions.
+        attention_skip_rate: the probability, in training, that a sequence skips the modules that use attention.
+        conv_skip_rate, ff2_skip_rate, ff3_skip_rate: the same for a convolution, for the second and for the third
+            feed-forward.
+        const_attention_rate: the probability, in training, that NonlinAttention gets constant weights.
+        bypass_skip_rate: the probability, in training, that a sequence skips the layer.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        pos_dim: int,
+        num_heads: int,
+        query_head_dim: int,
+        pos_head_dim: int,
+        value_head_dim: int,
+        feedforward_dim: int,
+        dropout: FloatLike = 0.1,
+        cnn_module_kernel: int = 31,
+        causal: bool = False,
+        attention_skip_rate: FloatLike = DYNAMIC_SKIP_RATE,
+        conv_skip_rate: FloatLike = DYNAMIC_SKIP_RATE,
+        const_attention_rate: FloatLike = CONST_ATTENTION_RATE,
+        ff2_skip_rate: FloatLike = FEEDFORWARD_SKIP_RATE,
+        ff3_skip_rate: FloatLike = FEEDFORWARD_SKIP_RATE,
+        bypass_skip_rate: FloatLike = BYPASS_SKIP_RATE,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.bypass = BypassModule(embed_dim, skip_rate=bypass_skip_rate, straight_through_rate=0)
+        self.bypass_mid = BypassModule(embed_dim, straight_through_rate=0)
+
+        self.attention_skip_rate = copy.deepcopy(attention_skip_rate)
+        self.conv_skip_rate = copy.deepcopy(conv_skip_rate)
+        self.ff2_skip_rate = copy.deepcopy(ff2_skip_rate)
+        self.ff3_skip_rate = copy.deepcopy(ff3_skip_rate)
+        self.const_attention_rate = copy.deepcopy(const_attention_rate)
+
+        self.self_attn_weights = RelPositionMultiheadAttentionWeights(
+            embed_dim,
+            pos_dim=pos_dim,
+            num_heads=num_heads,
+            query_head_dim=query_head_dim,
+            pos_head_dim=pos_head_dim,
+            dropout=0.0,
+        )
+        self.self_attn1 = SelfAttention(embed_dim, num_heads, value_head_dim)
+        self.self_attn2 = SelfAttention(embed_dim, num_heads, value_head_dim)
+        self.feed_forward1 = FeedforwardModule(embed_dim, (feedforward_dim * 3) // 4, dropout)
+        self.feed_forward2 = FeedforwardModule(embed_dim, feedforward_dim, dropout)
+        self.feed_forward3 = FeedforwardModule(embed_dim, (feedforward_dim * 5) // 4, dropout)
+        self.nonlin_attention = NonlinAttention(embed_dim, hidden_channels=3 * embed_dim // 4)
+        self.conv_module1 = ConvolutionModule(embed_dim, cnn_module_kernel, causal=causal)
+        self.conv_module2 = ConvolutionModule(embed_dim, cnn_module_kernel, causal=causal)
+        self.bypass_scale = nn.Parameter(torch.full((embed_dim,), 0.5))  # unused; checkpoints have it
+        self.norm = BiasNorm(embed_dim)
+
+        self.balancer1 = Balancer(
+            embed_dim,
+            channel_dim=-1,
+            min_positive=0.45,
+            max_positive=0.55,
+            min_abs=0.2,
+            max_abs=4.0,
+        )
+        self.balancer_na = Balancer(
+            embed_dim,
+            channel_dim=-1,
+            min_positive=0.3,
+            max_positive=0.7,
+            min_abs=ScheduledFloat((0.0, 0.004), (4000.0, 0.02)),
+            prob=0.05,
+        )
+        # Keeps the feed-forward's result from staying too small beside what it is added to: rarely needed.
+        self.balancer_ff2 = Balancer(
+            embed_dim,
+            channel_dim=-1,
+            min_positive=0.3,
+            max_positive=0.7,
+            min_abs=ScheduledFloat((0.0, 0.0), (4000.0, 0.1), default=0.0),
+            max_abs=2.0,
+            prob=0.05,
+        )
+        self.balancer_ff3 = Balancer(
+            embed_dim,
+            channel_dim=-1,
+            min_positive=0.3,
+            max_positive=0.7,
+            min_abs=ScheduledFloat((0.0, 0.0), (4000.0, 0.2), default=0.0),
+            max_abs=4.0,
+            prob=0.05,
+        )
+        self.whiten = Whiten(
+            num_groups=1,
+            whitening_limit=whitening_schedule(4.0, ratio=3.0),
+            prob=(0.025, 0.25),
+            grad_scale=0.01,
+        )
+        self.balancer2 = Balancer(
+            embed_dim,
+            channel_dim=-1,
+            min_positive=0.45,
+            max_positive=0.55,
+            min_abs=0.1,
+            max_abs=4.0,
+        )
+
+    def forward(
+        self,
+        src: Tensor,
+        pos_emb: Tensor,
+        chunk_size: int = -1,
+        attn_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Offline or chunk-causal.
+
+        Args:
+            src: (T, batch, embed_dim).
+            pos_emb: (1 or batch, 2 T - 1, pos_dim).
+            chunk_size: frames per chunk of the convolutions; -1 for no chunks.
+            attn_mask: bool (T, T) or (batch, T, T), True where target (row) may not attend to source (column).
+            src_key_padding_mask: bool (batch, T), True for padding.
+
+        Returns:
+            (T, batch, embed_dim).
+        """
+        src_orig = src
+        # A rate is read before its module runs, so that numbers are drawn in upstream's order.
+        attention_skip_rate = float(self.attention_skip_rate)
+        attn_weights = self.self_attn_weights(
+            src, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=src_key_padding_mask
+        )
+        src = src + self.feed_forward1(src)
+
+        attention_mask = self.get_sequence_dropout_mask(src, attention_skip_rate)
+        first_head = attn_weights[0:1]
+        if self.training and random.random() < float(self.const_attention_rate):
+            first_head = constant_attention(first_head)
+        src = src + _drop(self.balancer_na(self.nonlin_attention(src, first_head)), attention_mask)
+        src = src + _drop(self.self_attn1(src, attn_weights), attention_mask)
+
+        skip_rate = float(self.conv_skip_rate)
+        conv = self.conv_module1(src, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask)
+        src = src + self.sequence_dropout(conv, skip_rate)
+
+        skip_rate = float(self.ff2_skip_rate)
+        src = src + self.sequence_dropout(self.balancer_ff2(self.feed_forward2(src)), skip_rate)
+        src = self.bypass_mid(src_orig, src)
+        src = src + _drop(self.self_attn2(src, attn_weights), attention_mask)
+
+        skip_rate = float(self.conv_skip_rate)
+        conv = self.conv_module2(src, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask)
+        src = src + self.sequence_dropout(conv, skip_rate)
+
+        skip_rate = float(self.ff3_skip_rate)
+        src = src + self.sequence_dropout(self.balancer_ff3(self.feed_forward3(src)), skip_rate)
+        src = self.norm(self.balancer1(src))
+        src = self.bypass(src_orig, src)
+        return self.whiten(self.balancer2(src))
+
+    def streaming_forward(
+        self,
+        src: Tensor,
+        pos_emb: Tensor,
+        cached_key: Tensor,
+        cached_nonlin_attn: Tensor,
+        cached_val1: Tensor,
+        cached_val2: Tensor,
+        cached_conv1: Tensor,
+        cached_conv2: Tensor,
+        left_context_len: int,
+        src_key_padding_mask: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """One chunk of a stream; L is `left_context_len`.
+
+        Args:
+            src: (T, batch, embed_dim).
+            pos_emb: (1 or batch, L + 2 T - 1, pos_dim).
+            cached_key: (L, batch, heads * query_head_dim).
+            cached_nonlin_attn: (1, batch, L, 3/4 embed_dim).
+            cached_val1, cached_val2: (L, batch, heads * value_head_dim).
+            cached_conv1, cached_conv2: (batch, embed_dim, cnn_module_kernel // 2).
+            left_context_len: frames of left context.
+            src_key_padding_mask: bool (batch, L + T), True for padding and for context that does not exist yet.
+
+        Returns:
+            (T, batch, embed_dim), and the next six caches, in the order of the arguments.
+        """
+        src_orig = src
+        padding = None if src_key_padding_mask is None else src_key_padding_mask[:, left_context_len:]
+        attn_weights, cached_key = self.self_attn_weights.streaming_forward(
+            src,
+            pos_emb=pos_emb,
+            cached_key=cached_key,
+            left_context_len=left_context_len,
+            key_padding_mask=src_key_padding_mask,
+        )
+        src = src + self.feed_forward1(src)
+        attended, cached_nonlin_attn = self.nonlin_attention.streaming_forward(
+            src, attn_weights[0:1], cached_x=cached_nonlin_attn, left_context_len=left_context_len
+        )
+        src = src + attended
+        attended, cached_val1 = self.self_attn1.streaming_forward(
+            src, attn_weights, cached_val=cached_val1, left_context_len=left_context_len
+        )
+        src = src + attended
+        conv, cached_conv1 = self.conv_module1.streaming_forward(
+            src, cache=cached_conv1, src_key_padding_mask=padding
+        )
+        src = src + conv
+        src = src + self.feed_forward2(src)
+        src = self.bypass_mid(src_orig, src)
+        attended, cached_val2 = self.self_attn2.streaming_forward(
+            src, attn_weights, cached_val=cached_val2, left_context_len=left_context_len
+        )
+        src = src + attended
+        conv, cached_conv2 = self.conv_module2.streaming_forward(
+            src, cache=cached_conv2, src_key_padding_mask=padding
+        )
+        src = src + conv
+        src = src + self.feed_forward3(src)
+        src = self.bypass(src_orig, self.norm(src))
+        return src, cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2
+
+    def get_sequence_dropout_mask(self, x: Tensor, dropout_rate: float) -> Tensor | None:
+        """Which sequences of x, (T, batch, channels), to keep: (batch, 1) of 0 and 1, or None to keep all."""
+        if dropout_rate == 0.0 or not self.training:
+            return None
+        return (torch.rand(x.shape[1], 1, device=x.device) > dropout_rate).to(x.dtype)
+
+    def sequence_dropout(self, x: Tensor, dropout_rate: float) -> Tensor:
+        """Sets whole sequences of x, (T, batch, channels), to zero at the given rate, without rescaling the rest."""
+        return _drop(x, self.get_sequence_dropout_mask(x, dropout_rate))
+
+
+def _drop(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask

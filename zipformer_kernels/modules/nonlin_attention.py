@@ -1,0 +1,84 @@
+"""NonlinAttention: a gated module that averages over time with the weights of the first attention head."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from zipformer_kernels.modules.attention import aggregate, merge_heads, split_heads
+from zipformer_kernels.modules.scaled_init import ScaledLinear
+from zipformer_kernels.modules.streaming import join_cache
+from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
+
+
+class NonlinAttention(nn.Module):
+    """out_proj((W (x * tanh(s))) * y), where s, x, y are the three thirds of in_proj(src).
+
+    (Zipformer paper, arXiv:2310.11230, section 3.1, figure 3.)
+
+    Args:
+        channels: channels of src and of the result.
+        hidden_channels: channels of each of s, x, y.
+    """
+
+    def __init__(self, channels: int, hidden_channels: int) -> None:
+        super().__init__()
+        self.hidden_channels = hidden_channels
+        self.in_proj = nn.Linear(channels, hidden_channels * 3, bias=True)
+        # Before the gate; well-trained gates have large inputs, hence the large min_abs.
+        self.balancer = Balancer(
+            hidden_channels,
+            channel_dim=-1,
+            min_positive=ScheduledFloat((0.0, 0.25), (20000.0, 0.05)),
+            max_positive=ScheduledFloat((0.0, 0.75), (20000.0, 0.95)),
+            min_abs=0.5,
+            max_abs=5.0,
+        )
+        self.tanh = nn.Tanh()
+        # Named places for diagnostics to hook into.
+        self.identity1 = nn.Identity()
+        self.identity2 = nn.Identity()
+        self.identity3 = nn.Identity()
+        self.out_proj = ScaledLinear(hidden_channels, channels, bias=True, initial_scale=0.05)
+        self.whiten1 = Whiten(
+            num_groups=1, whitening_limit=whitening_schedule(5.0), prob=(0.025, 0.25), grad_scale=0.01
+        )
+        self.whiten2 = Whiten(
+            num_groups=1, whitening_limit=whitening_schedule(5.0, ratio=3.0), prob=(0.025, 0.25), grad_scale=0.01
+        )
+
+    def forward(self, x: Tensor, attn_weights: Tensor) -> Tensor:
+        """Offline or chunk-causal, as the weights have it.
+
+        Args:
+            x: (T, batch, channels).
+            attn_weights: (heads, batch, T, T), of one head in the encoder.
+
+        Returns:
+            (T, batch, channels).
+        """
+        s, x, y = self.in_proj(x).chunk(3, dim=2)
+        s = self.tanh(self.balancer(s))
+        x = self.identity1(self.whiten1(x) * s)
+        x = aggregate(attn_weights, x)
+        x = self.identity3(x * self.identity2(y))
+        return self.whiten2(self.out_proj(x))
+
+    def streaming_forward(
+        self, x: Tensor, attn_weights: Tensor, cached_x: Tensor, left_context_len: int
+    ) -> tuple[Tensor, Tensor]:
+        """Averages over the left context L and the frames of x.
+
+        Args:
+            x: (T, batch, channels).
+            attn_weights: (heads, batch, T, L + T).
+            cached_x: (heads, batch, L, hidden_channels / heads).
+            left_context_len: L.
+
+        Returns:
+            (T, batch, channels), and the next `cached_x`.
+        """
+        s, x, y = self.in_proj(x).chunk(3, dim=2)
+        gated = x * self.tanh(s)
+        values, cache = join_cache("cached_x", merge_heads(cached_x), gated, left_context_len, dim=0)
+        x = self.out_proj(aggregate(attn_weights, values) * y)
+        return x, split_heads(cache, attn_weights.shape[0])

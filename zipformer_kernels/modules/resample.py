@@ -1,0 +1,55 @@
+"""Changing the frame rate between the stacks of the U-Net."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from zipformer_kernels.training import FloatLike
+
+
+class SimpleDownsample(nn.Module):
+    """A weighted mean of every `downsample` frames, the weights a softmax over one learned number per place.
+
+    A length that `downsample` does not divide is filled up by repeating the last frame.
+
+    Args:
+        channels: accepted as upstream has it; any number of channels works.
+        downsample: how many frames become one.
+        dropout, causal: accepted as upstream has them; they change nothing.
+    """
+
+    def __init__(self, channels: int, downsample: int, dropout: FloatLike, causal: bool) -> None:
+        super().__init__()
+        self.causal = causal
+        self.bias = nn.Parameter(torch.zeros(downsample))
+        self.name: str | None = None  # written by the training loop, for logs
+        self.dropout = copy.deepcopy(dropout)
+        self.downsample = downsample
+
+    def forward(self, src: Tensor) -> Tensor:
+        """From (T, batch, channels) to (ceil(T / downsample), batch, channels)."""
+        missing = -src.shape[0] % self.downsample
+        if missing:
+            src = torch.cat([src, src[-1:].expand(missing, -1, -1)])
+        weights = self.bias.softmax(dim=0).reshape(-1, 1, 1)
+        return (src.unflatten(0, (-1, self.downsample)) * weights).sum(dim=1)
+
+
+class SimpleUpsample(nn.Module):
+    """Repeats every frame `upsample` times.
+
+    Args:
+        num_channels: accepted as upstream has it; any number of channels works.
+        upsample: how many frames one becomes.
+    """
+
+    def __init__(self, num_channels: int, upsample: int) -> None:
+        super().__init__()
+        self.upsample = upsample
+
+    def forward(self, src: Tensor) -> Tensor:
+        """From (T, batch, channels) to (T * upsample, batch, channels)."""
+        return src.unsqueeze(1).expand(-1, self.upsample, -1, -1).flatten(0, 1)

@@ -1,0 +1,191 @@
+"""Stacks of layers, at the full frame rate and at a lower one."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import Tensor, nn
+
+from zipformer_kernels.modules.bypass import BypassModule
+from zipformer_kernels.modules.positional import CompactRelPositionalEncoding
+from zipformer_kernels.modules.resample import SimpleDownsample, SimpleUpsample
+from zipformer_kernels.training import FloatLike, ScheduledFloat
+
+STATES_PER_LAYER = 6
+
+
+class ZipformerEncoder(nn.Module):
+    """A stack of layers of the same shape, all starting as copies of one.
+
+    Args:
+        encoder_layer: the layer to copy.
+        num_layers: how many.
+        pos_dim: channels of the positional encoding.
+        dropout: accepted as upstream has it; it changes nothing.
+        warmup_begin, warmup_end: batches between which the layers, one after the other, go from
+            `initial_layerdrop_rate` to `final_layerdrop_rate`.
+        initial_layerdrop_rate, final_layerdrop_rate: the probability, in training, that a sequence skips a layer.
+
+    Raises:
+        ValueError: not 0 <= warmup_begin <= warmup_end.
+    """
+
+    def __init__(
+        self,
+        encoder_layer: nn.Module,
+        num_layers: int,
+        pos_dim: int,
+        dropout: FloatLike,
+        warmup_begin: float,
+        warmup_end: float,
+        initial_layerdrop_rate: float = 0.5,
+        final_layerdrop_rate: float = 0.05,
+    ) -> None:
+        super().__init__()
+        if not 0 <= warmup_begin <= warmup_end:
+            raise ValueError(f"wanted 0 <= warmup_begin <= warmup_end, got {warmup_begin} and {warmup_end}")
+        self.encoder_pos = CompactRelPositionalEncoding(pos_dim, dropout_rate=0.15, length_factor=1.0)
+        self.layers = nn.ModuleList([copy.deepcopy(encoder_layer) for _ in range(num_layers)])
+        self.num_layers = num_layers
+
+        delta = (1.0 / num_layers) * (warmup_end - warmup_begin)
+        begin = warmup_begin
+        for layer in self.layers:
+            end = begin + delta
+            layer.bypass.skip_rate = ScheduledFloat(
+                (begin, initial_layerdrop_rate), (end, final_layerdrop_rate), default=0.0
+            )
+            begin = end
+
+    def forward(
+        self,
+        src: Tensor,
+        chunk_size: int = -1,
+        feature_mask: Tensor | float = 1.0,
+        attn_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Offline or chunk-causal.
+
+        Args:
+            src: (T, batch, channels).
+            chunk_size: frames per chunk of the convolutions; -1 for no chunks.
+            feature_mask: multiplies src and every layer's result; broadcasts with (T, batch, channels).
+            attn_mask: bool (T, T) or (batch, T, T), True where target (row) may not attend to source (column).
+            src_key_padding_mask: bool (batch, T), True for padding.
+
+        Returns:
+            (T, batch, channels).
+        """
+        masked = isinstance(feature_mask, Tensor) or feature_mask != 1.0
+        pos_emb = self.encoder_pos(src)
+        output = src * feature_mask if masked else src
+        for layer in self.layers:
+            output = layer(
+                output,
+                pos_emb,
+                chunk_size=chunk_size,
+                attn_mask=attn_mask,
+                src_key_padding_mask=src_key_padding_mask,
+            )
+            if masked:
+                output = output * feature_mask
+        return output
+
+    def streaming_forward(
+        self,
+        src: Tensor,
+        states: list[Tensor],
+        left_context_len: int,
+        src_key_padding_mask: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One chunk of a stream.
+
+        Args:
+            src: (T, batch, channels).
+            states: six caches for each layer, see `ZipformerEncoderLayer.streaming_forward`.
+            left_context_len: frames of left context L.
+            src_key_padding_mask: bool (batch, L + T), True for padding and for context that does not exist yet.
+
+        Returns:
+            (T, batch, channels), and the next `states`.
+
+        Raises:
+            ValueError: `states` has not six tensors for each layer.
+        """
+        if len(states) != STATES_PER_LAYER * self.num_layers:
+            wanted = STATES_PER_LAYER * self.num_layers
+            raise ValueError(f"states: wanted {wanted} tensors for {self.num_layers} layers, got {len(states)}")
+        pos_emb = self.encoder_pos(src, left_context_len)
+        new_states: list[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            src, *layer_states = layer.streaming_forward(
+                src,
+                pos_emb,
+                *states[i * STATES_PER_LAYER : (i + 1) * STATES_PER_LAYER],
+                left_context_len=left_context_len,
+                src_key_padding_mask=src_key_padding_mask,
+            )
+            new_states += layer_states
+        return src, new_states
+
+
+class DownsampledZipformerEncoder(nn.Module):
+    """A stack that runs at a lower frame rate, between downsampling and upsampling, with a bypass around it.
+
+    Args:
+        encoder: the stack.
+        dim: channels.
+        downsample: how many frames become one.
+        dropout, causal: passed to `SimpleDownsample`.
+    """
+
+    def __init__(self, encoder: nn.Module, dim: int, downsample: int, dropout: FloatLike, causal: bool) -> None:
+        super().__init__()
+        self.downsample_factor = downsample
+        self.downsample = SimpleDownsample(dim, downsample, dropout, causal)
+        self.num_layers = encoder.num_layers
+        self.encoder = encoder
+        self.upsample = SimpleUpsample(dim, downsample)
+        self.out_combiner = BypassModule(dim, straight_through_rate=0)
+
+    def forward(
+        self,
+        src: Tensor,
+        chunk_size: int = -1,
+        feature_mask: Tensor | float = 1.0,
+        attn_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """As `ZipformerEncoder.forward`; T, `chunk_size` and `attn_mask` are at the full frame rate.
+
+        `feature_mask` broadcasts over time and `src_key_padding_mask` is already at the lower rate.
+        """
+        ds = self.downsample_factor
+        output = self.encoder(
+            self.downsample(src),
+            chunk_size=chunk_size // ds,  # -1 stays -1
+            feature_mask=feature_mask,
+            attn_mask=None if attn_mask is None else attn_mask[::ds, ::ds],
+            src_key_padding_mask=src_key_padding_mask,
+        )
+        return self._combine(src, output)
+
+    def streaming_forward(
+        self,
+        src: Tensor,
+        states: list[Tensor],
+        left_context_len: int,
+        src_key_padding_mask: Tensor | None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """As `ZipformerEncoder.streaming_forward`; only src and the result are at the full frame rate."""
+        output, states = self.encoder.streaming_forward(
+            self.downsample(src),
+            states=states,
+            left_context_len=left_context_len,
+            src_key_padding_mask=src_key_padding_mask,
+        )
+        return self._combine(src, output), states
+
+    def _combine(self, src: Tensor, output: Tensor) -> Tensor:
+        return self.out_combiner(src, self.upsample(output)[: src.shape[0]])

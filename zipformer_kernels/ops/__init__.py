@@ -1,0 +1,1 @@
+"""The fused operations: one folder each, with a reference, its backends, and its cases."""

@@ -1,0 +1,60 @@
+"""The activations SwooshL and SwooshR, saving only their input for the backward pass.
+
+With (shift, offset) = (4, 0.035) for L and (1, 0.313261687) for R::
+
+    y  = log(1 + exp(x - shift)) - 0.08 x - offset
+    dx = dy (sigmoid(x - shift) - 0.08)
+
+Source: section 3.4 of the Zipformer paper (arXiv:2310.11230); ``SwooshL``, ``SwooshR`` in upstream's ``scaling.py``.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from zipformer_kernels.library import Op, triton_launchers
+from zipformer_kernels.ops.swoosh import native, reference
+
+_op = Op(
+    "swoosh",
+    "Tensor x, str kind",
+    reference=reference.swoosh,
+    backends={
+        "eager": reference.eager,
+        "cpu": native.cpu,
+        "cuda": native.cuda,
+        **triton_launchers(__name__),
+    },
+    saves=("x",),
+)
+
+
+def swoosh_l(x: Tensor, *, backend: str | None = None) -> Tensor:
+    """SwooshL(x) = log(1 + exp(x - 4)) - 0.08 x - 0.035, elementwise.
+
+    Args:
+        x: a floating-point tensor of any shape, strides and device.
+        backend: which backend to use; see `zipformer_kernels.backend`.
+    Returns:
+        A tensor of the shape and dtype of x. Half precision is computed in float32. Finite for every finite x.
+    Raises:
+        TypeError: x is not a floating-point tensor.
+        BackendError: `backend` cannot serve the call.
+    """
+    return _swoosh(x, "l", backend)
+
+
+def swoosh_r(x: Tensor, *, backend: str | None = None) -> Tensor:
+    """SwooshR(x) = log(1 + exp(x - 1)) - 0.08 x - 0.313261687, elementwise; zero at zero.
+
+    Arguments, result and errors as for `swoosh_l`.
+    """
+    return _swoosh(x, "r", backend)
+
+
+def _swoosh(x: Tensor, kind: str, backend: str | None) -> Tensor:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating-point, got {x.dtype}")
+    return _op(x, kind, backend=backend)

@@ -1,0 +1,51 @@
+"""Swoosh through the compiled module: ``csrc/swoosh/cpu.cpp`` and ``csrc/swoosh/cuda.cu``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from zipformer_kernels.launch import (
+    CPU_DTYPES,
+    DTYPE_CODES,
+    GPU_DTYPES,
+    call_cpu,
+    call_cuda,
+    dense,
+    like,
+    unsupported_dtype,
+)
+from zipformer_kernels.library import Launchers
+
+KINDS = {"l": 0, "r": 1}
+
+
+def _forward(call: Callable[..., None], x: Tensor, kind: str) -> tuple[Tensor]:
+    x = dense(x)
+    y = torch.empty_like(x)
+    call("swoosh_forward", x, x.data_ptr(), y.data_ptr(), x.numel(), DTYPE_CODES[x.dtype], KINDS[kind])
+    return (y,)
+
+
+def _backward(call: Callable[..., None], needs: tuple, grads: tuple, saved: tuple, x: Tensor, kind: str):
+    x = dense(x)
+    dy = like(grads[0], x)
+    dx = torch.empty_like(x)
+    pointers = dy.data_ptr(), x.data_ptr(), dx.data_ptr()
+    call("swoosh_backward", x, *pointers, x.numel(), DTYPE_CODES[x.dtype], KINDS[kind])
+    return (dx,)
+
+
+def _launchers(call: Callable[..., None], dtypes: tuple[torch.dtype, ...]) -> Launchers:
+    return Launchers(
+        supports=lambda x, kind: unsupported_dtype(x, dtypes),
+        forward=partial(_forward, call),
+        backward=partial(_backward, call),
+    )
+
+
+cpu = _launchers(call_cpu, CPU_DTYPES)
+cuda = _launchers(call_cuda, GPU_DTYPES)

@@ -1,0 +1,41 @@
+"""Swoosh in plain PyTorch: the specification that every backend is tested against, and the eager backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zipformer_kernels.library import Launchers
+
+SHIFT = {"l": 4.0, "r": 1.0}
+OFFSET = {"l": 0.035, "r": 0.313261687}
+SLOPE = 0.08
+
+
+def swoosh(x: Tensor, kind: str) -> Tensor:
+    """log(1 + exp(x - shift)) - 0.08 x - offset, finite for every finite x; half precision goes through float32."""
+    wide = _widened(x)
+    zero = torch.zeros((), dtype=wide.dtype, device=x.device)
+    return (torch.logaddexp(zero, wide - SHIFT[kind]) - SLOPE * wide - OFFSET[kind]).to(x.dtype)
+
+
+def derivative(x: Tensor, kind: str) -> Tensor:
+    """sigmoid(x - shift) - 0.08, in float32 or float64."""
+    return torch.sigmoid(_widened(x) - SHIFT[kind]) - SLOPE
+
+
+def forward(x: Tensor, kind: str) -> tuple[Tensor]:
+    """y = swoosh(x)."""
+    return (swoosh(x, kind),)
+
+
+def backward(needs: tuple[bool], grads: tuple[Tensor], saved: tuple[()], x: Tensor, kind: str) -> tuple[Tensor]:
+    """dx = dy * derivative(x)."""
+    return ((grads[0] * derivative(x, kind)).to(x.dtype),)
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+eager = Launchers(lambda *_: None, forward, backward)

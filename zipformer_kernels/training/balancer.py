@@ -1,0 +1,143 @@
+"""Balancer: nudges gradients so that each channel keeps a reasonable mean and magnitude."""
+
+from __future__ import annotations
+
+import math
+import random
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from zipformer_kernels.library import gradient_hook
+from zipformer_kernels.training.randomness import being_traced
+from zipformer_kernels.training.schedule import FloatLike, ScheduledFloat
+
+TINY = 1.0e-20  # below this a variance or mean square counts as constant and gets no gradient
+
+
+class Balancer(nn.Module):
+    """The identity; on a random part of the calls its backward pushes badly behaved channels back into limits.
+
+    Limits are given as the proportion of positive values and the mean absolute value of a channel; for a normal
+    distribution they amount to limits on mean / stddev and on the RMS, which is what the gradient works on. See
+    `balanced_gradient` for the maths, and the Zipformer paper (arXiv:2310.11230), appendix A.3.
+
+    As in upstream it acts whenever x requires a gradient, in eval mode too. Unlike upstream it never skips itself
+    because much GPU memory is allocated, which would make a run depend on what else the process holds.
+
+    Args:
+        num_channels: the size of x along `channel_dim`.
+        channel_dim: which dimension of x holds the channels; may be negative.
+        min_positive, max_positive: limits on the proportion of positive values of a channel.
+        min_abs, max_abs: limits on the mean absolute value of a channel.
+        grad_scale: the RMS of the added gradient, relative to the gradient that arrives.
+        prob: the probability of acting on a call; one draw of Python's ``random`` a call. By default 0.5 at the
+            start of training, 0.125 from batch 8000 on.
+    """
+
+    def __init__(
+        self,
+        num_channels: int,
+        channel_dim: int,
+        min_positive: FloatLike = 0.05,
+        max_positive: FloatLike = 0.95,
+        min_abs: FloatLike = 0.2,
+        max_abs: FloatLike = 100.0,
+        grad_scale: FloatLike = 0.04,
+        prob: FloatLike | None = None,
+    ) -> None:
+        super().__init__()
+        if prob is None:
+            prob = ScheduledFloat((0.0, 0.5), (8000.0, 0.125), default=0.4)
+        self.prob = prob
+        self.num_channels = num_channels
+        self.channel_dim = channel_dim
+        self.min_positive = min_positive
+        self.max_positive = max_positive
+        self.min_abs = min_abs
+        self.max_abs = max_abs
+        self.grad_scale = grad_scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x, of any shape with `num_channels` along `channel_dim`."""
+        if not x.requires_grad or (being_traced() and not self.training):
+            return x
+        prob = float(self.prob)
+        if random.random() >= prob:
+            return x
+        if x.shape[self.channel_dim] != self.num_channels:
+            raise ValueError(
+                f"x: wanted {self.num_channels} channels along dimension {self.channel_dim}, got {tuple(x.shape)}"
+            )
+        balance = partial(
+            balanced_gradient,
+            channel_dim=self.channel_dim,
+            min_mean=_proportion_to_mean(float(self.min_positive)),
+            max_mean=_proportion_to_mean(float(self.max_positive)),
+            min_rms=_abs_to_rms(float(self.min_abs)),
+            max_rms=_abs_to_rms(float(self.max_abs)),
+            grad_scale=float(self.grad_scale),
+        )
+        return gradient_hook(x, balance, x)
+
+
+def balanced_gradient(
+    grad: Tensor,
+    x: Tensor,
+    *,
+    channel_dim: int,
+    min_mean: float,
+    max_mean: float,
+    min_rms: float,
+    max_rms: float,
+    grad_scale: float,
+) -> Tensor:
+    """The gradient of x, changed to bring each channel's mean / stddev and RMS back into their limits.
+
+    For one channel let m = mean / stddev and r its RMS. The loss is |m - clamp(m)| + |log(clamp(r) / r)|. With
+    z = (x - mean) / stddev, w = variance / r^2, and a = sign(m - clamp(m)), b = sign(clamp(r) - r), its gradient is
+
+        (a - b w m) + (-a m - b w) z        (times 1 / (N stddev), a constant of the channel),
+
+    which has RMS sqrt(level^2 + slope^2), level and slope being the two brackets. Scaled to RMS `grad_scale` and
+    multiplied elementwise by |grad|, an estimate of each element's own scale, it is added to `grad`.
+
+    Args:
+        grad, x: same shape; computed in float32 (float64 for float64) and returned in the dtype of `grad`.
+        channel_dim: the dimension of the channels; statistics are taken over all others.
+        min_mean, max_mean: limits on mean / stddev.
+        min_rms, max_rms: limits on the RMS.
+        grad_scale: the RMS of the term that is added, relative to |grad|.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, wide_grad = x.to(wide), grad.to(wide)
+    others = [dim for dim in range(x.ndim) if dim != channel_dim % x.ndim]
+    variance, mean = torch.var_mean(x, others, correction=0, keepdim=True)
+    square = variance + mean * mean
+    stddev, rms = variance.clamp(min=TINY).sqrt(), square.clamp(min=TINY).sqrt()
+    ratio = mean / stddev
+
+    mean_push = (ratio - ratio.clamp(min_mean, max_mean)).sign()
+    rms_push = (rms.clamp(min_rms, max_rms) - rms).sign() * (square >= TINY) * (stddev / rms).square()
+    level = mean_push - rms_push * ratio
+    slope = -mean_push * ratio * (variance >= TINY) - rms_push
+    scale = grad_scale / (level.square() + slope.square() * (variance / stddev.square())).sqrt().clamp(min=TINY)
+
+    direction = (x - mean) * (slope * scale / stddev) + level * scale
+    return torch.addcmul(wide_grad, wide_grad.abs(), direction).to(grad.dtype)
+
+
+def _abs_to_rms(mean_abs: float) -> float:
+    """The RMS of a normal variable of zero mean whose mean absolute value is given: sqrt(pi / 2) times that."""
+    return 1.25331413732 * mean_abs
+
+
+def _proportion_to_mean(proportion: float) -> float:
+    """About the mean / stddev at which a normal variable is positive that often: 0.814 atanh(2 proportion - 1).
+
+    Crude in the tails; upstream's constants, which every trained model has seen.
+    """
+    x = 2 * proportion - 1
+    epsilon = 1.0e-10  # keeps proportions 0 and 1 finite
+    return 0.8139535143 * (math.log(1 + x + epsilon) - math.log(1 - x + epsilon)) / 2.0

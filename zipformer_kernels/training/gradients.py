@@ -1,0 +1,73 @@
+"""Identities whose gradient is not the identity: limits on parameters, penalties on activations, scaled gradients."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor, nn
+
+from zipformer_kernels.library import gradient_hook
+from zipformer_kernels.training.randomness import logging_draw
+
+
+def limit_param_value(x: Tensor, min: float, max: float, prob: float = 0.6, training: bool = True) -> Tensor:
+    """Returns x; with probability `prob`, turns the gradients that would push x further out of [min, max].
+
+    Where x < min every gradient becomes negative, and where x > max positive, so that descent leads back inside.
+
+    Args:
+        x: usually a parameter.
+        min, max: the interval, in the units of x.
+        prob: how often, in training, the limits are enforced; one draw of Python's ``random`` a call.
+        training: False returns x without a draw.
+
+    Raises:
+        ValueError: min > max.
+    """
+    if not training or random.random() >= prob:
+        return x
+    if min > max:
+        raise ValueError(f"min must not exceed max, got min={min} and max={max}")
+
+    def turn_back(grad: Tensor, x: Tensor) -> Tensor:
+        outwards = ((grad > 0) & (x < min)) | ((grad < 0) & (x > max))
+        return torch.where(outwards, -grad, grad)
+
+    return gradient_hook(x, turn_back, x)
+
+
+def penalize_abs_values_gt(x: Tensor, limit: float, penalty: float, name: str | None = None) -> Tensor:
+    """Returns x; its gradient gains that of the loss ``penalty * relu(abs(x) - limit).sum()``.
+
+    A failsafe against implausible attention scores, not a regulariser: the loss it adds is not scaled by the loss
+    scale of mixed precision.
+
+    Args:
+        x: any float tensor.
+        limit: the absolute value from which elements are penalised.
+        penalty: the weight of the loss.
+        name: accepted for upstream's signature; upstream's random line of log about the loss is not written.
+    """
+    logging_draw(0.002)
+    over = (x > limit).to(torch.int8) - (x < -limit).to(torch.int8)
+    return gradient_hook(x, lambda grad, over: torch.add(grad, over, alpha=penalty), over)
+
+
+def scale_grad(x: Tensor, alpha: float) -> Tensor:
+    """Returns x; its gradient is multiplied by `alpha`."""
+    return gradient_hook(x, lambda grad: grad * alpha)
+
+
+class ScaleGrad(nn.Module):
+    """The identity; in training, gradients going back through it are multiplied by `alpha`.
+
+    It keeps the gradients of the first convolution inside the range of float16.
+    """
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__()
+        self.alpha = alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        return scale_grad(x, self.alpha) if self.training else x

@@ -1,0 +1,137 @@
+"""Whiten: nudges gradients so that no few directions dominate the covariance of the features."""
+
+from __future__ import annotations
+
+import logging
+import random
+
+import torch
+from torch import Tensor, nn
+
+from zipformer_kernels.library import gradient_hook
+from zipformer_kernels.training.randomness import being_traced, logging_draw
+from zipformer_kernels.training.schedule import FloatLike, ScheduledFloat
+
+logger = logging.getLogger(__name__)
+
+TINY = 1.0e-20  # keeps the quotients finite where the features, or the gradient, are all zero
+
+
+def whitening_schedule(limit: float, ratio: float = 2.0) -> ScheduledFloat:
+    """The recipe's schedule for `whitening_limit`: from `limit` to `ratio * limit` over 20000 batches."""
+    return ScheduledFloat((0.0, limit), (20000.0, ratio * limit), default=limit)
+
+
+class Whiten(nn.Module):
+    """The identity; on a random part of the calls its backward pushes the features towards a white covariance.
+
+    With C the covariance of the features in their groups, the metric is mean(eigenvalues^2) / mean(eigenvalues)^2:
+    1 for perfectly white features. While it is over `whitening_limit`, its gradient, scaled to `grad_scale` times the
+    norm of the gradient that arrives, is added, and the module acts with probability `max_prob`; under the limit
+    nothing is added and it looks only with `min_prob`. See the Zipformer paper (arXiv:2310.11230), appendix A.4.
+
+    As in upstream it acts whenever x requires a gradient, in eval mode too. Reading the metric to choose the
+    probability makes the host wait for the device, on the calls where it acts.
+
+    Args:
+        num_groups: how many groups of channels are whitened separately, with one common variance.
+        whitening_limit: the metric from which the gradient is changed, at least 1.
+        prob: the probability of acting on a call, or (min_prob, max_prob).
+        grad_scale: the norm of the added gradient relative to the arriving one.
+
+    Raises:
+        ValueError: an argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        whitening_limit: FloatLike,
+        prob: float | tuple[float, float],
+        grad_scale: FloatLike,
+    ) -> None:
+        super().__init__()
+        if num_groups < 1:
+            raise ValueError(f"num_groups must be at least 1, got {num_groups}")
+        if float(whitening_limit) < 1:
+            raise ValueError(f"whitening_limit must be at least 1, got {float(whitening_limit)}")
+        if float(grad_scale) < 0:
+            raise ValueError(f"grad_scale must not be negative, got {float(grad_scale)}")
+        self.num_groups = num_groups
+        self.whitening_limit = whitening_limit
+        self.grad_scale = grad_scale
+        self.min_prob, self.max_prob = (prob, prob) if isinstance(prob, float) else prob
+        if not 0 < self.min_prob <= self.max_prob <= 1:
+            raise ValueError(f"prob: wanted 0 < min <= max <= 1, got {prob}")
+        self.prob = self.max_prob
+        self.name: str | None = None  # written by the training loop, for logs
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x, of shape (..., channels)."""
+        grad_scale = float(self.grad_scale)
+        if not x.requires_grad or (being_traced() and not self.training):
+            return x
+        if random.random() > self.prob or grad_scale == 0:
+            return x
+        if x.shape[-1] % self.num_groups:
+            raise ValueError(f"x: wanted channels in {self.num_groups} equal groups, got {x.shape[-1]} channels")
+        return gradient_hook(x, self._whitened_gradient, x)
+
+    def _whitened_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        centred, covariance = grouped_covariance(x, self.num_groups)
+        metric = whitening_metric(covariance)
+        if logging_draw(0.005):
+            limit = float(self.whitening_limit)
+            logger.debug("Whiten %s: metric %.2f, limit %.2f", self.name, metric, limit)
+        if metric < float(self.whitening_limit):
+            self.prob = self.min_prob
+            return grad
+        self.prob = self.max_prob
+        direction = whitening_direction(centred, covariance).reshape(x.shape)
+        scale = float(self.grad_scale) * grad.to(direction.dtype).norm() / (direction.norm() + TINY)
+        return grad + (direction * scale).to(grad.dtype)
+
+
+def grouped_covariance(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """The centred features and their covariance in each group of channels, in float32 (float64 for float64).
+
+    Args:
+        x: (..., channels).
+        num_groups: divides the channels.
+
+    Returns:
+        The centred features, (groups, frames, channels / groups), and the covariance, (groups, channels / groups,
+        channels / groups).
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    frames = x.reshape(-1, num_groups, x.shape[-1] // num_groups).transpose(0, 1)
+    centred = frames - frames.mean(dim=1, keepdim=True)
+    return centred, centred.transpose(1, 2) @ centred / frames.shape[1]
+
+
+def whitening_metric(covariance: Tensor) -> Tensor:
+    """mean(eigenvalues^2) / mean(eigenvalues)^2 over all groups: a scalar, 1 for white features and more otherwise.
+
+    Args:
+        covariance: (groups, channels, channels); no eigenvalue is computed, tr(C^2) and tr(C) suffice.
+    """
+    groups, channels, _ = covariance.shape
+    mean_square = covariance.square().sum() / (groups * channels)
+    mean = covariance.diagonal(dim1=1, dim2=2).mean()
+    return mean_square / (mean.square() + TINY)
+
+
+def whitening_direction(centred: Tensor, covariance: Tensor) -> Tensor:
+    """The gradient of the metric with respect to the features, up to a positive factor: X (C - tr(C^2) / tr(C) I).
+
+    Centring needs no term of its own: the result already has zero mean over the frames.
+
+    Args:
+        centred: X, (groups, frames, channels).
+        covariance: C, (groups, channels, channels).
+
+    Returns:
+        (frames, groups, channels).
+    """
+    balance = covariance.square().sum() / covariance.diagonal(dim1=1, dim2=2).sum()
+    return (centred @ covariance - balance * centred).transpose(0, 1)
