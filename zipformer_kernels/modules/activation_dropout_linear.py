@@ -21,7 +21,8 @@ class ActivationDropoutAndLinear(nn.Module):
         bias: whether there is a b.
         activation: "SwooshL" or "SwooshR".
         dropout_p: the rate of the dropout, or its schedule.
-        dropout_shared_dim: the dimension of x over which one mask is shared (0 for time); None for no sharing.
+        dropout_shared_dim: the dimension of x over which one mask is shared (0 for time); None for no
+            sharing.
         initial_scale: see `ScaledLinear`.
 
     Raises:
@@ -57,7 +58,7 @@ class ActivationDropoutAndLinear(nn.Module):
         return F.linear(y, self.weight, self.bias)
 
     def _dropout_mask(self, x: Tensor) -> Tensor | None:
-        """The mask, 0 or 1 / (1 - p) in the default dtype, of the shape of x but for a shared dimension of size 1."""
+        """0 or 1 / (1 - p), in the default dtype; shaped like x, but of size 1 along a shared dimension."""
         p = float(self.dropout_p)
         if p == 0.0:
             return None

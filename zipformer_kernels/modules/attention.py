@@ -30,9 +30,9 @@ POS_EMB_SKIP_RATE = ScheduledFloat((0.0, 0.5), (4000.0, 0.0))
 class RelPositionMultiheadAttentionWeights(nn.Module):
     """Multi-head attention weights with relative positions, W = softmax(s), for several modules to share.
 
-    s[i, j] = q_i . k_j + p_i . E[T - 1 - i + j], with q, k, p linear in x and E linear in the positional encoding.
-    There is no 1 / sqrt(d): the initial scale of the projection takes its place. (Zipformer paper, arXiv:2310.11230,
-    section 3.2; the positions follow Transformer-XL, arXiv:1901.02860.)
+    s[i, j] = q_i . k_j + p_i . E[T - 1 - i + j], with q, k, p linear in x and E linear in the positional
+    encoding. There is no 1 / sqrt(d): the initial scale of the projection takes its place. (Zipformer paper,
+    arXiv:2310.11230, section 3.2; the positions follow Transformer-XL, arXiv:1901.02860.)
 
     Args:
         embed_dim: channels of x.
@@ -72,8 +72,8 @@ class RelPositionMultiheadAttentionWeights(nn.Module):
             prob=(0.025, 0.25),
             grad_scale=0.025,
         )
-        # The weights do not change when a constant is added to the keys, so nothing else stops their bias from
-        # drifting on roundoff.
+        # The weights do not change when a constant is added to the keys, so nothing else stops their bias
+        # from drifting on roundoff.
         self.balance_keys = Balancer(
             query_head_dim * num_heads,
             channel_dim=-1,
@@ -101,7 +101,8 @@ class RelPositionMultiheadAttentionWeights(nn.Module):
             x: (T, batch, embed_dim).
             pos_emb: (1 or batch, 2 T - 1, pos_dim), as `CompactRelPositionalEncoding` makes it.
             key_padding_mask: bool (batch, T), True for frames that nothing may attend to.
-            attn_mask: bool (T, T) or (batch, T, T), True where target (row) may not attend to source (column).
+            attn_mask: bool (T, T) or (batch, T, T), True where target (row) may not attend to source
+                (column).
 
         Returns:
             (heads, batch, T, T): target, then source.
@@ -245,7 +246,8 @@ def aggregate(weights: Tensor, values: Tensor) -> Tensor:
 
 
 def constant_attention(weights: Tensor) -> Tensor:
-    """The same weight for every source that has any: a masked mean, for NonlinAttention's const_attention_rate.
+    """The same weight for every source that has any: a masked mean, for NonlinAttention's
+    const_attention_rate.
 
     Args:
         weights: (heads, batch, targets, sources).
@@ -258,7 +260,7 @@ def constant_attention(weights: Tensor) -> Tensor:
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension; under autocast its result is in the autocast dtype, to halve what is kept."""
+    """Softmax over the last dimension; under autocast the weights are kept in the autocast dtype."""
     weights = scores.softmax(dim=-1)
     device = scores.device.type
     return weights.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weights
@@ -267,8 +269,8 @@ def softmax(scores: Tensor) -> Tensor:
 def select_relative(by_offset: Tensor) -> Tensor:
     """From scores by offset to scores by key: ``out[..., i, j] = by_offset[..., i, T - 1 - i + j]``.
 
-    With n offsets the wanted element lies at T - 1 + i (n - 1) + j of the flattened rows: rows of n - 1 elements, from
-    the one at T - 1 on. So the result is a view, and the same code runs, trains and exports.
+    With n offsets the wanted element lies at T - 1 + i (n - 1) + j of the flattened rows: rows of n - 1
+    elements, from the one at T - 1 on. So the result is a view, and the same code runs, trains and exports.
 
     Args:
         by_offset: (..., T, n), n = T + keys - 1; column 0 is the key furthest to the left of the last frame.
@@ -299,4 +301,6 @@ def _masked(scores: Tensor, attn_mask: Tensor | None, key_padding_mask: Tensor |
 def _check_mask(name: str, mask: Tensor, shapes: list[tuple[int, ...]]) -> None:
     if mask.dtype != torch.bool or tuple(mask.shape) not in shapes:
         wanted = " or ".join(map(str, shapes))
-        raise ValueError(f"{name}: wanted a bool tensor of shape {wanted}, got {mask.dtype} {tuple(mask.shape)}")
+        raise ValueError(
+            f"{name}: wanted a bool tensor of shape {wanted}, got {mask.dtype} {tuple(mask.shape)}"
+        )

@@ -11,8 +11,8 @@ from zipformer_kernels.training import FloatLike, limit_param_value
 class BiasNorm(nn.Module):
     """y = x * exp(log_scale) / RMS(x - bias), the mean of the RMS over the channels, with no epsilon.
 
-    The trainable bias lets a channel carry a large constant without shrinking the others, which is what networks with
-    LayerNorm are seen to need. (Zipformer paper, arXiv:2310.11230, section 3.3.)
+    The trainable bias lets a channel carry a large constant without shrinking the others, which is what
+    networks with LayerNorm are seen to need. (Zipformer paper, arXiv:2310.11230, section 3.3.)
 
     Args:
         num_channels: the size of x along `channel_dim`.
@@ -44,7 +44,8 @@ class BiasNorm(nn.Module):
         """Normalises x, of any shape with `num_channels` along `channel_dim`."""
         if x.shape[self.channel_dim] != self.num_channels:
             raise ValueError(
-                f"x: wanted {self.num_channels} channels along dimension {self.channel_dim}, got {tuple(x.shape)}"
+                f"x: wanted {self.num_channels} channels along dimension {self.channel_dim}, "
+                f"got {tuple(x.shape)}"
             )
         log_scale = limit_param_value(
             self.log_scale, float(self.log_scale_min), float(self.log_scale_max), training=self.training

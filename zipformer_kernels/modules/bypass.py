@@ -21,8 +21,8 @@ class BypassModule(nn.Module):
         embed_dim: channels.
         skip_rate: the probability, in training, that a sequence gets c = 0.
         straight_through_rate: the probability, in training, that a sequence gets c >= 1.
-        scale_min, scale_max: limits on c held in training by the gradient, see `limit_param_value`. The lower one
-            starts near 1, so that at first every layer has to learn something.
+        scale_min, scale_max: limits on c held in training by the gradient, see `limit_param_value`. The lower
+            one starts near 1, so that at first every layer has to learn something.
     """
 
     def __init__(

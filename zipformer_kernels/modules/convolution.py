@@ -14,8 +14,9 @@ from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whiteni
 class ChunkCausalDepthwiseConv1d(nn.Module):
     """A depthwise convolution that sees all of the past in its kernel, but of the future only the same chunk.
 
-    It is the sum of a causal convolution of half the width and of a full-width convolution inside each chunk; the
-    latter is scaled by 1 plus a learned correction that depends on the distance to the chunk's left and right edge.
+    It is the sum of a causal convolution of half the width and of a full-width convolution inside each chunk;
+    the latter is scaled by 1 plus a learned correction that depends on the distance to the chunk's left and
+    right edge.
 
     Args:
         channels: channels of x.
@@ -27,7 +28,9 @@ class ChunkCausalDepthwiseConv1d(nn.Module):
         ValueError: `kernel_size` is even.
     """
 
-    def __init__(self, channels: int, kernel_size: int, initial_scale: float = 1.0, bias: bool = True) -> None:
+    def __init__(
+        self, channels: int, kernel_size: int, initial_scale: float = 1.0, bias: bool = True
+    ) -> None:
         super().__init__()
         _check_odd(kernel_size)
         self.causal_conv = nn.Conv1d(channels, channels, (kernel_size + 1) // 2, groups=channels)
@@ -135,9 +138,7 @@ class ConvolutionModule(nn.Module):
             channels, channels, activation="SwooshR", dropout_p=0.0, initial_scale=0.05
         )
 
-    def forward(
-        self, x: Tensor, src_key_padding_mask: Tensor | None = None, chunk_size: int = -1
-    ) -> Tensor:
+    def forward(self, x: Tensor, src_key_padding_mask: Tensor | None = None, chunk_size: int = -1) -> Tensor:
         """Offline, or chunk-causal where `causal`.
 
         Args:

@@ -1,4 +1,4 @@
-"""One Zipformer layer: attention weights shared by three modules, three feed-forwards, two convolutions, bypasses."""
+"""One layer: attention weights that three modules share, feed-forwards, convolutions and bypasses."""
 
 from __future__ import annotations
 
@@ -35,15 +35,17 @@ class ZipformerEncoderLayer(nn.Module):
         embed_dim: channels of src.
         pos_dim: channels of the positional encoding.
         num_heads: attention heads.
-        query_head_dim, pos_head_dim, value_head_dim: channels per head of queries and keys, of positional queries,
-            and of values.
-        feedforward_dim: hidden channels of the second feed-forward; the first has 3/4 and the third 5/4 of them.
+        query_head_dim, pos_head_dim, value_head_dim: channels per head of queries and keys, of positional
+            queries, and of values.
+        feedforward_dim: hidden channels of the second feed-forward; the first has 3/4 and the third 5/4 of
+            them.
         dropout: dropout in the feed-forward modules.
         cnn_module_kernel: odd width of the depthwise convolutions.
         causal: use chunk-causal convolutions.
-        attention_skip_rate: the probability, in training, that a sequence skips the modules that use attention.
-        conv_skip_rate, ff2_skip_rate, ff3_skip_rate: the same for a convolution, for the second and for the third
-            feed-forward.
+        attention_skip_rate: the probability, in training, that a sequence skips the modules that use
+            attention.
+        conv_skip_rate, ff2_skip_rate, ff3_skip_rate: the same for a convolution, for the second and for the
+            third feed-forward.
         const_attention_rate: the probability, in training, that NonlinAttention gets constant weights.
         bypass_skip_rate: the probability, in training, that a sequence skips the layer.
     """
@@ -161,7 +163,8 @@ class ZipformerEncoderLayer(nn.Module):
             src: (T, batch, embed_dim).
             pos_emb: (1 or batch, 2 T - 1, pos_dim).
             chunk_size: frames per chunk of the convolutions; -1 for no chunks.
-            attn_mask: bool (T, T) or (batch, T, T), True where target (row) may not attend to source (column).
+            attn_mask: bool (T, T) or (batch, T, T), True where target (row) may not attend to source
+                (column).
             src_key_padding_mask: bool (batch, T), True for padding.
 
         Returns:
@@ -224,7 +227,8 @@ class ZipformerEncoderLayer(nn.Module):
             cached_val1, cached_val2: (L, batch, heads * value_head_dim).
             cached_conv1, cached_conv2: (batch, embed_dim, cnn_module_kernel // 2).
             left_context_len: frames of left context.
-            src_key_padding_mask: bool (batch, L + T), True for padding and for context that does not exist yet.
+            src_key_padding_mask: bool (batch, L + T), True for padding and for context that does not exist
+                yet.
 
         Returns:
             (T, batch, embed_dim), and the next six caches, in the order of the arguments.
@@ -272,7 +276,7 @@ class ZipformerEncoderLayer(nn.Module):
         return (torch.rand(x.shape[1], 1, device=x.device) > dropout_rate).to(x.dtype)
 
     def sequence_dropout(self, x: Tensor, dropout_rate: float) -> Tensor:
-        """Sets whole sequences of x, (T, batch, channels), to zero at the given rate, without rescaling the rest."""
+        """Zeroes whole sequences of x, (T, batch, channels), at a given rate; the rest is not rescaled."""
         return _drop(x, self.get_sequence_dropout_mask(x, dropout_rate))
 
 

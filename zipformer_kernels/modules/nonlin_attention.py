@@ -43,7 +43,10 @@ class NonlinAttention(nn.Module):
             num_groups=1, whitening_limit=whitening_schedule(5.0), prob=(0.025, 0.25), grad_scale=0.01
         )
         self.whiten2 = Whiten(
-            num_groups=1, whitening_limit=whitening_schedule(5.0, ratio=3.0), prob=(0.025, 0.25), grad_scale=0.01
+            num_groups=1,
+            whitening_limit=whitening_schedule(5.0, ratio=3.0),
+            prob=(0.025, 0.25),
+            grad_scale=0.01,
         )
 
     def forward(self, x: Tensor, attn_weights: Tensor) -> Tensor:

@@ -14,9 +14,9 @@ from zipformer_kernels.training.randomness import being_traced
 class CompactRelPositionalEncoding(nn.Module):
     """Fourier features of a compressed relative offset, so that a few dozen channels suffice for any length.
 
-    An offset t is compressed to c(t) = sqrt(D) sign(t) (log(|t| + sqrt(D)) - log sqrt(D)), of slope 1 at 0, and then
-    mapped into a finite interval by a(t) = atan(2 pi c(t) / (length_factor D)). Channels 2k and 2k + 1 are
-    cos((k + 1) a) and sin((k + 1) a); the last channel is 1 instead, for a bias. D is `embed_dim`.
+    An offset t is compressed to c(t) = sqrt(D) sign(t) (log(|t| + sqrt(D)) - log sqrt(D)), of slope 1 at 0,
+    and then mapped into a finite interval by a(t) = atan(2 pi c(t) / (length_factor D)). Channels 2k and 2k +
+    1 are cos((k + 1) a) and sin((k + 1) a); the last channel is 1 instead, for a bias. D is `embed_dim`.
 
     The table is computed in float32 whatever the model's dtype, and cached.
 

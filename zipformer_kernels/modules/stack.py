@@ -24,7 +24,8 @@ class ZipformerEncoder(nn.Module):
         dropout: accepted as upstream has it; it changes nothing.
         warmup_begin, warmup_end: batches between which the layers, one after the other, go from
             `initial_layerdrop_rate` to `final_layerdrop_rate`.
-        initial_layerdrop_rate, final_layerdrop_rate: the probability, in training, that a sequence skips a layer.
+        initial_layerdrop_rate, final_layerdrop_rate: the probability, in training, that a sequence skips a
+            layer.
 
     Raises:
         ValueError: not 0 <= warmup_begin <= warmup_end.
@@ -71,7 +72,8 @@ class ZipformerEncoder(nn.Module):
             src: (T, batch, channels).
             chunk_size: frames per chunk of the convolutions; -1 for no chunks.
             feature_mask: multiplies src and every layer's result; broadcasts with (T, batch, channels).
-            attn_mask: bool (T, T) or (batch, T, T), True where target (row) may not attend to source (column).
+            attn_mask: bool (T, T) or (batch, T, T), True where target (row) may not attend to source
+                (column).
             src_key_padding_mask: bool (batch, T), True for padding.
 
         Returns:
@@ -105,7 +107,8 @@ class ZipformerEncoder(nn.Module):
             src: (T, batch, channels).
             states: six caches for each layer, see `ZipformerEncoderLayer.streaming_forward`.
             left_context_len: frames of left context L.
-            src_key_padding_mask: bool (batch, L + T), True for padding and for context that does not exist yet.
+            src_key_padding_mask: bool (batch, L + T), True for padding and for context that does not exist
+                yet.
 
         Returns:
             (T, batch, channels), and the next `states`.
@@ -115,7 +118,9 @@ class ZipformerEncoder(nn.Module):
         """
         if len(states) != STATES_PER_LAYER * self.num_layers:
             wanted = STATES_PER_LAYER * self.num_layers
-            raise ValueError(f"states: wanted {wanted} tensors for {self.num_layers} layers, got {len(states)}")
+            raise ValueError(
+                f"states: wanted {wanted} tensors for {self.num_layers} layers, got {len(states)}"
+            )
         pos_emb = self.encoder_pos(src, left_context_len)
         new_states: list[Tensor] = []
         for i, layer in enumerate(self.layers):
@@ -140,7 +145,9 @@ class DownsampledZipformerEncoder(nn.Module):
         dropout, causal: passed to `SimpleDownsample`.
     """
 
-    def __init__(self, encoder: nn.Module, dim: int, downsample: int, dropout: FloatLike, causal: bool) -> None:
+    def __init__(
+        self, encoder: nn.Module, dim: int, downsample: int, dropout: FloatLike, causal: bool
+    ) -> None:
         super().__init__()
         self.downsample_factor = downsample
         self.downsample = SimpleDownsample(dim, downsample, dropout, causal)

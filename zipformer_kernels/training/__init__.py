@@ -1,8 +1,13 @@
-"""What shapes gradients in training and leaves the forward pass alone: schedules, balancers, whitening, dropout."""
+"""What Zipformer needs in training only: schedules, balancers, whitening, dropout, limits on parameters."""
 
 from zipformer_kernels.training.balancer import Balancer
 from zipformer_kernels.training.dropout import Dropout2, Dropout3
-from zipformer_kernels.training.gradients import ScaleGrad, limit_param_value, penalize_abs_values_gt, scale_grad
+from zipformer_kernels.training.gradients import (
+    ScaleGrad,
+    limit_param_value,
+    penalize_abs_values_gt,
+    scale_grad,
+)
 from zipformer_kernels.training.schedule import FloatLike, PiecewiseLinear, ScheduledFloat
 from zipformer_kernels.training.whiten import Whiten, whitening_schedule
 

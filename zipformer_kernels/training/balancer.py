@@ -17,14 +17,15 @@ TINY = 1.0e-20  # below this a variance or mean square counts as constant and ge
 
 
 class Balancer(nn.Module):
-    """The identity; on a random part of the calls its backward pushes badly behaved channels back into limits.
+    """The identity; on a random part of the calls its backward pushes badly behaved channels back into
+    limits.
 
-    Limits are given as the proportion of positive values and the mean absolute value of a channel; for a normal
-    distribution they amount to limits on mean / stddev and on the RMS, which is what the gradient works on. See
-    `balanced_gradient` for the maths, and the Zipformer paper (arXiv:2310.11230), appendix A.3.
+    Limits are given as the proportion of positive values and the mean absolute value of a channel; for a
+    normal distribution they amount to limits on mean / stddev and on the RMS, which is what the gradient
+    works on. See `balanced_gradient` for the maths, and the Zipformer paper (arXiv:2310.11230), appendix A.3.
 
-    As in upstream it acts whenever x requires a gradient, in eval mode too. Unlike upstream it never skips itself
-    because much GPU memory is allocated, which would make a run depend on what else the process holds.
+    As in upstream it acts whenever x requires a gradient, in eval mode too. Unlike upstream it never skips
+    itself because much GPU memory is allocated, which would make a run depend on what else the process holds.
 
     Args:
         num_channels: the size of x along `channel_dim`.
@@ -32,8 +33,8 @@ class Balancer(nn.Module):
         min_positive, max_positive: limits on the proportion of positive values of a channel.
         min_abs, max_abs: limits on the mean absolute value of a channel.
         grad_scale: the RMS of the added gradient, relative to the gradient that arrives.
-        prob: the probability of acting on a call; one draw of Python's ``random`` a call. By default 0.5 at the
-            start of training, 0.125 from batch 8000 on.
+        prob: the probability of acting on a call; one draw of Python's ``random`` a call. By default 0.5 at
+            the start of training, 0.125 from batch 8000 on.
     """
 
     def __init__(
@@ -68,7 +69,8 @@ class Balancer(nn.Module):
             return x
         if x.shape[self.channel_dim] != self.num_channels:
             raise ValueError(
-                f"x: wanted {self.num_channels} channels along dimension {self.channel_dim}, got {tuple(x.shape)}"
+                f"x: wanted {self.num_channels} channels along dimension {self.channel_dim}, "
+                f"got {tuple(x.shape)}"
             )
         balance = partial(
             balanced_gradient,
@@ -95,13 +97,14 @@ def balanced_gradient(
 ) -> Tensor:
     """The gradient of x, changed to bring each channel's mean / stddev and RMS back into their limits.
 
-    For one channel let m = mean / stddev and r its RMS. The loss is |m - clamp(m)| + |log(clamp(r) / r)|. With
-    z = (x - mean) / stddev, w = variance / r^2, and a = sign(m - clamp(m)), b = sign(clamp(r) - r), its gradient is
+    For one channel let m = mean / stddev and r its RMS. The loss is |m - clamp(m)| + |log(clamp(r) / r)|.
+    With z = (x - mean) / stddev, w = variance / r^2, and a = sign(m - clamp(m)), b = sign(clamp(r) - r), its
+    gradient is
 
         (a - b w m) + (-a m - b w) z        (times 1 / (N stddev), a constant of the channel),
 
-    which has RMS sqrt(level^2 + slope^2), level and slope being the two brackets. Scaled to RMS `grad_scale` and
-    multiplied elementwise by |grad|, an estimate of each element's own scale, it is added to `grad`.
+    which has RMS sqrt(level^2 + slope^2), level and slope being the two brackets. Scaled to RMS `grad_scale`
+    and multiplied elementwise by |grad|, an estimate of each element's own scale, it is added to `grad`.
 
     Args:
         grad, x: same shape; computed in float32 (float64 for float64) and returned in the dtype of `grad`.
@@ -122,19 +125,22 @@ def balanced_gradient(
     rms_push = (rms.clamp(min_rms, max_rms) - rms).sign() * (square >= TINY) * (stddev / rms).square()
     level = mean_push - rms_push * ratio
     slope = -mean_push * ratio * (variance >= TINY) - rms_push
-    scale = grad_scale / (level.square() + slope.square() * (variance / stddev.square())).sqrt().clamp(min=TINY)
+    scale = grad_scale / (level.square() + slope.square() * (variance / stddev.square())).sqrt().clamp(
+        min=TINY
+    )
 
     direction = (x - mean) * (slope * scale / stddev) + level * scale
     return torch.addcmul(wide_grad, wide_grad.abs(), direction).to(grad.dtype)
 
 
 def _abs_to_rms(mean_abs: float) -> float:
-    """The RMS of a normal variable of zero mean whose mean absolute value is given: sqrt(pi / 2) times that."""
+    """The RMS of a zero-mean normal variable of the given mean absolute value: sqrt(pi / 2) times that."""
     return 1.25331413732 * mean_abs
 
 
 def _proportion_to_mean(proportion: float) -> float:
-    """About the mean / stddev at which a normal variable is positive that often: 0.814 atanh(2 proportion - 1).
+    """About the mean / stddev at which a normal variable is positive that often: 0.814 atanh(2 proportion -
+    1).
 
     Crude in the tails; upstream's constants, which every trained model has seen.
     """

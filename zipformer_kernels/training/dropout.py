@@ -1,4 +1,4 @@
-"""Dropout with a scheduled rate, per element (Dropout2) or with one mask shared along a dimension (Dropout3)."""
+"""Dropout with a scheduled rate: of elements (Dropout2), or of whole lines along a dimension (Dropout3)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Dropout2(nn.Module):
 class Dropout3(nn.Module):
     """Dropout that keeps or drops whole lines of x along `shared_dim` (say, a channel for a whole utterance).
 
-    Upstream lets no gradient through where its output happens to be exactly zero; here the mask alone decides.
+    Upstream lets no gradient through where its output happens to be exactly zero; here the mask alone
+    decides.
 
     Args:
         p: the rate, or its schedule.

@@ -1,4 +1,4 @@
-"""Identities whose gradient is not the identity: limits on parameters, penalties on activations, scaled gradients."""
+"""Identities that change the gradient: limits on parameters, penalties on activations, scaling."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from zipformer_kernels.training.randomness import logging_draw
 def limit_param_value(x: Tensor, min: float, max: float, prob: float = 0.6, training: bool = True) -> Tensor:
     """Returns x; with probability `prob`, turns the gradients that would push x further out of [min, max].
 
-    Where x < min every gradient becomes negative, and where x > max positive, so that descent leads back inside.
+    Where x < min every gradient becomes negative, and where x > max positive, so that descent leads back
+    inside.
 
     Args:
         x: usually a parameter.
@@ -40,8 +41,8 @@ def limit_param_value(x: Tensor, min: float, max: float, prob: float = 0.6, trai
 def penalize_abs_values_gt(x: Tensor, limit: float, penalty: float, name: str | None = None) -> Tensor:
     """Returns x; its gradient gains that of the loss ``penalty * relu(abs(x) - limit).sum()``.
 
-    A failsafe against implausible attention scores, not a regulariser: the loss it adds is not scaled by the loss
-    scale of mixed precision.
+    A failsafe against implausible attention scores, not a regulariser: the loss it adds is not scaled by the
+    loss scale of mixed precision.
 
     Args:
         x: any float tensor.

@@ -103,8 +103,8 @@ class PiecewiseLinear:
 class ScheduledFloat(nn.Module):
     """A number that follows a schedule over the training's batch count; read it with ``float(...)``.
 
-    It is a module only to be found by ``model.modules()``: the training loop writes `batch_count` (and, for logs,
-    `name`) into every module that has such an attribute. It has no parameters and no forward.
+    It is a module only to be found by ``model.modules()``: the training loop writes `batch_count` (and, for
+    logs, `name`) into every module that has such an attribute. It has no parameters and no forward.
 
     Args:
         *args: knots (batch count, value), as for `PiecewiseLinear`.
@@ -147,5 +147,5 @@ FloatLike = float | ScheduledFloat
 
 
 def _parts(value: FloatLike) -> tuple[float | PiecewiseLinear, float]:
-    """The schedule and the default of a number; a plain number adds nothing to a default, as upstream has it."""
+    """The schedule and the default of a number; as upstream has it, a plain number leaves defaults alone."""
     return (value.schedule, value.default) if isinstance(value, ScheduledFloat) else (value, 0.0)

@@ -23,12 +23,14 @@ def whitening_schedule(limit: float, ratio: float = 2.0) -> ScheduledFloat:
 
 
 class Whiten(nn.Module):
-    """The identity; on a random part of the calls its backward pushes the features towards a white covariance.
+    """The identity; on a random part of the calls its backward pushes the features towards a white
+    covariance.
 
-    With C the covariance of the features in their groups, the metric is mean(eigenvalues^2) / mean(eigenvalues)^2:
-    1 for perfectly white features. While it is over `whitening_limit`, its gradient, scaled to `grad_scale` times the
-    norm of the gradient that arrives, is added, and the module acts with probability `max_prob`; under the limit
-    nothing is added and it looks only with `min_prob`. See the Zipformer paper (arXiv:2310.11230), appendix A.4.
+    With C the covariance of the features in their groups, the metric is mean(eigenvalues^2) /
+    mean(eigenvalues)^2: 1 for perfectly white features. While it is over `whitening_limit`, its gradient,
+    scaled to `grad_scale` times the norm of the gradient that arrives, is added, and the module acts with
+    probability `max_prob`; under the limit nothing is added and it looks only with `min_prob`. See the
+    Zipformer paper (arXiv:2310.11230), appendix A.4.
 
     As in upstream it acts whenever x requires a gradient, in eval mode too. Reading the metric to choose the
     probability makes the host wait for the device, on the calls where it acts.
@@ -74,7 +76,9 @@ class Whiten(nn.Module):
         if random.random() > self.prob or grad_scale == 0:
             return x
         if x.shape[-1] % self.num_groups:
-            raise ValueError(f"x: wanted channels in {self.num_groups} equal groups, got {x.shape[-1]} channels")
+            raise ValueError(
+                f"x: wanted channels in {self.num_groups} equal groups, got {x.shape[-1]} channels"
+            )
         return gradient_hook(x, self._whitened_gradient, x)
 
     def _whitened_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
@@ -100,8 +104,8 @@ def grouped_covariance(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
         num_groups: divides the channels.
 
     Returns:
-        The centred features, (groups, frames, channels / groups), and the covariance, (groups, channels / groups,
-        channels / groups).
+        The centred features, (groups, frames, channels / groups), and the covariance, (groups, channels /
+        groups, channels / groups).
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     frames = x.reshape(-1, num_groups, x.shape[-1] // num_groups).transpose(0, 1)
@@ -110,7 +114,8 @@ def grouped_covariance(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
 
 
 def whitening_metric(covariance: Tensor) -> Tensor:
-    """mean(eigenvalues^2) / mean(eigenvalues)^2 over all groups: a scalar, 1 for white features and more otherwise.
+    """mean(eigenvalues^2) / mean(eigenvalues)^2 over all groups: a scalar, 1 for white features and more
+    otherwise.
 
     Args:
         covariance: (groups, channels, channels); no eigenvalue is computed, tr(C^2) and tr(C) suffice.
@@ -122,7 +127,8 @@ def whitening_metric(covariance: Tensor) -> Tensor:
 
 
 def whitening_direction(centred: Tensor, covariance: Tensor) -> Tensor:
-    """The gradient of the metric with respect to the features, up to a positive factor: X (C - tr(C^2) / tr(C) I).
+    """The gradient of the metric with respect to the features, up to a positive factor: X (C - tr(C^2) /
+    tr(C) I).
 
     Centring needs no term of its own: the result already has zero mean over the frames.
 

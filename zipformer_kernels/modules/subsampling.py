@@ -1,0 +1,248 @@
+"""The conv embed: from filterbank frames to half as many frames of the encoder's channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zipformer_kernels.modules.bias_norm import BiasNorm
+from zipformer_kernels.modules.scaled_init import ScaledConv2d
+from zipformer_kernels.modules.swoosh import SwooshL, SwooshR
+from zipformer_kernels.presets import FBANK_BINS, preset
+from zipformer_kernels.training import Balancer, Dropout3, FloatLike, ScaleGrad, ScheduledFloat, Whiten
+from zipformer_kernels.training.randomness import being_traced
+
+MIN_FRAMES = 9  # three unpadded 3 x 3 convolutions, one of stride 2 in time, leave (T - 7) // 2 frames
+
+
+class ConvNeXt(nn.Module):
+    """x + pointwise(SwooshL(pointwise(depthwise(x)))), after arXiv:2206.14747.
+
+    Args:
+        channels: channels of x.
+        hidden_ratio: how many times as many channels between the pointwise convolutions.
+        kernel_size: odd width of the depthwise convolution in time and frequency.
+        layerdrop_rate: the probability, in training, that a sequence skips the module; by default from 0.2 to
+            0.015 over 20000 batches.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden_ratio: int = 3,
+        kernel_size: tuple[int, int] = (7, 7),
+        layerdrop_rate: FloatLike | None = None,
+    ) -> None:
+        super().__init__()
+        self.padding = ((kernel_size[0] - 1) // 2, (kernel_size[1] - 1) // 2)
+        if layerdrop_rate is None:
+            layerdrop_rate = ScheduledFloat((0.0, 0.2), (20000.0, 0.015))
+        self.layerdrop_rate = layerdrop_rate
+        hidden = channels * hidden_ratio
+        self.depthwise_conv = nn.Conv2d(
+            channels, channels, kernel_size=kernel_size, groups=channels, padding=self.padding
+        )
+        self.pointwise_conv1 = nn.Conv2d(channels, hidden, kernel_size=1)
+        self.hidden_balancer = Balancer(
+            hidden,
+            channel_dim=1,
+            min_positive=0.3,
+            max_positive=1.0,
+            min_abs=0.75,
+            max_abs=5.0,
+        )
+        self.activation = SwooshL()
+        self.pointwise_conv2 = ScaledConv2d(hidden, channels, kernel_size=1, initial_scale=0.01)
+        self.out_balancer = Balancer(
+            channels,
+            channel_dim=1,
+            min_positive=0.4,
+            max_positive=0.6,
+            min_abs=1.0,
+            max_abs=6.0,
+        )
+        self.out_whiten = Whiten(num_groups=1, whitening_limit=5.0, prob=(0.025, 0.25), grad_scale=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (batch, channels, T, frequencies) to the same shape."""
+        keep = None
+        if self.training:
+            layerdrop_rate = float(self.layerdrop_rate)
+            if layerdrop_rate != 0.0:
+                keep = torch.rand((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device) > layerdrop_rate
+        y = self._after_depthwise(self.depthwise_conv(x))
+        if keep is not None:
+            y = y * keep
+        x = self.out_balancer(x + y)
+        if x.requires_grad:
+            x = self.out_whiten(x.transpose(1, 3)).transpose(1, 3)  # it wants channels last
+        return x
+
+    def streaming_forward(self, x: Tensor, cached_left_pad: Tensor) -> tuple[Tensor, Tensor]:
+        """One chunk of a stream; P is ``padding[0]``, the frames the convolution sees to either side.
+
+        Args:
+            x: (batch, channels, T + P, frequencies): the chunk, then the first P frames of the next one.
+            cached_left_pad: (batch, channels, P, frequencies), the frames before the chunk.
+
+        Returns:
+            (batch, channels, T, frequencies), and the next `cached_left_pad`.
+        """
+        pad, freq_pad = self.padding
+        if cached_left_pad.shape[2] != pad:
+            raise ValueError(
+                f"cached_left_pad: wanted {pad} frames along dimension 2, got {tuple(cached_left_pad.shape)}"
+            )
+        frames = x.shape[2] - pad
+        joined = torch.cat([cached_left_pad, x], dim=2)
+        conv = self.depthwise_conv
+        y = F.conv2d(joined, conv.weight, conv.bias, padding=(0, freq_pad), groups=conv.groups)
+        return x[:, :, :frames] + self._after_depthwise(y), joined[:, :, frames : frames + pad]
+
+    def _after_depthwise(self, x: Tensor) -> Tensor:
+        return self.pointwise_conv2(self.activation(self.hidden_balancer(self.pointwise_conv1(x))))
+
+
+class Conv2dSubsampling(nn.Module):
+    """Three convolutions, one ConvNeXt block, a linear layer and a BiasNorm: T frames become (T - 7) // 2.
+
+    Args:
+        in_channels: filterbank bins, at least 7.
+        out_channels: channels of the result.
+        layer1_channels, layer2_channels, layer3_channels: channels of the three convolutions.
+        dropout: dropout on the result, with a mask shared over time.
+
+    Raises:
+        ValueError: fewer than 7 `in_channels`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        layer1_channels: int = 8,
+        layer2_channels: int = 32,
+        layer3_channels: int = 128,
+        dropout: FloatLike = 0.1,
+    ) -> None:
+        super().__init__()
+        if in_channels < 7:
+            raise ValueError(f"in_channels must be at least 7, got {in_channels}")
+        self.conv = nn.Sequential(
+            nn.Conv2d(1, layer1_channels, kernel_size=3, padding=(0, 1)),  # (time, frequency)
+            ScaleGrad(0.2),
+            Balancer(layer1_channels, channel_dim=1, max_abs=1.0),
+            SwooshR(),
+            nn.Conv2d(layer1_channels, layer2_channels, kernel_size=3, stride=2),
+            Balancer(layer2_channels, channel_dim=1, max_abs=4.0),
+            SwooshR(),
+            nn.Conv2d(layer2_channels, layer3_channels, kernel_size=3, stride=(1, 2)),
+            Balancer(layer3_channels, channel_dim=1, max_abs=4.0),
+            SwooshR(),
+        )
+        self.convnext = ConvNeXt(layer3_channels, kernel_size=(7, 7))
+        self.in_channels = in_channels
+        self.out_width = (((in_channels - 1) // 2) - 1) // 2
+        self.layer3_channels = layer3_channels
+        self.out = nn.Linear(self.out_width * layer3_channels, out_channels)
+        # There is only one, so its gradient can afford a larger scale than that of those in the layers.
+        self.out_whiten = Whiten(
+            num_groups=1,
+            whitening_limit=ScheduledFloat((0.0, 4.0), (20000.0, 8.0), default=4.0),
+            prob=(0.025, 0.25),
+            grad_scale=0.02,
+        )
+        self.out_norm = BiasNorm(out_channels)
+        self.dropout = Dropout3(dropout, shared_dim=1)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> Conv2dSubsampling:
+        """The conv embed for `Zipformer.from_preset(name)`, with fresh weights, from 80 filterbank bins.
+
+        Args:
+            name: "S", "M" or "L".
+            **overrides: other arguments of `Conv2dSubsampling`, in place of the preset's.
+
+        Raises:
+            ValueError: there is no such preset.
+        """
+        arguments = {
+            "in_channels": FBANK_BINS,
+            "out_channels": preset(name)["encoder_dim"][0],
+            "dropout": ScheduledFloat((0.0, 0.3), (20000.0, 0.1)),
+        }
+        return cls(**{**arguments, **overrides})
+
+    def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeds whole sequences.
+
+        Args:
+            x: (batch, T, in_channels), T at least 9.
+            x_lens: (batch,), the frames of each sequence before padding; the longest must fill x. That is
+                checked where it costs no wait, for lengths on the CPU.
+
+        Returns:
+            (batch, (T - 7) // 2, out_channels), and the lengths (batch,).
+
+        Raises:
+            ValueError: a shape or the longest length does not fit.
+        """
+        self._check_input(x, x_lens, MIN_FRAMES)
+        x = self.convnext(self.conv(x.unsqueeze(1)))
+        x = self.dropout(self.out_norm(self.out_whiten(self.out(_flatten_frequencies(x)))))
+        return x, _checked_lengths((x_lens - 7) // 2, x)
+
+    def streaming_forward(
+        self, x: Tensor, x_lens: Tensor, cached_left_pad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Embeds one chunk of a batch of streams; P is ``convnext.padding[0]``, 3.
+
+        Args:
+            x: (batch, T, in_channels); the next chunk starts 2 ((T - 7) // 2 - P) frames later.
+            x_lens: (batch,), the frames of each sequence before padding; as for `forward`.
+            cached_left_pad: from `get_init_states` or the last chunk.
+
+        Returns:
+            (batch, (T - 7) // 2 - P, out_channels), the lengths (batch,), and the next `cached_left_pad`.
+
+        Raises:
+            ValueError: a shape or the longest length does not fit.
+        """
+        pad = self.convnext.padding[0]
+        self._check_input(x, x_lens, MIN_FRAMES + 2 * pad)
+        x, cached_left_pad = self.convnext.streaming_forward(self.conv(x.unsqueeze(1)), cached_left_pad)
+        x = self.out_norm(self.out(_flatten_frequencies(x)))
+        return x, _checked_lengths((x_lens - 7) // 2 - pad, x), cached_left_pad
+
+    def get_init_states(self, batch_size: int = 1, device: torch.device | str = "cpu") -> Tensor:
+        """`cached_left_pad` before the first chunk: zeros (batch, layer3_channels, P, frequencies)."""
+        shape = (batch_size, self.layer3_channels, self.convnext.padding[0], self.out_width)
+        return torch.zeros(shape, dtype=self.out.weight.dtype, device=device)
+
+    def _check_input(self, x: Tensor, x_lens: Tensor, min_frames: int) -> None:
+        if x.ndim != 3 or x.shape[2] != self.in_channels or x.shape[1] < min_frames:
+            raise ValueError(
+                f"x: wanted (batch, frames, {self.in_channels}) with at least {min_frames} frames, "
+                f"got {tuple(x.shape)}"
+            )
+        if x_lens.shape != (x.shape[0],):
+            raise ValueError(
+                f"x_lens: wanted one length for each of {x.shape[0]} sequences, got {tuple(x_lens.shape)}"
+            )
+
+
+def _flatten_frequencies(x: Tensor) -> Tensor:
+    """From (batch, channels, T, frequencies) to (batch, T, channels * frequencies)."""
+    return x.transpose(1, 2).flatten(2)
+
+
+def _checked_lengths(lengths: Tensor, x: Tensor) -> Tensor:
+    if lengths.device.type == "cpu" and len(lengths) and not being_traced() and lengths.max() != x.shape[1]:
+        raise ValueError(
+            f"x_lens: wanted the longest sequence to fill x, got {int(lengths.max())} output frames for it "
+            f"and {x.shape[1]} for x"
+        )
+    return lengths
