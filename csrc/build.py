@@ -71,7 +71,9 @@ def python_flags() -> list[str]:
     return [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
 
 
-def build(output: Path, work: Path, *, cuda: bool = False, emulator: bool = False, verbose: bool = False) -> None:
+def build(
+    output: Path, work: Path, *, cuda: bool = False, emulator: bool = False, verbose: bool = False
+) -> None:
     """Compiles and links the extension module to `output`, with object files under `work`.
 
     Args:

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from zipformer_kernels import backend as backends
 
@@ -114,7 +113,9 @@ class Op:
 
     def explain(self, *args: Any, backend: str | None = None) -> str:
         """Says which backend a call gets, and why each other one would not serve it."""
-        lines = [f"{self.name}: runs on {self.select(backend, *args)!r} (asked for: {backends.requested(backend)!r})"]
+        lines = [
+            f"{self.name}: runs on {self.select(backend, *args)!r} (asked for: {backends.requested(backend)!r})"
+        ]
         for name in backends.BACKENDS:
             reason = self.unsupported(name, *args)
             lines.append(f"  {name:7}{'available' if reason is None else 'no: ' + reason}")
@@ -129,7 +130,9 @@ class Op:
         if torch.compiler.is_compiling():
             return self._traced(*args, backend=backend)
         launchers = self.backends[self.select(backend, *args)]
-        if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.tensors):
+        if torch.is_grad_enabled() and any(
+            args[i] is not None and args[i].requires_grad for i in self.tensors
+        ):
             return _Function.apply(self, launchers, *args)
         return self._results(_without_autocast(launchers.forward, *args))
 
@@ -173,6 +176,16 @@ class Op:
             spread[i] = gradient
         return spread
 
+    def _reference_backward(
+        self, needs: Sequence[bool], grads: Sequence[Tensor], saved: Sequence[Tensor], *args: Any
+    ) -> tuple[Tensor | None, ...]:
+        """Launchers' backward, differentiable, through the reference."""
+        outputs = self.reference(*args)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        wanted = [args[i] for i, need in zip(self.tensors, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=True, allow_unused=True))
+        return tuple(next(found) if need else None for need in needs)
+
     # ---- the operators behind tracing ----
 
     def _define(self, schema: str, kinds: Sequence[str], names: Sequence[str], extras: int) -> None:
@@ -196,7 +209,9 @@ class Op:
         torch.library.register_autograd(
             qualified, self._operator_gradient, setup_context=self._operator_context, lib=_LIBRARY
         )
-        torch.library.impl(qualified + "_backward", "CompositeExplicitAutograd", self._backward_operator, lib=_LIBRARY)
+        torch.library.impl(
+            qualified + "_backward", "CompositeExplicitAutograd", self._backward_operator, lib=_LIBRARY
+        )
         torch.library.register_fake(qualified + "_backward", self._backward_fake, lib=_LIBRARY)
 
     def _operator(self, *args: Any) -> Any:
@@ -267,13 +282,13 @@ class _Function(torch.autograd.Function):
         return op._results(results)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         op, kept = ctx.op, ctx.saved_tensors
         needs = tuple(ctx.needs_input_grad[2 + i] for i in op.tensors)
         saved, args = kept[len(op.saved) :], op._arguments(kept, ctx.values)
-        gradients = _without_autocast(ctx.launchers.backward, needs, grads, saved, *args)
-        return None, None, *op._spread(gradients)
+        # With create_graph=True the gradients themselves are differentiated: the kernels' cannot be, the reference's can.
+        launch = op._reference_backward if torch.is_grad_enabled() else ctx.launchers.backward
+        return None, None, *op._spread(_without_autocast(launch, needs, grads, saved, *args))
 
 
 class _GradientHook(torch.autograd.Function):

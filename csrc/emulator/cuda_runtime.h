@@ -36,13 +36,9 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+extern dim3 threadIdx, blockIdx, blockDim, gridDim;  // of the fibre that is running
+
 namespace emulator {
-
-struct Position {
-  dim3 threadIdx, blockIdx, blockDim, gridDim;
-};
-
-extern Position here;  // of the fibre that is running
 
 void run(dim3 blocks, dim3 threads, size_t shared_bytes, const std::function<void()>& kernel);
 void* dynamic_shared();
@@ -63,11 +59,6 @@ T shuffle(unsigned mask, T value, int source) {
 }
 
 }  // namespace emulator
-
-#define threadIdx (::emulator::here.threadIdx)
-#define blockIdx (::emulator::here.blockIdx)
-#define blockDim (::emulator::here.blockDim)
-#define gridDim (::emulator::here.gridDim)
 
 inline void __syncthreads() { emulator::block_barrier(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator::warp_exchange(mask, 0, emulator::lane()); }

@@ -1,11 +1,6 @@
 // The fibres, barriers and warp exchanges behind cuda_runtime.h.
 #include "cuda_runtime.h"
 
-#undef threadIdx
-#undef blockIdx
-#undef blockDim
-#undef gridDim
-
 #include <ucontext.h>
 
 #include <memory>
@@ -13,9 +8,9 @@
 #include <stdexcept>
 #include <vector>
 
-namespace emulator {
+dim3 threadIdx, blockIdx, blockDim, gridDim;
 
-Position here;
+namespace emulator {
 
 namespace {
 
@@ -111,7 +106,7 @@ void run_block(dim3 threads) {
     for (int k = 0; k < live; ++k) {
       current = turn % 2 == 0 ? k : live - 1 - k;
       if (fibres[current]->state != State::ready) continue;
-      here.threadIdx = fibres[current]->index;
+      threadIdx = fibres[current]->index;
       swapcontext(&scheduler, &fibres[current]->context);
       if (failure) throw std::runtime_error(failure);
     }
@@ -130,12 +125,12 @@ void run(dim3 blocks, dim3 threads, size_t shared_bytes, const std::function<voi
   while (int(fibres.size()) < live) fibres.push_back(std::make_unique<Fibre>());
   body = &kernel;
   failure = nullptr;
-  here.blockDim = threads;
-  here.gridDim = blocks;
+  blockDim = threads;
+  gridDim = blocks;
   for (unsigned z = 0; z < blocks.z; ++z) {
     for (unsigned y = 0; y < blocks.y; ++y) {
       for (unsigned x = 0; x < blocks.x; ++x) {
-        here.blockIdx = dim3(x, y, z);
+        blockIdx = dim3(x, y, z);
         shared.assign(shared_bytes, 0xff);  // NaN in every float format: a read before a write shows
         run_block(threads);
       }

@@ -74,5 +74,3 @@ def _backward(needs: tuple, grads: tuple, saved: tuple, x: Tensor, kind: str) ->
 
 
 launchers = Launchers(lambda x, kind: unsupported_dtype(x, GPU_DTYPES), _forward, _backward)
-
-

@@ -1,0 +1,102 @@
+"""Compiles every Triton kernel that an op's launchers launch, ahead of time and without a GPU.
+
+``python tests/aot.py OP TARGET`` runs the op's launchers, forward and backward, on CPU tensors of the op's small cases,
+for each dtype, with a driver that reports TARGET and compiles instead of launching. So kernels are compiled with just the
+specialisations that a launch would give them. Prints one JSON line per compiled kernel: name, registers and spills, as
+read from the binary.
+"""
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+class CompileOnly:
+    """A Triton driver with a target and nothing to run on."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def usage(kernel: object, target: str) -> dict:
+    """Registers and spilled bytes of a compiled kernel."""
+    if "amdgcn" in kernel.asm:
+        text = kernel.asm["amdgcn"]
+        number = {
+            key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")
+        }
+        return {"registers": number["vgpr_count"], "spills": number["vgpr_spill_count"]}
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    number = {key: int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")}
+    return {"registers": number["REG"], "spills": number["STACK"] + number["LOCAL"]}
+
+
+def compile_op(name: str, target: str) -> list[dict]:
+    """Compiles the kernels of op `name` for a target of `TARGETS`; returns what `usage` says of each."""
+    driver.set_active(CompileOnly(TARGETS[target]))
+    compiled = {}
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled[kernel.hash] = (self.fn.__name__, kernel)
+        return kernel
+
+    JITFunction.run = compile_only
+    launchers = importlib.import_module(f"zipformer_kernels.ops.{name}.triton").launchers
+    op = importlib.import_module(f"zipformer_kernels.ops.{name}")._op
+    cases = importlib.import_module(f"zipformer_kernels.ops.{name}.cases").CASES
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for case in cases:
+            if case.large:
+                continue
+            args = case.inputs(dtype, "cpu")
+            if launchers.supports(*args) is not None:
+                continue
+            with torch.no_grad():
+                results = launchers.forward(*args)
+                saved = op._keep(args, results)[len(op.saved) :]
+                kept = op._arguments([args[i] for i in op.saved], op._values(args))
+                needs = tuple(args[i] is not None and args[i].requires_grad for i in op.tensors)
+                launchers.backward(needs, results[: op.outputs], saved, *kept)
+    return [
+        {"kernel": kernel, "target": target, **usage(built, target)} for kernel, built in compiled.values()
+    ]
+
+
+if __name__ == "__main__":
+    for row in compile_op(*sys.argv[1:]):
+        print(json.dumps(row))
