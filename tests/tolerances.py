@@ -1,0 +1,47 @@
+"""How far two computations of the same thing may lie apart: one table for all tests.
+
+Errors are measured against the RMS of the expected tensor, for single elements of a sum that cancels may lose all
+their digits and mean nothing by it.
+"""
+
+import math
+
+import torch
+
+# Ours against upstream: same maths, another order of operations. A chain of layers multiplies the epsilon (2e-16 and
+# 1e-7) by a few hundred at most.
+PARITY = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def rounding(dtype, terms=1):
+    """The error of a sum of `terms` products in `dtype`, relative to its RMS: eps * sqrt(terms), with a margin of 8.
+
+    Rounding errors of a sum in any order are independent, so they grow as the square root of their number; 8 standard
+    deviations are never seen.
+    """
+    return 8 * torch.finfo(dtype).eps * math.sqrt(terms)
+
+
+def relative_error(actual, expected):
+    """The largest error as a multiple of the RMS of `expected`; infinite for a NaN or where zeros were expected."""
+    if expected.numel() == 0:
+        return 0.0
+    difference = (actual.detach().double() - expected.detach().double()).abs().max().item()
+    if difference == 0.0:
+        return 0.0
+    rms = expected.detach().double().square().mean().sqrt().item()
+    return difference / rms if rms > 0 and math.isfinite(difference) else math.inf
+
+
+def assert_parity(actual, expected, tolerance, what):
+    """Same presence, shape, dtype, and values within `tolerance` of the RMS of `expected`."""
+    assert (actual is None) == (expected is None), f"{what}: got {actual}, wanted {expected}"
+    if expected is None:
+        return
+    assert actual.shape == expected.shape, f"{what}: got shape {actual.shape}, wanted {expected.shape}"
+    assert actual.dtype == expected.dtype, f"{what}: got {actual.dtype}, wanted {expected.dtype}"
+    if not expected.is_floating_point():
+        assert torch.equal(actual, expected), f"{what}: got {actual}, wanted {expected}"
+        return
+    error = relative_error(actual, expected)
+    assert error <= tolerance, f"{what}: off by {error:.1e} of the RMS, allowed {tolerance:.1e}"
