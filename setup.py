@@ -1,15 +1,18 @@
 """Builds the compiled module while the package is built; everything else stands in pyproject.toml.
 
-ZIPFORMER_KERNELS_BUILD chooses what is compiled: ``auto`` (CPU kernels if there is a C++ compiler, CUDA kernels too if
-there is nvcc), ``cpu``, ``cuda`` (an error if they cannot be built) or ``none``.
+ZIPFORMER_KERNELS_BUILD chooses what is compiled: ``auto`` (CPU kernels if there is a C++ compiler, CUDA
+kernels too if there is nvcc), ``cpu``, ``cuda`` (an error if they cannot be built) or ``none``. What was not
+built, and why, is written to ``zipformer_kernels/_build.json``, which ``zipformer-kernels info`` reads.
 """
 
+import json
 import os
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "csrc"))
@@ -18,19 +21,18 @@ import build as native  # noqa: E402
 MODES = ("auto", "cpu", "cuda", "none")
 
 
-def choose_mode() -> str:
-    """``cpu``, ``cuda`` or ``none``, from ZIPFORMER_KERNELS_BUILD and the compilers at hand."""
-    mode = os.environ.get("ZIPFORMER_KERNELS_BUILD", "auto")
-    if mode not in MODES:
-        raise SystemExit(f"ZIPFORMER_KERNELS_BUILD must be one of {', '.join(MODES)}, got {mode!r}")
-    if mode == "auto":
-        mode = "none" if native.cxx() is None else "cpu" if native.nvcc() is None else "cuda"
-        print(f"zipformer_kernels: ZIPFORMER_KERNELS_BUILD=auto builds {mode!r}")
-    if mode != "none" and native.cxx() is None:
-        raise SystemExit(f"ZIPFORMER_KERNELS_BUILD={mode} needs a C++ compiler: none is on the PATH or in CXX")
-    if mode == "cuda" and native.nvcc() is None:
-        raise SystemExit("ZIPFORMER_KERNELS_BUILD=cuda needs nvcc: none is on the PATH or in CUDA_HOME")
-    return mode
+def plan(requested: str) -> dict[str, str | None]:
+    """For each kind of kernels, ``cpu`` and ``cuda``, None if it is to be built, else the reason why not."""
+    if requested not in MODES:
+        raise SystemExit(f"ZIPFORMER_KERNELS_BUILD must be one of {', '.join(MODES)}, got {requested!r}")
+    unwanted = f"ZIPFORMER_KERNELS_BUILD was {requested!r}"
+    if requested == "none":
+        return {"cpu": unwanted, "cuda": unwanted}
+    faults = {"cpu": native.cpu_fault()}
+    faults["cuda"] = unwanted if requested == "cpu" else faults["cpu"] or native.cuda_fault()
+    if requested != "auto" and faults[requested] is not None:
+        raise SystemExit(f"ZIPFORMER_KERNELS_BUILD={requested} cannot be built: {faults[requested]}")
+    return faults
 
 
 class BuildNative(build_ext):
@@ -38,10 +40,27 @@ class BuildNative(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         output = Path(self.get_ext_fullpath(extension.name)).resolve()
-        work = Path(self.build_temp).resolve() / mode
-        native.build(output, work, cuda=mode == "cuda", verbose=True)
+        cuda = faults["cuda"] is None
+        # Editable installs build in a temporary folder; objects are kept, to compile only what changed.
+        work = ROOT / "build" if self.editable_mode else Path(self.build_temp).resolve()
+        native.build(output, work / ("cuda" if cuda else "cpu"), cuda=cuda, verbose=True)
 
 
-mode = choose_mode()
-extensions = [] if mode == "none" else [Extension("zipformer_kernels._native", sources=[])]
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative})
+class BuildPython(build_py):
+    """Adds the record of what is compiled."""
+
+    def run(self) -> None:
+        super().run()
+        package = Path("zipformer_kernels")
+        target = ROOT / package if self.editable_mode else Path(self.build_lib) / package
+        record = {"requested": requested, "not_built": faults}
+        (target / "_build.json").write_text(json.dumps(record, indent=1) + "\n")
+        if self.editable_mode and not extensions:
+            for stale in target.glob("_native.*"):
+                stale.unlink()
+
+
+requested = os.environ.get("ZIPFORMER_KERNELS_BUILD", "auto")
+faults = plan(requested)
+extensions = [] if faults["cpu"] else [Extension("zipformer_kernels._native", sources=[])]
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative, "build_py": BuildPython})

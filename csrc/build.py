@@ -1,6 +1,6 @@
-"""Compiles csrc/ into one extension module with ninja. setup.py and the tests (for the emulator) call `build`.
+"""Compiles csrc/ into one extension module with ninja: for setup.py, and for the tests in the emulator.
 
-Needs setuptools' Python headers, pybind11 and ninja; no torch. Every ``csrc/<op>/cpu.cpp`` is compiled once for each
+Needs Python's headers, pybind11 and ninja; no torch. Every ``csrc/<op>/cpu.cpp`` is compiled once for each
 instruction set of `ISAS`; every ``*.cu`` by nvcc, or for the emulator by the host compiler.
 """
 
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 CSRC = Path(__file__).parent
-CUDA_TARGETS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
+CUDA_TARGETS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{CSRC}"]
 CPU_FLAGS = ["-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
@@ -24,18 +27,66 @@ ISAS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
-NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-lineinfo", f"-I{CSRC}"]
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-Xcompiler",
+    "-fPIC,-fvisibility=hidden",
+    "-lineinfo",
+    "--threads",
+    "2",
+    f"-I{CSRC}",
+]
+LINK_FLAGS = ["-shared", "-Wl,-s"]
 
 
 def cxx() -> str | None:
     """The C++ compiler's command, or None if there is none."""
-    return os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    named = os.environ.get("CXX")
+    if named:
+        return named if shutil.which(shlex.split(named)[0]) else None
+    return shutil.which("g++") or shutil.which("clang++")
 
 
 def nvcc() -> str | None:
     """nvcc's path, or None if there is none."""
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc", path=f"{home}/bin" if home else None) or shutil.which("nvcc")
+
+
+def cpu_fault() -> str | None:
+    """Why the CPU kernels cannot be compiled here, or None if they can.
+
+    Tries the compiler on Python's headers and OpenMP.
+    """
+    compiler = cxx()
+    if compiler is None:
+        return "no C++ compiler is on the PATH or named by CXX"
+    flags = [*COMMON_FLAGS, "-fopenmp", python_include(), *LINK_FLAGS]
+    source = "#include <Python.h>\n#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n"
+    return _fault([*shlex.split(compiler), *flags], "probe.cpp", source)
+
+
+def cuda_fault() -> str | None:
+    """Why the CUDA kernels cannot be compiled here, or None if they can."""
+    compiler = nvcc()
+    if compiler is None:
+        return "no nvcc is on the PATH or in CUDA_HOME"
+    if not cuda_targets():
+        return f"{compiler} compiles for none of {', '.join(CUDA_TARGETS)}"
+    return _fault([compiler, "-std=c++17", "-c"], "probe.cu", "__global__ void probe() {}\n")
+
+
+def _fault(command: list[str], name: str, source: str) -> str | None:
+    """What a compiler has against a source file, in one line; None if it compiles."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / name).write_text(source)
+        result = subprocess.run([*command, name, "-o", "probe"], cwd=folder, capture_output=True, text=True)
+    if result.returncode == 0:
+        return None
+    lines = (result.stderr or result.stdout).splitlines()
+    wrong = next((line for line in lines if "error" in line), lines[-1] if lines else "no message")
+    return f"{command[0]} compiles no probe: {wrong.strip()}"
 
 
 def cuda_home(compiler: str) -> Path:
@@ -48,9 +99,22 @@ def cuda_home(compiler: str) -> Path:
 
 
 def cuda_targets() -> tuple[str, ...]:
-    """The compute capabilities to build for: TORCH_CUDA_ARCH_LIST, or all of `CUDA_TARGETS`."""
-    listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    return tuple(listed.replace(";", " ").split()) or CUDA_TARGETS
+    """The compute capabilities to build for: TORCH_CUDA_ARCH_LIST, or what nvcc knows of `CUDA_TARGETS`.
+
+    Raises:
+        ValueError: TORCH_CUDA_ARCH_LIST holds something else than ``9.0``, ``12.0+PTX`` and the like.
+    """
+    listed = tuple(os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split())
+    for target in listed:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", target):
+            raise ValueError(
+                f"TORCH_CUDA_ARCH_LIST: wanted capabilities such as 9.0 or 12.0+PTX, got {target!r}"
+            )
+    if listed:
+        return listed
+    known = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
+    targets = [target for target in CUDA_TARGETS if f"compute_{target.replace('.', '')}" in known]
+    return (*targets[:-1], f"{targets[-1]}+PTX") if targets else ()
 
 
 def gencode(targets: tuple[str, ...]) -> list[str]:
@@ -64,11 +128,16 @@ def gencode(targets: tuple[str, ...]) -> list[str]:
     return flags
 
 
+def python_include() -> str:
+    """The include flag for Python's headers."""
+    return f"-I{sysconfig.get_paths()['include']}"
+
+
 def python_flags() -> list[str]:
     """Include flags for Python and pybind11."""
     import pybind11
 
-    return [f"-I{sysconfig.get_paths()['include']}", f"-I{pybind11.get_include()}"]
+    return [python_include(), f"-I{pybind11.get_include()}"]
 
 
 def build(
@@ -114,9 +183,10 @@ def build(
     if emulator:
         compile_file(CSRC / "emulator/emulator.cpp", "cxx", [f"-I{CSRC / 'emulator'}"])
 
+    nvcc_flags = [*NVCC_FLAGS, *gencode(targets)] if cuda else []
     libraries = ["-fopenmp"]
     if cuda:
-        lib = next(d for d in (cuda_home(nvcc()) / name for name in ("lib64", "lib")) if d.is_dir())
+        lib = next(cuda_home(nvcc()).glob("**/libcudart_static.a")).parent
         libraries += [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
     work.mkdir(parents=True, exist_ok=True)
     (work / "build.ninja").write_text(
@@ -125,11 +195,11 @@ def build(
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = {nvcc()} {" ".join(NVCC_FLAGS)} {" ".join(gencode(targets)) if cuda else ""} -MD -MF $out.d -c $in -o $out
+  command = {nvcc()} {" ".join(nvcc_flags)} -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
-  command = {cxx()} -shared -Wl,-s $in {" ".join(libraries)} -o $out
+  command = {cxx()} {" ".join(LINK_FLAGS)} $in {" ".join(libraries)} -o $out
 {"".join(edges)}build {output.resolve()}: link {" ".join(objects)}
 """
     )

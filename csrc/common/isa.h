@@ -9,23 +9,23 @@ namespace zk {
 
 enum class Isa : int { baseline = 0, avx2 = 1, avx512 = 2 };
 
-Isa detected_isa();      // the best that this processor runs
-Isa current_isa();       // the one in use: detected, unless set_isa lowered it
-void set_isa(Isa isa);   // throws std::invalid_argument above detected_isa()
+Isa detected_isa();     // the best that this processor runs
+Isa current_isa();      // the one in use: detected, unless set_isa lowered it
+void set_isa(Isa isa);  // throws std::invalid_argument above detected_isa()
 
 }  // namespace zk
 
 #if defined(__x86_64__)
-#define ZK_DECLARE_CPU(name, Args)                      \
-  namespace baseline { void name(const Args& args); }   \
-  namespace avx2 { void name(const Args& args); }       \
-  namespace avx512 { void name(const Args& args); }     \
-  inline void name##_cpu(const Args& args) {            \
-    switch (current_isa()) {                            \
-      case Isa::avx512: return avx512::name(args);      \
-      case Isa::avx2: return avx2::name(args);          \
-      default: return baseline::name(args);             \
-    }                                                   \
+#define ZK_DECLARE_CPU(name, Args)                    \
+  namespace baseline { void name(const Args& args); } \
+  namespace avx2 { void name(const Args& args); }     \
+  namespace avx512 { void name(const Args& args); }   \
+  inline void name##_cpu(const Args& args) {          \
+    switch (current_isa()) {                          \
+      case Isa::avx512: return avx512::name(args);    \
+      case Isa::avx2: return avx2::name(args);        \
+      default: return baseline::name(args);           \
+    }                                                 \
   }
 #else
 #define ZK_DECLARE_CPU(name, Args)                    \

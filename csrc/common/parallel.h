@@ -5,8 +5,8 @@
 
 namespace zk {
 
-// Calls f(begin, end) on disjoint parts of [0, n) that cover it. Parts are multiples of `grain` but for the last; a range
-// within one grain stays on the calling thread, for starting threads costs more than it gains there.
+// Calls f(begin, end) on disjoint parts of [0, n) that cover it. Parts are multiples of `grain` but for the last; a
+// range within one grain stays on the calling thread, for starting threads costs more than it gains there.
 template <class F>
 void parallel_for(int64_t n, int64_t grain, int threads, F&& f) {
   int64_t grains = (n + grain - 1) / grain;

@@ -1,9 +1,10 @@
-// A stand-in for CUDA's header of the same name: runs kernels on the CPU so that tests can execute the .cu sources where
-// there is no GPU. A test tool, not a backend.
+// A stand-in for CUDA's header of the same name: runs kernels on the CPU so that tests can execute the .cu sources
+// where there is no GPU. A test tool, not a backend.
 //
 // The threads of a block are cooperative fibres of one OS thread; blocks run one after another. A fibre runs until it
-// finishes or waits at a barrier or a warp exchange. Fibres take turns in an order that changes from barrier to barrier,
-// so that code which lacks a barrier reads stale or poisoned values. Barriers that not all threads reach are an error.
+// finishes or waits at a barrier or a warp exchange. Fibres take turns in an order that changes from barrier to
+// barrier, so that code which lacks a barrier reads stale or poisoned values. Barriers that not all threads reach are
+// an error.
 #pragma once
 
 #include <cmath>

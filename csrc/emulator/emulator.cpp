@@ -30,8 +30,8 @@ struct Fibre {
 };
 
 std::vector<std::unique_ptr<Fibre>> fibres;
-int live;       // threads of the block that runs
-int current;    // the fibre that is running
+int live;     // threads of the block that runs
+int current;  // the fibre that is running
 ucontext_t scheduler;
 const std::function<void()>* body;
 const char* failure;  // what a fibre did wrong; it cannot throw across its own stack's end

@@ -14,13 +14,18 @@ static SwooshBackward backward_args(uintptr_t dy, uintptr_t x, uintptr_t dx, int
 }
 
 void bind_swoosh(pybind11::module_& m) {
-  m.def("swoosh_forward_cpu", [](uintptr_t x, uintptr_t y, int64_t n, int dtype, int kind, int threads) {
-    swoosh_forward_cpu(forward_args(x, y, n, dtype, kind, threads));
-  }, release_gil());
-  m.def("swoosh_backward_cpu",
-        [](uintptr_t dy, uintptr_t x, uintptr_t dx, int64_t n, int dtype, int kind, int threads) {
-          swoosh_backward_cpu(backward_args(dy, x, dx, n, dtype, kind, threads));
-        }, release_gil());
+  m.def(
+      "swoosh_forward_cpu",
+      [](uintptr_t x, uintptr_t y, int64_t n, int dtype, int kind, int threads) {
+        swoosh_forward_cpu(forward_args(x, y, n, dtype, kind, threads));
+      },
+      release_gil());
+  m.def(
+      "swoosh_backward_cpu",
+      [](uintptr_t dy, uintptr_t x, uintptr_t dx, int64_t n, int dtype, int kind, int threads) {
+        swoosh_backward_cpu(backward_args(dy, x, dx, n, dtype, kind, threads));
+      },
+      release_gil());
 #if ZK_WITH_CUDA
   m.def("swoosh_forward_cuda", [](uintptr_t x, uintptr_t y, int64_t n, int dtype, int kind, uintptr_t stream) {
     swoosh_forward_cuda(forward_args(x, y, n, dtype, kind, 0), pointer(stream));

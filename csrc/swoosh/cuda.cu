@@ -9,7 +9,8 @@ namespace {
 constexpr int threads = 256;
 constexpr int packs_per_thread = 2;
 
-// Applies body(i) to each i of the block's share of [0, count), `packs_per_thread` per thread, a stride of one block apart.
+// Applies body(i) to each i of the block's share of [0, count), `packs_per_thread` per thread, a stride of one block
+// apart.
 template <class Body>
 __device__ __forceinline__ void for_each_pack(int64_t count, Body body) {
   int64_t first = int64_t(blockIdx.x) * (threads * packs_per_thread) + threadIdx.x;
