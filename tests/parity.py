@@ -14,7 +14,7 @@ def seed_all(seed):
 
 
 def build_pair(our_class, their_class, *args, seed=0, dtype=torch.float64, **kwargs):
-    """Both modules, after a check that one seed gave them one set of weights; then perturbed to break symmetries."""
+    """Both modules, after a check that one seed gives both the same weights; then perturbed alike."""
     seed_all(seed)
     theirs = their_class(*args, **kwargs)
     drawn = (random.getstate(), torch.get_rng_state())
@@ -52,8 +52,8 @@ def run(module, seed, args, kwargs=None):
     """Forward and backward under a seed.
 
     Returns:
-        Everything to compare, by name: outputs, gradients of float inputs, gradients of parameters; and the states of
-        both random generators afterwards.
+        Everything to compare, by name: outputs, gradients of float inputs, gradients of parameters; and the
+        states of both random generators afterwards.
     """
     args = [
         a.detach().clone().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a

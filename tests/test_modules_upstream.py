@@ -1,4 +1,4 @@
-"""Every module alone against upstream's: weights from a seed, outputs, gradients and draws, in eval and in training."""
+"""Every module alone against upstream's: initial weights, outputs, gradients and draws."""
 
 import pytest
 import torch
@@ -12,16 +12,16 @@ from zipformer_kernels.modules.attention import constant_attention
 
 T, B, C = 13, 3, 16
 HEADS, QUERY, POSITION, VALUE, POS_DIM = 4, 6, 3, 5, 10
-LAYER = dict(
-    embed_dim=C,
-    pos_dim=POS_DIM,
-    num_heads=HEADS,
-    query_head_dim=QUERY,
-    pos_head_dim=POSITION,
-    value_head_dim=VALUE,
-    feedforward_dim=24,
-    cnn_module_kernel=7,
-)
+LAYER = {
+    "embed_dim": C,
+    "pos_dim": POS_DIM,
+    "num_heads": HEADS,
+    "query_head_dim": QUERY,
+    "pos_head_dim": POSITION,
+    "value_head_dim": VALUE,
+    "feedforward_dim": 24,
+    "cnn_module_kernel": 7,
+}
 
 
 def normal(*shape):
@@ -183,7 +183,7 @@ def test_training(case, batch_count):
 
 @pytest.mark.parametrize("case", ["layer", "layer, causal", "convolution", "attention, masked", "ConvNeXt"])
 def test_training_float32(case):
-    """Upstream as it is, with float32 inside Balancer and Whiten: cancelling sums there cost it some digits."""
+    """Upstream as it is, with float32 in Balancer and Whiten: cancelling sums cost it some digits."""
     ours, theirs, args, call = pair(case, torch.float32)
     for seed in range(6):
         assert_same_run(
@@ -230,7 +230,7 @@ def test_position_table_grows():
 
 
 def test_position_table_keeps_float32():
-    """Upstream rounds its table for good when it once meets half precision, and returns float32 when it grows."""
+    """Upstream rounds its table for good when it meets half precision, and returns float32 when it grows."""
     encoding = modules.CompactRelPositionalEncoding(POS_DIM, 0.0).eval()
     before = encoding(torch.zeros(T, 1, 1))
     assert encoding(torch.zeros(T, 1, 1, dtype=torch.float16)).dtype == torch.float16

@@ -1,29 +1,29 @@
 """How far two computations of the same thing may lie apart: one table for all tests.
 
-Errors are measured against the RMS of the expected tensor, for single elements of a sum that cancels may lose all
-their digits and mean nothing by it.
+Errors are measured against the RMS of the expected tensor, for single elements of a sum that cancels may lose
+all their digits and mean nothing by it.
 """
 
 import math
 
 import torch
 
-# Ours against upstream: same maths, another order of operations. A chain of layers multiplies the epsilon (2e-16 and
-# 1e-7) by a few hundred at most.
+# Ours against upstream: same maths, another order of operations. A chain of layers multiplies the epsilon
+# (2e-16 and 1e-7) by a few hundred at most.
 PARITY = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 def rounding(dtype, terms=1):
-    """The error of a sum of `terms` products in `dtype`, relative to its RMS: eps * sqrt(terms), with a margin of 8.
+    """The error of a sum of `terms` products in `dtype`, relative to its RMS: 8 eps sqrt(terms).
 
-    Rounding errors of a sum in any order are independent, so they grow as the square root of their number; 8 standard
-    deviations are never seen.
+    Rounding errors are independent, so they grow as the square root of their number; a deviation of 8 times
+    the standard one is never seen.
     """
     return 8 * torch.finfo(dtype).eps * math.sqrt(terms)
 
 
 def relative_error(actual, expected):
-    """The largest error as a multiple of the RMS of `expected`; infinite for a NaN or where zeros were expected."""
+    """The largest error as a multiple of the RMS of `expected`; infinite for NaN, or wanting zeros."""
     if expected.numel() == 0:
         return 0.0
     difference = (actual.detach().double() - expected.detach().double()).abs().max().item()

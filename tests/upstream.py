@@ -54,7 +54,8 @@ class _WideTorch(types.ModuleType):
 
 @contextlib.contextmanager
 def wide():
-    """Upstream's softmax, Balancer and Whiten cast to float32 in their backward; within this block to float64.
+    """Upstream's softmax, Balancer and Whiten cast to float32 in their backward; within this block to
+    float64.
 
     So models in float64 can be compared to the precision of float64, every mechanism included.
     """

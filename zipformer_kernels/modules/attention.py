@@ -263,7 +263,9 @@ def softmax(scores: Tensor) -> Tensor:
     """Softmax over the last dimension; under autocast the weights are kept in the autocast dtype."""
     weights = scores.softmax(dim=-1)
     device = scores.device.type
-    return weights.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weights
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return weights.to(torch.get_autocast_dtype(device))
+    return weights
 
 
 def select_relative(by_offset: Tensor) -> Tensor:

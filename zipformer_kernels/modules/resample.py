@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.training import FloatLike
+from zipformer_kernels.training.randomness import being_traced
 
 
 class SimpleDownsample(nn.Module):
@@ -31,11 +32,14 @@ class SimpleDownsample(nn.Module):
 
     def forward(self, src: Tensor) -> Tensor:
         """From (T, batch, channels) to (ceil(T / downsample), batch, channels)."""
-        missing = -src.shape[0] % self.downsample
-        if missing:
-            src = torch.cat([src, src[-1:].expand(missing, -1, -1)])
+        frames, factor = src.shape[0], self.downsample
+        length = (frames + factor - 1) // factor
+        if being_traced():  # a program for every length must not depend on what is missing
+            src = src[torch.arange(length * factor, device=src.device).clamp(max=frames - 1)]
+        elif frames % factor:
+            src = torch.cat([src, src[-1:].expand(length * factor - frames, -1, -1)])
         weights = self.bias.softmax(dim=0).reshape(-1, 1, 1)
-        return (src.unflatten(0, (-1, self.downsample)) * weights).sum(dim=1)
+        return (src.unflatten(0, (length, factor)) * weights).sum(dim=1)
 
 
 class SimpleUpsample(nn.Module):

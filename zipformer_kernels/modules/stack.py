@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 
+import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.modules.bypass import BypassModule
 from zipformer_kernels.modules.positional import CompactRelPositionalEncoding
 from zipformer_kernels.modules.resample import SimpleDownsample, SimpleUpsample
 from zipformer_kernels.training import FloatLike, ScheduledFloat
+from zipformer_kernels.training.randomness import being_traced
 
 STATES_PER_LAYER = 6
 
@@ -195,4 +197,8 @@ class DownsampledZipformerEncoder(nn.Module):
         return self._combine(src, output), states
 
     def _combine(self, src: Tensor, output: Tensor) -> Tensor:
-        return self.out_combiner(src, self.upsample(output)[: src.shape[0]])
+        output = self.upsample(output)
+        frames = src.shape[0]
+        # Cropping by a slice would tie an exported program to lengths for which it provably fits.
+        output = output[torch.arange(frames, device=src.device)] if being_traced() else output[:frames]
+        return self.out_combiner(src, output)

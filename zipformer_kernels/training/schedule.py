@@ -50,6 +50,8 @@ class PiecewiseLinear:
         return PiecewiseLinear(*((x, y * factor) for x, y in self.pairs))
 
     def __add__(self, other: float | PiecewiseLinear) -> PiecewiseLinear:
+        if not isinstance(other, PiecewiseLinear):
+            return PiecewiseLinear(*((x, y + other) for x, y in self.pairs))
         return self._combine(other, lambda a, b: a + b)
 
     def max(self, other: float | PiecewiseLinear) -> PiecewiseLinear:

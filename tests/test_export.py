@@ -1,0 +1,111 @@
+"""Encoder and conv embed recorded in eval mode, by every recorder of torch, and run at another length."""
+
+import contextlib
+import random
+
+import onnxruntime
+import pytest
+import torch
+from test_encoder_upstream import CONFIG, batch
+
+from zipformer_kernels.encoder import Zipformer
+from zipformer_kernels.modules import Conv2dSubsampling
+
+# Shape checks are decided while recording, and jit.trace says so each time.
+pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+
+FRAMES = torch.export.Dim("frames", min=16, max=4096)
+SHAPES = ({0: FRAMES}, {}, {1: FRAMES})
+
+
+@pytest.fixture(scope="module")
+def model():
+    """With parameters that want gradients: recording alone must switch Balancer and Whiten off."""
+    return Zipformer(**CONFIG).eval()
+
+
+@pytest.fixture(scope="module")
+def batches():
+    return [batch(CONFIG, lengths, torch.float32) for lengths in ([30, 21], [45, 40])]
+
+
+def assert_same(program, model, batches):
+    for args in batches:
+        for actual, expected in zip(program(*args), model(*args), strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+@contextlib.contextmanager
+def no_draws():
+    """Recording, unlike running, draws no number."""
+    state = random.getstate()
+    yield
+    assert random.getstate() == state
+
+
+def test_export(model, batches):
+    with no_draws():
+        exported = torch.export.export(model, tuple(batches[0]), dynamic_shapes=SHAPES)
+    assert_same(exported.module(), model, batches)
+
+
+def test_compile_without_graph_breaks(model, batches):
+    """Capture only: the compiler behind it is not what is tested."""
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with no_draws():
+        compiled(*batches[0])
+    assert_same(compiled, model, batches)
+
+
+def test_jit_trace(model, batches):
+    with no_draws():
+        traced = torch.jit.trace(model, tuple(batches[0]), check_trace=False)
+    assert_same(traced, model, batches)
+
+
+def test_onnx(model, batches, tmp_path):
+    path = tmp_path / "encoder.onnx"
+    torch.onnx.export(model, tuple(batches[0]), dynamo=True, dynamic_shapes=SHAPES, verbose=False).save(path)
+    session = onnxruntime.InferenceSession(path)
+
+    def program(*args):
+        feed = {item.name: value.numpy() for item, value in zip(session.get_inputs(), args, strict=True)}
+        return [torch.from_numpy(value) for value in session.run(None, feed)]
+
+    assert_same(program, model, batches)
+
+
+def test_export_of_the_conv_embed():
+    embed = Conv2dSubsampling(20, 12, 4, 8, 6).eval()
+    batches = [(torch.randn(2, frames, 20), torch.tensor([frames, 20])) for frames in (40, 61)]
+    exported = torch.export.export(embed, batches[0], dynamic_shapes=({1: FRAMES}, {}))
+    assert_same(exported.module(), embed, batches)
+
+
+class Streaming(torch.nn.Module):
+    """`streaming_forward` as a forward, with one argument for each state."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x, x_lens, padding, *states):
+        y, lengths, states = self.encoder.streaming_forward(x, x_lens, list(states), padding)
+        return (y, lengths, *states)
+
+
+@pytest.mark.parametrize("recorder", ["export", "trace"])
+def test_streaming(recorder):
+    encoder = Zipformer(**CONFIG, causal=True, chunk_size=(8,), left_context_frames=(16,)).eval()
+    streaming = Streaming(encoder)
+    args = (
+        torch.randn(8, 2, 16),
+        torch.tensor([8, 8]),
+        torch.zeros(2, 24).bool(),
+        *encoder.get_init_states(2),
+    )
+    if recorder == "export":
+        program = torch.export.export(streaming, args).module()
+    else:
+        program = torch.jit.trace(streaming, args, check_trace=False)
+    assert_same(program, streaming, [args, (args[0] + 1, args[1], args[2], *streaming(*args)[2:])])
