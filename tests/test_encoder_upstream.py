@@ -8,7 +8,7 @@ import upstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import assert_same_run, build_pair, set_batch_count
-from tolerances import PARITY
+from tolerances import PARITY, assert_parity, rounding
 
 from zipformer_kernels.encoder import Zipformer, Zipformer2
 
@@ -131,6 +131,47 @@ def test_training_differs_from_eval():
     args = batch(CONFIG, [30, 21], torch.float32)
     assert not torch.equal(model.train()(*args)[0], model(*args)[0])
     assert torch.equal(model.eval()(*args)[0], model(*args)[0])
+
+
+def test_autocast_keeps_upstreams_dtypes():
+    """Of every module's result. (Upstream cannot train under autocast on a CPU, so this is eval only.)"""
+    args = batch(CONFIG, [30, 21], torch.float32)
+    outputs, dtypes = [], []
+    for model in pair(CONFIG, torch.float32):
+        seen = {}
+
+        def note(module, _, out, seen=seen):
+            seen[module.full_name] = out.dtype if torch.is_tensor(out) else None
+
+        for name, module in model.eval().named_modules():
+            module.full_name = name
+            module.register_forward_hook(note)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            outputs.append(model(*args)[0])
+        dtypes.append(seen)
+    assert dtypes[0] == dtypes[1]
+    assert set(dtypes[0].values()) > {torch.float32, torch.bfloat16}
+    assert_parity(*outputs, rounding(torch.bfloat16), "output")
+
+
+def test_training_under_autocast():
+    """Half precision changes the gradients by its rounding only."""
+    model = Zipformer(**CONFIG).train()
+    set_batch_count(model, 5000)
+    args = batch(CONFIG, [30, 21], torch.float32)
+
+    def gradients(enabled):
+        random.seed(1)
+        torch.manual_seed(1)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y, _ = model(*args)
+        y.float().square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    full, half = gradients(False), gradients(True)
+    assert half.dtype == torch.float32
+    assert torch.nn.functional.cosine_similarity(full, half, dim=0) > 0.999
 
 
 def test_names():
