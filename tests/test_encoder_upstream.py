@@ -7,10 +7,11 @@ import torch
 import upstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import assert_same_run, build_pair, set_batch_count
+from parity import assert_same_run, build_pair, seed_all, set_batch_count
 from tolerances import PARITY, assert_parity, rounding
 
 from zipformer_kernels.encoder import Zipformer, Zipformer2
+from zipformer_kernels.modules import Conv2dSubsampling
 
 CHUNKS = {"chunk_size": (8, 16, -1), "left_context_frames": (32, 64, -1)}
 
@@ -131,6 +132,39 @@ def test_training_differs_from_eval():
     args = batch(CONFIG, [30, 21], torch.float32)
     assert not torch.equal(model.train()(*args)[0], model(*args)[0])
     assert torch.equal(model.eval()(*args)[0], model(*args)[0])
+
+
+def test_feature_masks():
+    """For a batch so large that their rates show."""
+    ours, theirs = pair(CONFIG)
+    x = torch.zeros(1, 2000, 16, dtype=torch.float64)
+    seed_all(0)
+    expected = theirs.train().get_feature_masks(x)
+    seed_all(0)
+    for mask, their_mask in zip(ours.train().get_feature_masks(x), expected, strict=True):
+        assert torch.equal(mask, their_mask)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_every_rate_and_limit(causal):
+    """Attribute by attribute, for a probability that is a little off may not show in a few draws."""
+
+    def settings_of(model):
+        found = {}
+        for name, module in model.named_modules():
+            for key, value in vars(module).items():
+                if key == "schedule":
+                    found[name, key] = value.pairs
+                elif isinstance(value, int | float | str | tuple) and not key.startswith("_"):
+                    found[name, key] = value
+        return found
+
+    config = CONFIG | {"causal": causal} | CHUNKS
+    ours = settings_of(torch.nn.ModuleList([Zipformer(**config), Conv2dSubsampling(20, 16)]))
+    upstreams = upstream.zipformer.Zipformer(**config), upstream.subsampling.Conv2dSubsampling(20, 16)
+    theirs = settings_of(torch.nn.ModuleList(upstreams))
+    assert len(theirs) > 1000
+    assert {key: ours.get(key) for key in theirs} == theirs
 
 
 def test_autocast_keeps_upstreams_dtypes():
