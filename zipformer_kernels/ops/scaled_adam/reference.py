@@ -1,39 +1,43 @@
-"""ScaledAdam's step in plain PyTorch: the specification that every backend is tested against, and the eager backend.
+"""ScaledAdam's step in plain PyTorch: the specification of every backend, and the eager backend.
 
-One step of one group of N tensors, with t the number of steps applied before it, p, g, v, m a tensor, its gradient,
-its second moment and its momentum, n its element count; P = ``size_update_period``, L = ``clipping_update_period``,
-(b1, b2) = ``betas``, s = ``scalar_lr_scale``. "Single" tensors have exactly one element, in whatever shape.
+One step of one group of N tensors, with t the number of steps applied before it, p, g, v, m a tensor, its
+gradient, its second moment and its momentum, n its element count; P = ``size_update_period``,
+L = ``clipping_update_period``, (b1, b2) = ``betas``, s = ``scalar_lr_scale``. "Single" tensors have exactly
+one element, in whatever shape.
 
 Pass 1, over p and g (`tensor_sums`): for each tensor ::
 
     sum p^2,  sum p g,  sum g^2          a missing gradient counts as zeros
 
-Pass 2, over numbers per tensor (`measure`, `plan_step`), everything on the device. With a loss scale K, gradients
-are g / K in every formula::
+Pass 2, over numbers per tensor (`measure`, `plan_step`), everything on the device. With a loss scale K,
+gradients are g / K in every formula::
 
-    norm      = sqrt( sum over tensors of w^2 sum g^2 ),   w = s for a single tensor, else rms
-    ok        = norm is finite, in this group and in every other group of the step, and no overflow was reported
-    if not ok: count it in `skipped` and change nothing else, as if the batch had never been
+    norm = sqrt( sum over tensors of w^2 sum g^2 ),   w = s for a single tensor, else rms
+    ok   = the norms of all groups of the step are finite, and nobody reported an overflow
+    if not ok: count the step in `skipped` and change nothing else, as if the batch had never been
 
+    c = 1
     if clipping, and t > 0:
         norms[t mod L] = norm
-        if t in {10, 20, 40} and t < L:   threshold = 2 clipping_scale sorted(norms)[L - t + min(t - 1, 2 (t div 4))]
-        else if t mod L = 0:              threshold = clipping_scale sorted(norms)[min(L - 1, 2 (L div 4))]
-        (clipped restarts from 0 whenever the threshold is set; before that the threshold is infinite)
-        c = min(1, threshold / (norm + 1e-20));   clipped += (c < 1)
-    else c = 1
+        if t < L and t in {10, 20, 40}:
+            threshold = 2 clipping_scale sorted(norms)[L - t + min(t - 1, 2 (t div 4))]
+        else if t mod L = 0:
+            threshold = clipping_scale sorted(norms)[min(L - 1, 2 (L div 4))]
+        where the threshold has just been set: clipped = 0
+        c = min(1, threshold / (norm + 1e-20))           infinite until set, so that c = 1
+        clipped += (c < 1)
 
     scale_grads[t mod P] = c sum p g
+    move = 0
     if t mod P = P - 1:
-        rms = sqrt(sum p^2 / n)                                        before the update of p
-        if t > 0:
+        rms = sqrt(sum p^2 / n)                          of p before its update
+        if t > 0, for tensors that are not single:
             u    = b2^P u + (1 - b2^P) mean over P of scale_grads^2
             move = -lr s sqrt(1 - b2^(P ((t + 1) div P))) (sum over P of scale_grads) / (sqrt(u) + eps)
             move = 0 where rms < param_min_rms
             move = min( clamp(move, -0.1, 0.1), (param_max_rms - rms) / rms )
-    move = 0 at all other t, and for single tensors always
 
-    a = -lr s for a single tensor, else -lr max(rms, param_min_rms)    with the rms refreshed above
+    a = -lr s for a single tensor, else -lr max(rms, param_min_rms), with the rms just refreshed
     k = 1 / (1 - b2^(t + 1)) while 1 - b2^(t + 1) < 0.99, then 1
     t = t + 1
 
@@ -46,18 +50,20 @@ Pass 3, over p, g, v, m (`update`): for each element, given c, k of the group an
     p = p + m
     p = clamp(p, -scalar_max, scalar_max) for single tensors
 
-State. v and m have the shape of p, in float32, or float64 where p is float64; half-precision p is widened, updated
-and rounded once. `Statistics` holds the rest: per tensor rms, u and P numbers of scale_grads, packed along the last
-axis so that a kernel reads them by tensor index; per group t, the norms and the threshold, and two counts. t lives on
-the device because a skipped step must not advance it and because a captured CUDA graph must.
+State. v and m have the shape of p, in float32, or float64 where p is float64; half-precision p is widened,
+updated and rounded once. v, m, u and scale_grads start at zero, rms at that of the first p. `Statistics`
+holds all but v and m: for each tensor rms, u and P numbers of scale_grads, packed with the tensors along the
+last axis, so that a kernel reads them by tensor index; for the group t, the norms, the threshold and two
+counts. t lives on the device because a skipped step must not advance it, and each replay of a captured CUDA
+graph must.
 
-Between pass 1 and pass 2 stands the only quantity that needs other machines: where tensors are sharded, the (3, N)
-sums of every group are what is added up over shards.
+Between pass 1 and pass 2 stands the only quantity that needs other machines: where tensors are sharded, the
+(3, N) sums of every group are what is added up over shards.
 
 Source: ``ScaledAdam`` in upstream's ``optim.py``, which differs from appendix A of the Zipformer paper
-(arXiv:2310.11230). Two things differ from upstream on purpose: a non-finite norm leaves everything untouched
-(upstream lets NaN through, and takes an infinite norm for a batch of zero gradients), and nothing waits for the
-device. Upstream also keeps float32 state for float64 parameters.
+(arXiv:2310.11230). Two things differ from upstream on purpose: a norm that is not finite leaves everything
+untouched (upstream lets NaN through, and takes an infinite norm for a batch of zero gradients), and nothing
+waits for the device. Upstream also keeps float32 state for float64 parameters.
 """
 
 from __future__ import annotations
@@ -132,8 +138,8 @@ class Statistics:
 class Group:
     """One group of tensors: lists of equal length, all on one device.
 
-    `exp_avg_sq` and `delta` are v and m; a gradient is None where it is missing, and may have any floating dtype
-    and strides.
+    `exp_avg_sq` and `delta` are v and m; a gradient is None where it is missing, and may have any floating
+    dtype and strides.
     """
 
     params: list[Tensor]
@@ -164,9 +170,7 @@ class Plan:
 
 
 @torch.no_grad()
-def step(
-    groups: Sequence[Group], loss_scale: Tensor | None = None, found_inf: Tensor | None = None
-) -> None:
+def step(groups: Sequence[Group], loss_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
     """One optimizer step: updates parameters, moments and statistics of all groups in place, or of none.
 
     Args:
@@ -188,22 +192,21 @@ def step(
 
 def tensor_sums(params: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
     """Pass 1: (3, N) sums of p^2, p g and g^2 over each tensor, in `dtype`."""
-    sums: list[Tensor] = []
-    for chunk in _chunks(params):
-        wide = [p.to(dtype) for p in params[chunk]]
-        slopes = [
-            torch.zeros_like(p) if g is None else g.to(dtype) for p, g in zip(wide, grads[chunk], strict=True)
-        ]
-        # Cascaded sums of products; dot products and norms add up in one float32 per lane, a hundred times less exact.
-        products = [torch._foreach_mul(x, y) for x, y in ((wide, wide), (wide, slopes), (slopes, slopes))]
-        sums += [torch.stack([x.sum() for x in triple]) for triple in zip(*products, strict=True)]
+    sums = []
+    for p, g in zip(params, grads, strict=True):
+        p = p.to(dtype)
+        g = p.new_zeros(()) if g is None else g.to(dtype)
+        # Sums of products cascade; dot products and norms add up in one float32 a lane, a hundred times less
+        # exact.
+        sums.append(torch.stack([(p * p).sum(), (p * g).sum(), (g * g).sum()]))
     return torch.stack(sums, dim=1)
 
 
 def measure(sums: Tensor, state: Statistics, scalar_lr_scale: float, loss_scale: Tensor | None) -> Tensor:
     """First half of pass 2: the group's gradient norm, (), weighted by each tensor's rms."""
+    _, _, squares = sums.unbind()
     weight = torch.where(state.single, scalar_lr_scale, state.rms)
-    state.contributions.copy_(weight.square() * sums[2] * _inverse(loss_scale, sums).square())
+    state.contributions.copy_(weight.square() * squares * _inverse(loss_scale, sums).square())
     return state.contributions.sum().sqrt()
 
 
@@ -218,15 +221,20 @@ def plan_step(
         ok: () bool, whether the step is to be taken.
     """
     t = state.step
+    squares, products, _ = sums.unbind()
     period = state.scale_grads.shape[0]
     beta2 = hyper.betas[1]
-    clip = torch.ones_like(norm) if hyper.clipping_scale is None else _clip(norm, ok, state, hyper.clipping_scale)
+    clip = (
+        torch.ones_like(norm)
+        if hyper.clipping_scale is None
+        else _clip(norm, ok, state, hyper.clipping_scale)
+    )
     grad_scale = clip * _inverse(loss_scale, norm)
 
     refresh = ok & (t % period == period - 1)
     slots = torch.arange(period, device=t.device).unsqueeze(1)
-    _assign(state.scale_grads, sums[1] * grad_scale, ok & (slots == t % period))
-    _assign(state.rms, (sums[0] / state.numel).sqrt(), refresh)
+    _assign(state.scale_grads, products * grad_scale, ok & (slots == t % period))
+    _assign(state.rms, (squares / state.numel).sqrt(), refresh)
 
     move_due = refresh & (t > 0)
     decay = beta2**period
@@ -257,8 +265,8 @@ def plan_step(
 def update(group: Group, plan: Plan) -> None:
     """Pass 3: moves the parameters and their moments in place.
 
-    Where the step is not to be taken the same operations run with factors that change nothing: 1 on the moments, 0 on
-    all that is added, and no bound on single tensors.
+    Where the step is not to be taken the same operations run with factors that change nothing: 1 on the
+    moments, 0 on all that is added, and no bound on single tensors.
     """
     beta1, beta2 = group.hyper.betas
     keep1, keep2 = (_select(plan.ok, beta, 1.0, plan.grad_scale) for beta in (beta1, beta2))
@@ -269,7 +277,9 @@ def update(group: Group, plan: Plan) -> None:
         v, m = group.exp_avg_sq[chunk], group.delta[chunk]
         p = [p.to(v.dtype) for p, v in zip(group.params[chunk], v, strict=True)]
         g = [
-            torch.zeros_like(v) if g is None else torch.where(plan.ok, g.to(v.dtype), 0.0).mul_(plan.grad_scale)
+            torch.zeros_like(v)
+            if g is None
+            else torch.where(plan.ok, g.to(v.dtype), 0.0).mul_(plan.grad_scale)
             for g, v in zip(group.grads[chunk], v, strict=True)
         ]
         torch._foreach_mul_(v, keep2)
@@ -283,14 +293,15 @@ def update(group: Group, plan: Plan) -> None:
         torch._foreach_mul_(m, keep1)
         torch._foreach_add_(m, g, alpha=1 - beta1)
         torch._foreach_addcmul_(p, m, [taken] * len(p))
-        for new in p:
+        for old, new in zip(group.params[chunk], p, strict=True):
             if new.numel() == 1:
                 new.clamp_(-bound, bound)
-        torch._foreach_copy_(group.params[chunk], p)
+            if new is not old:
+                old.copy_(new)
 
 
 def _clip(norm: Tensor, ok: Tensor, state: Statistics, clipping_scale: float) -> Tensor:
-    """Records the norm, sets the threshold when it is due, and returns the factor () on gradients, at most 1."""
+    """Records the norm, sets the threshold when it is due, and returns c, ()."""
     t = state.step
     period = state.norms.numel()
     recorded = ok & (t > 0)
@@ -344,7 +355,7 @@ def _inverse(loss_scale: Tensor | None, like: Tensor) -> Tensor:
 
 
 def _chunks(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """Slices of consecutive tensors with at most CHUNK_ELEMENTS elements together, or of one larger tensor."""
+    """Slices of consecutive tensors with at most CHUNK_ELEMENTS elements in all, or of one larger tensor."""
     start = elements = 0
     for i, tensor in enumerate(tensors):
         if i > start and elements + tensor.numel() > CHUNK_ELEMENTS:

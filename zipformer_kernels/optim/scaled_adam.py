@@ -1,0 +1,281 @@
+"""ScaledAdam as a torch.optim.Optimizer: its arguments, parameter groups, checkpoints and diagnostics.
+
+The mathematics of the step is in `zipformer_kernels.ops.scaled_adam.reference`, the layout of the state in
+`zipformer_kernels.optim.state`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from zipformer_kernels.ops import scaled_adam
+from zipformer_kernels.optim.state import Packed, gather
+
+
+@dataclass(frozen=True)
+class GroupDiagnostics:
+    """What clipping has been doing in one parameter group.
+
+    Attributes:
+        steps: steps applied so far.
+        skipped: steps skipped so far because a gradient norm was not finite.
+        norm_quartiles: minimum, quartiles and maximum of the recorded gradient norms, at most the last
+            `clipping_update_period`; None if none is recorded.
+        threshold: the norm above which gradients are scaled down; infinite until first estimated.
+        percent_clipped: percentage of steps clipped since the threshold was last estimated.
+        dominant_name: the parameter that contributed most to the square of the last norm, or one that made it
+            not finite; None if that norm is zero or unknown.
+        dominant_proportion: its share of that square, from 0 to 1; NaN if the norm was not finite.
+        dominant_rms: its root mean square, as last measured.
+    """
+
+    steps: int
+    skipped: int
+    norm_quartiles: tuple[float, float, float, float, float] | None
+    threshold: float
+    percent_clipped: float
+    dominant_name: str | None
+    dominant_proportion: float
+    dominant_rms: float
+
+
+class ScaledAdam(Optimizer):
+    """Adam with each tensor's step proportional to its root mean square, and with its scale learnt as well.
+
+    It agrees with upstream's ``ScaledAdam`` step for step, and differs on purpose in these points only:
+
+    - A step whose gradient norm is not finite, in any group, changes no parameter, moment or step count:
+      training goes on as if that batch had never been. Such steps are counted (`diagnostics`). Upstream lets
+      NaN into every parameter, and takes an infinite norm for a batch of zero gradients.
+    - `step` never waits for the device and can be captured in a CUDA graph, after at least one step outside
+      of it. Give `lr` as a tensor of one element if it is to change between replays.
+    - Clipping is not logged, but told on request (`diagnostics`).
+    - A group added with `add_param_group` is stepped; upstream passes over it.
+    - float64 parameters have float64 state.
+
+    A parameter without a gradient is treated as if its gradient were zero, so its momentum still moves it,
+    whether it requires gradients or not. Gradients may have another floating dtype than their parameter. The
+    state is two tensors a parameter, in its shape, in float32, and a few numbers. Under
+    `torch.amp.GradScaler` gradients are unscaled on the fly, and overflow is handled without waiting.
+
+    Args:
+        params: parameters; (name, parameter) pairs; or dicts with either under "params", or pairs under
+            "named_params", and any of the options below, which then hold for that group. Names serve
+            `diagnostics`.
+        lr: learning rate, a number or a one-element tensor; recipes start near 0.04 and use `Eden`.
+        clipping_scale: gradients are scaled down where their norm, over the group and weighted by each
+            tensor's rms, exceeds this times the median of recent norms. None: no clipping.
+        betas: decay rates of the momentum and of the second moment, in [0, 1).
+        scalar_lr_scale: factor on the learning rate for the scales of tensors and for one-element parameters.
+        eps: added to every denominator, positive.
+        param_min_rms: a tensor of smaller rms steps as if it had this one, and its scale is not moved.
+        param_max_rms: a tensor's scale is moved so that its rms stays below this.
+        scalar_max: one-element parameters are clamped to [-scalar_max, scalar_max].
+        size_update_period: steps between updates of the scales. Fixed once a group has stepped.
+        clipping_update_period: steps over which the median of norms is taken. Fixed once a group has stepped.
+
+    Raises:
+        ValueError: an option is out of its range, a parameter appears twice, or the parameters of a group
+            are on several devices (at the first step).
+        TypeError: a parameter is no floating-point tensor; a gradient is not dense (in `step`).
+
+    Source: ``ScaledAdam`` in upstream's ``optim.py``; section 3.5 and appendix A of the paper
+    (arXiv:2310.11230).
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then sets grad_scale and found_inf here instead of waiting
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
+        lr: float | Tensor = 3e-02,
+        clipping_scale: float | None = None,
+        betas: tuple[float, float] = (0.9, 0.98),
+        scalar_lr_scale: float = 0.1,
+        eps: float = 1.0e-08,
+        param_min_rms: float = 1.0e-05,
+        param_max_rms: float = 3.0,
+        scalar_max: float = 10.0,
+        size_update_period: int = 4,
+        clipping_update_period: int = 100,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "clipping_scale": clipping_scale,
+            "betas": betas,
+            "scalar_lr_scale": scalar_lr_scale,
+            "eps": eps,
+            "param_min_rms": param_min_rms,
+            "param_max_rms": param_max_rms,
+            "scalar_max": scalar_max,
+            "size_update_period": size_update_period,
+            "clipping_update_period": clipping_update_period,
+        }
+        self._packed: dict[int, Packed] = {}  # by position in param_groups, made at the first step
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, in any of the forms that the constructor takes. Parameters without a name are
+        numbered.
+        """
+        group = dict(param_group)
+        if ("params" in group) == ("named_params" in group):
+            raise ValueError(
+                f"a parameter group needs 'params' or 'named_params', got the keys {sorted(group)}"
+            )
+        entries = group.pop("params", None) if "params" in group else group.pop("named_params")
+        if isinstance(entries, set):
+            raise TypeError("params must be in a fixed order, got a set")
+        entries = [entries] if isinstance(entries, Tensor) else list(entries)
+        place = len(self.param_groups)
+        names = [entry[0] if isinstance(entry, tuple) else f"{place}.{i}" for i, entry in enumerate(entries)]
+        group["param_names"] = list(group.get("param_names", names))
+        group["params"] = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+        _check_parameters(group["params"], group["param_names"])
+        _check_options({**self.defaults, **group})
+        super().add_param_group(group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """Takes one step.
+
+        Args:
+            closure: evaluates the model and its gradients, and returns the loss, which is passed on.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = [self._bind(i) for i, group in enumerate(self.param_groups) if group["params"]]
+        found_inf = getattr(self, "found_inf", None)  # GradScaler's sum over no gradients is a plain 0
+        scaled_adam.step(
+            groups,
+            loss_scale=getattr(self, "grad_scale", None),
+            found_inf=found_inf if isinstance(found_inf, Tensor) else None,
+        )
+        return loss
+
+    def diagnostics(self) -> list[GroupDiagnostics]:
+        """How clipping has been doing, for each group that has stepped. Waits for the device."""
+        return [_diagnose(packed[-1], self.param_groups[i]) for i, packed in sorted(self._packed.items())]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned, copying it, onto the parameters' devices.
+
+        For an upstream optimizer's state see `load_upstream_state_dict`.
+        """
+        # torch casts the state to the parameters' dtype; so the state is taken as it was after all hooks had
+        # their say.
+        given: dict[str, Any] = {}
+        hook = self.register_load_state_dict_pre_hook(lambda _, final: given.update(final))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            hook.remove()
+        for saved, group in zip(given["param_groups"], self.param_groups, strict=True):
+            for index, p in zip(saved["params"], group["params"], strict=True):
+                if index in given["state"]:
+                    entries = given["state"][index].items()
+                    self.state[p] = {name: value.to(p.device, copy=True) for name, value in entries}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._packed = {}
+
+    def _bind(self, index: int) -> scaled_adam.Group:
+        """One group as the step takes it: its state, made if there is none, and the gradients and options of
+        now.
+        """
+        group = self.param_groups[index]
+        params, names = group["params"], group["param_names"]
+        for p, name in zip(params, names, strict=True):
+            if p.grad is not None and p.grad.layout != torch.strided:
+                raise TypeError(f"the gradient of {name!r} must be dense, got {p.grad.layout}")
+        grads = [p.grad for p in params]
+        hyper = scaled_adam.Hyper(**{option.name: group[option.name] for option in fields(scaled_adam.Hyper)})
+
+        packed = self._packed.get(index)
+        if packed is None or packed[-1].step is not self.state[params[0]].get("step"):
+            packed = self._packed[index] = gather(group, self.state)
+        for option, vector in (
+            ("size_update_period", packed[-1].scale_grads),
+            ("clipping_update_period", packed[-1].norms),
+        ):
+            if group[option] != len(vector):
+                raise ValueError(
+                    f"{option} is fixed once a group has stepped: got {group[option]} after {len(vector)}"
+                )
+        return scaled_adam.Group(params, grads, *packed, hyper)
+
+
+def _check_parameters(params: list[Tensor], names: list[str]) -> None:
+    if len(params) != len(names):
+        raise ValueError(
+            f"param_names must name each of the {len(params)} parameters, got {len(names)} names"
+        )
+    seen: dict[int, str] = {}
+    for p, name in zip(params, names, strict=True):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"params must hold tensors, got {type(p).__name__} for {name!r}")
+        if not p.is_floating_point():
+            raise TypeError(f"params must be real floating-point tensors, got {p.dtype} for {name!r}")
+        if id(p) in seen:
+            raise ValueError(f"a parameter must appear once, got it as {seen[id(p)]!r} and as {name!r}")
+        seen[id(p)] = name
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    def require(name: str, good: bool, wanted: str) -> None:
+        if not good:
+            raise ValueError(f"{name} must be {wanted}, got {options[name]}")
+
+    lr, clipping_scale, betas = options["lr"], options["clipping_scale"], options["betas"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr must be a number or a one-element tensor, got shape {tuple(lr.shape)}")
+    else:
+        require("lr", lr >= 0, "at least 0")
+    require("clipping_scale", clipping_scale is None or clipping_scale > 0, "None or positive")
+    require("betas", len(betas) == 2 and all(0 <= beta < 1 for beta in betas), "two numbers in [0, 1)")
+    for name in ("eps", "param_max_rms", "scalar_max"):
+        require(name, options[name] > 0, "positive")
+    for name in ("scalar_lr_scale", "param_min_rms"):
+        require(name, options[name] >= 0, "at least 0")
+    for name in ("size_update_period", "clipping_update_period"):
+        require(name, isinstance(options[name], int) and options[name] >= 1, "an integer of at least 1")
+
+
+def _diagnose(state: scaled_adam.Statistics, group: dict[str, Any]) -> GroupDiagnostics:
+    scalars = torch.stack([x.double() for x in (state.step, state.skipped, state.clipped, state.threshold)])
+    read = torch.cat([x.double() for x in (scalars, state.norms, state.contributions, state.rms)]).tolist()
+    steps, skipped, clipped, threshold = read[:4]
+    norms, rest = read[4 : 4 + len(state.norms)], read[4 + len(state.norms) :]
+    contributions, rms = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+
+    period = len(norms)
+    recorded = 0 if group["clipping_scale"] is None else min(max(int(steps) - 1, 0), period)
+    norms = sorted(norms)[period - recorded :]
+    quartiles = tuple(norms[min(recorded - 1, recorded // 4 * n)] for n in range(5)) if recorded else None
+    estimates = [t for t in scaled_adam.EARLY_ESTIMATES if t < min(period, steps)]
+    last_estimate = max([*estimates, (int(steps) - 1) // period * period])
+
+    total = sum(contributions)
+    weights = [x if math.isfinite(x) else math.inf for x in contributions]
+    dominant = weights.index(max(weights))
+    return GroupDiagnostics(
+        steps=int(steps),
+        skipped=int(skipped),
+        norm_quartiles=quartiles,
+        threshold=threshold,
+        percent_clipped=100.0 * clipped / (steps - last_estimate) if steps else 0.0,
+        dominant_name=group["param_names"][dominant] if weights[dominant] > 0 else None,
+        dominant_proportion=contributions[dominant] / total if total else math.nan,
+        dominant_rms=rms[dominant],
+    )
