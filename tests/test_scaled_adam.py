@@ -101,6 +101,16 @@ def test_names_are_kept_and_made_up():
     assert list(groups[0]) == ["named_params", "lr"], "the caller's groups stay as they are"
 
 
+def test_empty_groups_are_passed_over():
+    (p,) = make_params([(4,)])
+    optimizer = ScaledAdam([{"params": []}])
+    optimizer.step()
+    optimizer.add_param_group({"params": p})
+    before = p.detach().clone()
+    train(optimizer, [p], 3)
+    assert not torch.equal(p, before)
+
+
 def test_added_group_trains_with_its_own_options():
     params = make_params([(4,), (5,)])
     optimizer = ScaledAdam(params[:1], lr=0.01)

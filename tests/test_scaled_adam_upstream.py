@@ -336,6 +336,8 @@ def test_upstream_checkpoints_that_do_not_fit():
         for _ in train(theirs, params, make_batches(torch.float32, 2)):
             pass
     good = theirs.state_dict()
+    with pytest.raises(ValueError, match="use load_upstream_state_dict"):
+        ScaledAdam(params).load_state_dict(good)
     other = [torch.nn.Parameter(torch.zeros(4, *p.shape)) for p in params]
     with pytest.raises(ValueError, match=r"'state' and 'param_groups', got the keys .*'model'"):
         load_upstream_state_dict(ScaledAdam(params), {"model": {}, "optimizer": good})

@@ -122,15 +122,13 @@ class ScaledAdam(Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, in any of the forms that the constructor takes. Parameters without a name are
-        numbered.
-        """
+        """Adds a group, in any form that the constructor takes. Parameters without a name are numbered."""
         group = dict(param_group)
         if ("params" in group) == ("named_params" in group):
             raise ValueError(
                 f"a parameter group needs 'params' or 'named_params', got the keys {sorted(group)}"
             )
-        entries = group.pop("params", None) if "params" in group else group.pop("named_params")
+        entries = group.pop("named_params") if "named_params" in group else group["params"]
         if isinstance(entries, set):
             raise TypeError("params must be in a fixed order, got a set")
         entries = [entries] if isinstance(entries, Tensor) else list(entries)
@@ -155,11 +153,12 @@ class ScaledAdam(Optimizer):
                 loss = closure()
         groups = [self._bind(i) for i, group in enumerate(self.param_groups) if group["params"]]
         found_inf = getattr(self, "found_inf", None)  # GradScaler's sum over no gradients is a plain 0
-        scaled_adam.step(
-            groups,
-            loss_scale=getattr(self, "grad_scale", None),
-            found_inf=found_inf if isinstance(found_inf, Tensor) else None,
-        )
+        if groups:
+            scaled_adam.step(
+                groups,
+                loss_scale=getattr(self, "grad_scale", None),
+                found_inf=found_inf if isinstance(found_inf, Tensor) else None,
+            )
         return loss
 
     def diagnostics(self) -> list[GroupDiagnostics]:
@@ -171,8 +170,9 @@ class ScaledAdam(Optimizer):
 
         For an upstream optimizer's state see `load_upstream_state_dict`.
         """
-        # torch casts the state to the parameters' dtype; so the state is taken as it was after all hooks had
-        # their say.
+        if any(isinstance(entries.get("step"), int) for entries in state_dict["state"].values()):
+            raise ValueError("state_dict is that of upstream's optimizer: use load_upstream_state_dict")
+        # torch casts the state to the parameters' dtype: take it as it was when all hooks had had their say.
         given: dict[str, Any] = {}
         hook = self.register_load_state_dict_pre_hook(lambda _, final: given.update(final))
         try:
@@ -190,9 +190,7 @@ class ScaledAdam(Optimizer):
         self._packed = {}
 
     def _bind(self, index: int) -> scaled_adam.Group:
-        """One group as the step takes it: its state, made if there is none, and the gradients and options of
-        now.
-        """
+        """One group as the step takes it: its state, made if there is none, its gradients and options."""
         group = self.param_groups[index]
         params, names = group["params"], group["param_names"]
         for p, name in zip(params, names, strict=True):
