@@ -1,0 +1,124 @@
+"""Selection of a backend: who is asked first, what an impossible choice raises, and what is explained."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from zipformer_kernels import backend, explain, ops, swoosh_l, use_backend
+from zipformer_kernels.backend import BackendError
+
+X = torch.zeros(4)
+needs_cpu = pytest.mark.skipif(backend.missing["cpu"] is not None, reason=str(backend.missing["cpu"]))
+
+
+def selected(argument=None):
+    return ops.get("swoosh").select(argument, X, "l")
+
+
+@needs_cpu
+def test_the_argument_comes_before_use_backend_and_that_before_auto():
+    assert selected() == "cpu"
+    with use_backend("eager"):
+        assert selected() == "eager"
+        assert selected("cpu") == "cpu"
+        with use_backend("auto"):
+            assert selected() == "cpu"
+        assert selected() == "eager"
+    assert selected() == "cpu"
+
+
+def test_use_backend_ends_with_its_block_even_by_an_exception():
+    before = backend.requested()
+    with pytest.raises(KeyError), use_backend("eager"):
+        raise KeyError
+    assert backend.requested() == before
+
+
+def in_a_fresh_process(code, **environment):
+    return subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import torch, zipformer_kernels as zk; from zipformer_kernels import ops\n" + code,
+        ],
+        capture_output=True,
+        text=True,
+        env={key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | environment,
+        check=False,
+    )
+
+
+def test_the_environment_variable_comes_after_use_backend():
+    code = """
+print(ops.get("swoosh").select(None, torch.zeros(1), "l"))
+with zk.use_backend("auto"):
+    print(ops.get("swoosh").select(None, torch.zeros(1), "l"))
+"""
+    result = in_a_fresh_process(code, ZIPFORMER_KERNELS_BACKEND="eager")
+    best = "eager" if backend.missing["cpu"] else "cpu"
+    assert result.stdout.split() == ["eager", best], result.stderr
+
+
+def test_an_environment_variable_that_cannot_be_served_raises_on_use():
+    result = in_a_fresh_process("zk.swoosh_l(torch.zeros(1))", ZIPFORMER_KERNELS_BACKEND="triton")
+    assert "BackendError: swoosh: backend 'triton' cannot serve this call: " in result.stderr
+
+
+def test_unknown_names_are_refused_wherever_they_come_from():
+    wanted = "backend must be one of eager, cpu, triton, cuda, auto, got 'gpu'"
+    with pytest.raises(ValueError, match=wanted):
+        swoosh_l(X, backend="gpu")
+    with pytest.raises(ValueError, match=wanted), use_backend("gpu"):
+        pass
+    assert wanted in in_a_fresh_process("", ZIPFORMER_KERNELS_BACKEND="gpu").stderr
+    with pytest.raises(ValueError, match=r"op must be one of .*swoosh.*, got 'relu'"):
+        explain("relu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: nothing is missing")
+def test_a_backend_that_is_asked_for_by_name_raises_with_the_reason():
+    with pytest.raises(BackendError, match=r"swoosh: backend 'cuda' cannot serve this call: .*CUDA"):
+        swoosh_l(X, backend="cuda")
+    with use_backend("cuda"), pytest.raises(BackendError):
+        swoosh_l(X)
+
+
+@needs_cpu
+def test_an_unsupported_dtype_is_told_and_auto_passes_on():
+    x = torch.zeros(3, dtype=torch.float8_e4m3fn)
+    with pytest.raises(BackendError, match=r"it takes float32, .* got torch\.float8_e4m3fn"):
+        swoosh_l(x, backend="cpu")
+    assert ops.get("swoosh").select("auto", x, "l") == "eager"
+
+
+@needs_cpu
+def test_explain_names_the_choice_and_every_reason():
+    lines = explain("swoosh").splitlines()
+    assert lines[0] == "swoosh: runs on 'cpu' (asked for: 'auto')"
+    assert [line.split()[0] for line in lines[1:]] == list(backend.BACKENDS)
+    for line, name in zip(lines[1:], backend.BACKENDS, strict=True):
+        reason = ops.get("swoosh").unsupported(name, *ops.example("swoosh"))
+        assert line.split(None, 1)[1] == ("available" if reason is None else f"no: {reason}")
+    assert explain("swoosh", backend="eager").startswith("swoosh: runs on 'eager' (asked for: 'eager')")
+
+
+def test_without_the_compiled_module_everything_runs_on_plain_pytorch():
+    code = """
+import importlib.abc, sys
+class Hidden(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "zipformer_kernels._native":
+            raise ModuleNotFoundError(name, name=name)
+sys.meta_path.insert(0, Hidden())
+import torch, zipformer_kernels as zk
+print(float(zk.swoosh_l(torch.zeros(1))))
+print(zk.explain("swoosh"))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    value, chosen, *reasons = result.stdout.splitlines()
+    assert float(value) == float(swoosh_l(torch.zeros(1), backend="eager"))
+    assert chosen == "swoosh: runs on 'eager' (asked for: 'auto')"
+    assert sum("the compiled module was not built" in line for line in reasons) == 2

@@ -1,0 +1,32 @@
+"""The command ``zipformer-kernels``."""
+
+from __future__ import annotations
+
+import sys
+
+# What the extra `cli` brings.
+EXTRA = ("typer", "rich", "soundfile", "kaldi_native_fbank", "soxr", "safetensors")
+
+
+def main() -> None:
+    """Runs the command line; exits with code 2 and one line on stderr where the user's input is at fault."""
+    try:
+        from zipformer_kernels import commands
+    except ModuleNotFoundError as error:
+        if error.name not in EXTRA:
+            raise
+        fail(f"{error.name} is not installed: pip install 'zipformer-kernels[cli]'")
+    try:
+        commands.app(prog_name="zipformer-kernels")
+    except commands.USER_ERRORS as error:
+        fail(str(error))
+
+
+def fail(message: str) -> None:
+    """Exits with code 2 and one line on stderr."""
+    print(f"zipformer-kernels: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,23 @@
+"""The commands of ``zipformer-kernels``: one file each."""
+
+from __future__ import annotations
+
+import typer
+
+from zipformer_kernels.audio import AudioError
+from zipformer_kernels.backend import BackendError
+from zipformer_kernels.checkpoint import CheckpointError
+from zipformer_kernels.commands.encode import ArgumentError, encode
+from zipformer_kernels.commands.info import info
+
+USER_ERRORS = (AudioError, BackendError, CheckpointError, ArgumentError)
+"""What is told in one line, without a traceback."""
+
+app = typer.Typer(
+    help="Fused kernels for the Zipformer speech encoder.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(info)
+app.command()(encode)
