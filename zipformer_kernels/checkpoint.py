@@ -43,9 +43,9 @@ def load_checkpoint(
 
     Args:
         path: a ``.safetensors`` file, or one written by `torch.save`: a state_dict, or a dict that has it
-            under ``model`` or ``state_dict``, as icefall's ``epoch-*.pt`` and ``pretrained.pt`` do. Keys start with
-            ``encoder_embed.`` and ``encoder.``, or with ``module.`` before that; all others, of decoder and
-            joiner, are left alone.
+            under ``model`` or ``state_dict``, as icefall's ``epoch-*.pt`` and ``pretrained.pt`` do. Keys start
+            with ``encoder_embed.`` and ``encoder.``, or with ``module.`` before that; all others, of decoder
+            and joiner, are left alone.
         preset_name: "S", "M" or "L", if the checkpoint must have the sizes of that preset.
         causal: whether the checkpoint must be causal or not; None for either.
     Raises:
