@@ -79,10 +79,10 @@ def compile_op(name: str, target: str) -> list[dict]:
     launchers = importlib.import_module(f"zipformer_kernels.ops.{name}.triton").launchers
     op = importlib.import_module(f"zipformer_kernels.ops.{name}")._op
     cases = importlib.import_module(f"zipformer_kernels.ops.{name}.cases").CASES
+    small = [case for case in cases if not case.large]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        for case in cases:
-            if case.large:
-                continue
+        every = dtype == torch.bfloat16 and target == "sm_90"  # elsewhere the first case has to do: compiling takes time
+        for case in small if every else small[:1]:
             args = case.inputs(dtype, "cpu")
             if launchers.supports(*args) is not None:
                 continue

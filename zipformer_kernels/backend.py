@@ -69,15 +69,16 @@ TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Triton kernels run in Triton's interpreter, on CPU tensors. Only for tests: ``auto`` never chooses it."""
 
 
-def _import_native() -> types.ModuleType | None:
-    try:
-        return importlib.import_module("zipformer_kernels._native")
-    except ModuleNotFoundError:
-        return None
+native: types.ModuleType | None = None
+"""The compiled module, or None where there is none. Tests put the emulator's build here."""
 
-
-native: types.ModuleType | None = _import_native()
-"""The compiled module, or None where it was not built. Tests put the emulator's build here."""
+_native_error = "the compiled module was not built: reinstall with a C++ compiler on the PATH"
+try:
+    native = importlib.import_module("zipformer_kernels._native")
+except ModuleNotFoundError:
+    pass
+except ImportError as error:  # built for another Python, C library or processor
+    _native_error = f"the compiled module cannot be loaded ({error}): reinstall to build it here"
 
 
 def emulated() -> bool:
@@ -87,7 +88,7 @@ def emulated() -> bool:
 
 def _missing(name: str) -> str | None:
     if name in ("cpu", "cuda") and native is None:
-        return "the compiled module was not built: reinstall with a C++ compiler on the PATH"
+        return _native_error
     if name == "cuda" and not native.build["cuda_targets"]:
         return "the compiled module was built without CUDA: reinstall with nvcc on the PATH"
     if name == "cuda" and not emulated() and not torch.cuda.is_available():

@@ -35,19 +35,19 @@ class Launchers:
         backward: ``(needs, grads, saved, *args)`` -> one gradient, or None, per tensor argument. `needs` says which
             are wanted; `grads` has one tensor per output, of any strides; `saved` are the op's saved outputs followed
             by the extras; tensor arguments that the op does not save arrive as None. Gradients are allocated as
-            `torch.empty_like` would.
+            `torch.empty_like` would. None where the op's results carry no gradient.
     """
 
     supports: Callable[..., str | None]
     forward: Callable[..., tuple[Tensor, ...]]
-    backward: Callable[..., tuple[Tensor | None, ...]]
+    backward: Callable[..., tuple[Tensor | None, ...]] | None
 
 
-def triton_launchers(package: str) -> dict[str, Launchers]:
-    """The launchers of ``<package>.triton``, or nothing where Triton cannot run: importing it would fail."""
+def triton_launchers(package: str, name: str = "launchers") -> dict[str, Launchers]:
+    """``<package>.triton.<name>``, or nothing where Triton cannot run: importing it would fail."""
     if backends.missing["triton"] is not None:
         return {}
-    return {"triton": importlib.import_module(f"{package}.triton").launchers}
+    return {"triton": getattr(importlib.import_module(f"{package}.triton"), name)}
 
 
 class Op:
@@ -58,7 +58,8 @@ class Op:
         schema: its arguments in torch's schema language, without defaults, e.g. ``Tensor x, Tensor? mask, int dim``.
         reference: the op in differentiable PyTorch: ``(*args)`` -> output, or a tuple of outputs.
         backends: launchers by backend name; ``eager`` among them.
-        saves: names of the tensor arguments that backward reads or that can need a gradient.
+        saves: names of the tensor arguments that backward reads or that can need a gradient; none for an op whose
+            results carry no gradient.
         outputs: how many results a caller gets.
         saves_outputs: which of them backward reads.
         extras: how many further tensors forward returns for backward.
@@ -104,6 +105,8 @@ class Op:
         """The name of the backend that a call with these arguments gets. Raises `BackendError`."""
         name = backends.requested(backend)
         if name == "auto":
+            if _exporting():  # what is exported must not need this package
+                return "eager"
             order = backends.PREFERENCE.get(args[self.tensors[0]].device.type, ("eager",))
             return next(name for name in order if self.unsupported(name, *args) is None)
         reason = self.unsupported(name, *args)
@@ -125,27 +128,16 @@ class Op:
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Runs the op. Arguments as in its schema."""
-        if torch.jit.is_tracing() or torch.onnx.is_in_onnx_export():
-            return self.reference(*args)
-        if torch.compiler.is_compiling():
-            return self._traced(*args, backend=backend)
-        launchers = self.backends[self.select(backend, *args)]
-        if torch.is_grad_enabled() and any(
-            args[i] is not None and args[i].requires_grad for i in self.tensors
-        ):
+        name = self.select(backend, *args)
+        if torch.compiler.is_compiling() or _exporting():
+            if name == "eager":
+                return self.reference(*args)
+            results = getattr(torch.ops.zipformer_kernels, self.name)(*args, name)
+            return self._results((results,) if isinstance(results, Tensor) else results)
+        launchers = self.backends[name]
+        if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.tensors):
             return _Function.apply(self, launchers, *args)
         return self._results(_without_autocast(launchers.forward, *args))
-
-    def _traced(self, *args: Any, backend: str | None) -> Any:
-        exporting = torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
-        if exporting and backends.requested(backend) == "auto":
-            return self.reference(*args)  # an exported program must not need this package
-        name = self.select(backend, *args)
-        if name == "eager":
-            return self.reference(*args)
-        operator = getattr(torch.ops.zipformer_kernels, self.name)
-        results = operator(*args, name)
-        return self._results((results,) if isinstance(results, Tensor) else results)
 
     def _results(self, results: tuple[Tensor, ...]) -> Any:
         return results[0] if self.outputs == 1 else tuple(results[: self.outputs])
@@ -192,6 +184,11 @@ class Op:
         count = self.outputs + extras
         returns = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
         _LIBRARY.define(f"{self.name}({schema}, str backend) -> {returns}")
+        qualified = f"zipformer_kernels::{self.name}"
+        torch.library.impl(qualified, "CompositeExplicitAutograd", self._operator, lib=_LIBRARY)
+        torch.library.register_fake(qualified, self._operator_fake, lib=_LIBRARY)
+        if not self.saved:
+            return
 
         grads = ", ".join(f"Tensor grad{i}" for i in range(self.outputs))
         kept = [f"{kinds[i]} {names[i]}" for i in self.saved]
@@ -203,9 +200,6 @@ class Op:
         returns = "Tensor" if len(self.tensors) == 1 else f"({gradients})"
         _LIBRARY.define(f"{self.name}_backward({arguments}) -> {returns}")
 
-        qualified = f"zipformer_kernels::{self.name}"
-        torch.library.impl(qualified, "CompositeExplicitAutograd", self._operator, lib=_LIBRARY)
-        torch.library.register_fake(qualified, self._operator_fake, lib=_LIBRARY)
         torch.library.register_autograd(
             qualified, self._operator_gradient, setup_context=self._operator_context, lib=_LIBRARY
         )
@@ -256,6 +250,12 @@ class Op:
                 for i, need in zip(self.tensors, needs, strict=True)
             )
         )
+
+
+def _exporting() -> bool:
+    """Whether a program is being recorded to run elsewhere: torch.export, torch.jit.trace, or an ONNX exporter."""
+    recording = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+    return recording or getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
 def _one_or_all(results: tuple[Tensor, ...]) -> Any:

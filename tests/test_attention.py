@@ -1,0 +1,311 @@
+"""Shared-weight attention on every lane against float64: values, all gradients, masks, memory."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lanes import lanes
+
+from zipformer_kernels.ops import attention
+from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask
+from zipformer_kernels.ops.attention.cases import CASES
+
+OP = attention._op
+SMALL = [case for case in CASES if not case.large]
+
+# Relative to the norm of the float64 result. A weight is exp(s - lse) with s a sum of 36 rounded products, so its relative
+# error is that of s times eps; results average over weights. Half precision rounds weights and score gradients to the
+# dtype before they enter a product.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}
+
+
+def relative(actual, expected, floor=1e-12):
+    """The error's norm over that of the expected tensor, or over `floor` where that is larger."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    assert torch.isfinite(actual).all()
+    return ((actual - expected).norm() / max(expected.norm().item(), floor)).item()
+
+
+def exact(args, grad):
+    """Output and gradients in float64, from the differentiable reference."""
+    wide = [x.detach().double().cpu() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+    wide = [x.cpu() if isinstance(x, torch.Tensor) else x for x in wide]
+    leaves = [x.requires_grad_() for x in wide[:5]]
+    out = attention.reference.attention(*wide)
+    grads = list(torch.autograd.grad(out, leaves, grad.double().cpu()))
+    *_, penalty, limit = args
+    if penalty:
+        scores = attention.reference.scores(*leaves[:4])
+        loss = penalty * (scores.abs() - limit).relu().sum()
+        for i, extra in enumerate(torch.autograd.grad(loss, leaves[:4])):
+            grads[i] = grads[i] + extra
+    return out, grads
+
+
+def check(args, out, grad, grads, tolerance):
+    expected, expected_grads = exact(args, grad)
+    assert out.dtype == args[4].dtype
+    assert relative(out, expected) < tolerance
+    floor = 0.1 * grad.double().norm().item()  # a single source leaves scores without a gradient: only rounding
+    for name, actual, wanted in zip("qkpev", grads, expected_grads, strict=True):
+        assert relative(actual, wanted, floor) < 3 * tolerance, name
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
+@pytest.mark.parametrize("lane", lanes(OP))
+def test_cases_match_float64(lane, case):
+    for dtype in lane.dtypes:
+        torch.manual_seed(0)
+        with lane.active():
+            args = case.inputs(dtype, lane.device)
+            out = OP(*args)
+            grad = torch.randn_like(out)
+            grads = torch.autograd.grad(out, args[:5], grad)
+        check(args, out, grad, grads, TOLERANCE[dtype])
+
+
+@settings(max_examples=15)
+@given(
+    targets=st.integers(1, 40),
+    left=st.integers(0, 40),
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 3),
+    channels=st.integers(1, 40),
+    padded=st.booleans(),
+    masked=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+@pytest.mark.parametrize("lane", lanes(OP))
+def test_any_shape_and_mask(lane, targets, left, batch, heads, channels, padded, masked, seed):
+    torch.manual_seed(seed)
+    sources = targets + left
+    q, k = torch.randn(targets, batch, heads, 16) / 4, torch.randn(sources, batch, heads, 16)
+    p, e = torch.randn(targets, batch, heads, 4), torch.randn(targets + sources - 1, heads, 4)
+    values = torch.randn(sources, batch, heads * channels)
+    padding = torch.rand(batch, sources) > 0.5 if padded else None
+    mask = torch.rand(targets, sources) > 0.5 if masked else None
+    leaves = [x.to(lane.device).requires_grad_() for x in (q, k, p, e, values)]
+    masks = [None if m is None else m.to(lane.device) for m in (padding, mask)]
+    with lane.active():
+        out = AttentionWeights(*leaves[:4], *masks).aggregate(leaves[4])
+        grad = torch.randn_like(out)
+        grads = torch.autograd.grad(out, leaves, grad)
+    v = values.unflatten(2, (heads, channels))
+    args = (q, k, p, e, v, None, padding, mask, -1, -1, 0.0, 0.0)
+    expected, expected_grads = exact(args, grad.unflatten(2, (heads, channels)))
+    assert relative(out, expected.flatten(2)) < TOLERANCE[torch.float32]
+    floor = 0.1 * grad.double().norm().item()
+    for actual, wanted in zip(grads, expected_grads, strict=True):
+        assert relative(actual, wanted.reshape(actual.shape), floor) < 3 * TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("lane", lanes(OP))
+def test_three_uses_of_one_set_of_weights_add_their_gradients(lane):
+    torch.manual_seed(2)
+    shapes = [(20, 2, 3, 8), (20, 2, 3, 8), (20, 2, 3, 4), (39, 3, 4), (20, 2, 12), (20, 2, 36), (20, 2, 36)]
+    results = []
+    for active, dtype, device in ((lane.active, torch.float32, lane.device), (None, torch.float64, "cpu")):
+        torch.manual_seed(2)
+        leaves = [torch.randn(shape).to(device, dtype).requires_grad_() for shape in shapes]
+
+        def use(leaves):
+            weights = AttentionWeights(*leaves[:4])
+            first = weights[0:1].aggregate(leaves[4])
+            second = weights.aggregate(leaves[5])
+            return [first, second, weights.aggregate(leaves[6] + second)]
+
+        if active is None:
+            outs = use(leaves)
+        else:
+            with active():
+                outs = use(leaves)
+        loss = sum((out.double() ** 2).sum() for out in outs)
+        results.append((outs, torch.autograd.grad(loss, leaves)))
+    for actual, wanted in zip(*[[*outs, *grads] for outs, grads in results], strict=True):
+        assert relative(actual, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("lane", lanes(OP))
+def test_penalty_comes_once_for_all_uses(lane):
+    torch.manual_seed(3)
+    q, k = ((3 * torch.randn(9, 1, 2, 4)).to(lane.device).requires_grad_() for _ in range(2))
+    values = torch.randn(9, 1, 6, device=lane.device)
+    with lane.active():
+        weights = AttentionWeights(q, k, penalty=0.5, limit=10.0)
+        zero = 0.0 * (weights.aggregate(values) + weights.aggregate(values) + 1).sum()
+        zero = zero + 0.0 * weights[0:1].aggregate(values).sum()
+        dq, dk = torch.autograd.grad(zero, (q, k))
+    scores = attention.reference.scores(q, k, None, None)
+    assert (scores.abs() > 10).any()
+    expected = torch.autograd.grad(0.5 * (scores.abs() - 10).relu().sum(), (q, k))
+    torch.testing.assert_close((dq, dk), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("lane", lanes(OP))
+def test_a_target_that_sees_nothing_averages_everything(lane):
+    torch.manual_seed(4)
+    q, k = (torch.randn(50, 2, 1, 16, device=lane.device, requires_grad=True) for _ in range(2))
+    values = torch.randn(50, 2, 5, device=lane.device)
+    padding = torch.zeros(2, 50, dtype=torch.bool, device=lane.device)
+    padding[1] = True
+    with lane.active():
+        out = AttentionWeights(q, k, key_padding_mask=padding).aggregate(values)
+        dq, dk = torch.autograd.grad(out.sum(), (q, k))
+    torch.testing.assert_close(out[:, 1], values[:, 1].mean(0).expand(50, 5), rtol=1e-5, atol=1e-6)
+    assert (dq[:, 1] == 0).all()
+    assert (dk[:, 1] == 0).all()
+
+
+@pytest.mark.parametrize("lane", lanes(OP))
+def test_constant_weights_are_a_masked_mean(lane):
+    torch.manual_seed(5)
+    q, k = (torch.randn(30, 2, 2, 8, device=lane.device, requires_grad=True) for _ in range(2))
+    values = torch.randn(30, 2, 10, device=lane.device, requires_grad=True)
+    rule = ChunkMask(8, 1)
+    with lane.active():
+        out = AttentionWeights(q, k, attn_mask=rule).constant().aggregate(values)
+        (dv,) = torch.autograd.grad(out.sum(), values)
+    seen = (~rule.materialize(30, lane.device)).float()
+    weights = seen / seen.sum(1, keepdim=True)
+    torch.testing.assert_close(out, torch.einsum("ij,jbc->ibc", weights, values), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(dv, weights.sum(0)[:, None, None].expand_as(dv), rtol=1e-5, atol=1e-6)
+    assert not out.grad_fn is None
+
+
+@pytest.mark.parametrize("lane", lanes(OP))
+def test_handle_looks_like_the_weights(lane):
+    q, k = (torch.randn(6, 2, 4, 8, device=lane.device) for _ in range(2))
+    with lane.active():
+        weights = AttentionWeights(q, k)
+        dense = weights.materialize()
+        assert weights.shape == dense.shape == (4, 2, 6, 6)
+        assert weights.dtype == dense.dtype
+        assert weights.device == dense.device
+        assert weights[1:3].shape == (2, 2, 6, 6)
+        torch.testing.assert_close(weights[1:3].materialize(), dense[1:3])
+        torch.testing.assert_close(dense.sum(-1), torch.ones_like(dense[..., 0]))
+        assert lane.backend in repr(weights)
+
+
+def test_chunk_rule_is_upstreams_mask():
+    t = torch.arange(50)
+    for chunk, left in ((8, 2), (8, -1), (16, 0)):
+        c = t // chunk
+        expected = (c > c[:, None]) | (c < c[:, None] - (left if left >= 0 else 10**6))
+        assert torch.equal(ChunkMask(chunk, left).materialize(50), expected)
+        halved = ChunkMask(chunk, left).downsample(2).materialize(25)
+        assert torch.equal(halved, expected[::2, ::2])
+    with pytest.raises(ValueError, match="multiple of the downsampling factor 3"):
+        ChunkMask(8).downsample(3)
+
+
+@pytest.mark.parametrize("lane", lanes(OP, "eager"))
+def test_results_repeat_bit_for_bit(lane):
+    with lane.active():
+        args = CASES[0].inputs(torch.float32, lane.device)
+        runs = []
+        for _ in range(2):
+            out = OP(*args)
+            runs.append([out, *torch.autograd.grad(out.sum(), args[:5])])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("lane", lanes(OP))
+def test_only_wanted_gradients(lane):
+    with lane.active():
+        args = [x.detach() if isinstance(x, torch.Tensor) else x for x in CASES[0].inputs(torch.float32, lane.device)]
+        for i in range(5):
+            x = args[i].requires_grad_()
+            (alone,) = torch.autograd.grad(OP(*args).square().sum(), x)
+            args[i] = x.detach()
+            leaves = [a.detach().requires_grad_() if j < 5 else a for j, a in enumerate(args)]
+            everything = torch.autograd.grad(OP(*leaves).square().sum(), leaves[:5])
+            torch.testing.assert_close(alone, everything[i])
+
+
+@pytest.mark.parametrize("lane", lanes(OP))
+def test_opcheck(lane):
+    with lane.active():
+        args = CASES[0].inputs(torch.float32, lane.device)
+        torch.library.opcheck(torch.ops.zipformer_kernels.attention.default, (*args, lane.backend))
+        scores = [None if x is None else x.detach() for x in args[:4]]
+        sums = torch.ops.zipformer_kernels.attention_log_sum_exp.default
+        torch.library.opcheck(sums, (*scores, *args[6:10], lane.backend))
+
+
+@pytest.mark.parametrize("lane", lanes(OP))
+def test_compiles_without_graph_breaks(lane):
+    def layer(q, k, values):
+        weights = AttentionWeights(q, k, attn_mask=ChunkMask(4, 1))
+        return weights.aggregate(values) + weights[0:1].aggregate(values)
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    inputs = [torch.randn(12, 2, 2, 8), torch.randn(12, 2, 2, 8), torch.randn(12, 2, 6)]
+    inputs = [x.to(lane.device).requires_grad_() for x in inputs]
+    with lane.active():
+        got = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
+        expected = torch.autograd.grad(layer(*inputs).square().sum(), inputs)
+    torch.testing.assert_close(got, expected)
+
+
+def allocations(function):
+    """Runs a function; returns the elements of the largest tensor that any torch operation returned."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            results = operation(*args, **(kwargs or {}))
+            for x in tree_leaves(results):
+                if isinstance(x, torch.Tensor):
+                    self.elements = max(self.elements, x.untyped_storage().nbytes() // max(1, x.element_size()))
+            return results
+
+    with Largest() as mode:
+        function()
+    return mode.elements
+
+
+@pytest.mark.parametrize("lane", lanes(OP, "eager"))
+def test_no_tensor_grows_with_the_square_of_the_frames(lane, monkeypatch):
+    """At T = 16384, forward and backward; kernels of the interpreter and the emulator allocate nothing and are skipped."""
+    frames, heads = 16384, 4
+    torch.manual_seed(6)
+    with lane.active():
+        if lane.device.type == "cpu" and lane.backend == "triton":
+            from triton.runtime.interpreter import GridExecutor
+
+            monkeypatch.setattr(GridExecutor, "__call__", lambda *args, **kwargs: None)
+        shapes = [(frames, 1, heads, 32), (frames, 1, heads, 32), (frames, 1, heads, 4), (2 * frames - 1, heads, 4)]
+        leaves = [torch.randn(shape, device=lane.device, requires_grad=True) for shape in shapes]
+        values = torch.randn(frames, 1, heads * 12, device=lane.device, requires_grad=True)
+
+        def step():
+            out = AttentionWeights(*leaves).aggregate(values)
+            torch.autograd.grad(out.sum(), [*leaves, values])
+
+        largest = allocations(step)
+    assert largest < 2 * frames * heads * 64
+    assert largest < frames**2 // 16
+
+
+def test_bad_input_is_named():
+    q, k = torch.randn(5, 2, 3, 8), torch.randn(5, 2, 3, 8)
+    with pytest.raises(ValueError, match="k must be of shape"):
+        AttentionWeights(q, k[:, :1])
+    with pytest.raises(ValueError, match="p and e must be given together"):
+        AttentionWeights(q, k, p=q)
+    with pytest.raises(ValueError, match="e must be of shape"):
+        AttentionWeights(q, k, q, torch.randn(5, 3, 8))
+    with pytest.raises(TypeError, match="key_padding_mask must be of dtype bool"):
+        AttentionWeights(q, k, key_padding_mask=torch.zeros(2, 5))
+    with pytest.raises(ValueError, match="attn_mask must be of shape"):
+        AttentionWeights(q, k, attn_mask=torch.zeros(4, 5, dtype=torch.bool))
+    with pytest.raises(ValueError, match="a ChunkMask needs as many sources"):
+        AttentionWeights(q, torch.randn(7, 2, 3, 8), attn_mask=ChunkMask(4))
+    with pytest.raises(ValueError, match="values must be"):
+        AttentionWeights(q, k).aggregate(torch.randn(5, 2, 7))
+    with pytest.raises(TypeError, match="heads must be a slice"):
+        AttentionWeights(q, k)[0]

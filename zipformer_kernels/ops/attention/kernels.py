@@ -1,0 +1,419 @@
+"""Triton kernels of shared-weight attention; `attention` and `nonlin_attention` launch them.
+
+No kernel stores a tensor of T x S elements: scores are computed again wherever they are needed, from q, k, p, e, and
+turned into weights by the saved log-sum-exp. The term p_i . e[T - 1 - i + j] is read by index: there is no row of
+T + S - 1 scores to skew. Shapes are as in reference.py; `GATED` kernels take values x tanh(s) and gate results by y.
+
+One program covers BM targets of one sequence and head and walks over sources BN at a time (or the other way round).
+Products of float32 are not rounded to TF32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+MASKED_SCORE = tl.constexpr(-1000.0)
+
+VARYING = ["T", "S", "B", "chunk", "left_chunks", "mask_sb", "mask_st"]
+"""Arguments that differ from batch to batch: a kernel is not compiled again for special values of theirs."""
+
+
+@triton.jit
+def split_program(blocks, B, H):
+    """The program's block of rows, sequence and head, from axis 0 of the grid; 64-bit."""
+    program = tl.program_id(0).to(tl.int64)
+    bh = program // blocks
+    return (program % blocks).to(tl.int32), bh // H, bh % H
+
+
+@triton.jit
+def load_rows(ptr, rows, stride, count, channels, C):
+    """A tile (rows, channels) from rows of `stride` elements; zero outside of [0, count) x [0, C)."""
+    inside = ((rows >= 0) & (rows < count))[:, None] & (channels < C)[None, :]
+    return tl.load(ptr + rows[:, None].to(tl.int64) * stride + channels[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, tile, rows, stride, count, channels, C):
+    """Stores a tile (rows, channels), in the element type of `ptr`, where inside of [0, count) x [0, C)."""
+    inside = (rows < count)[:, None] & (channels < C)[None, :]
+    offsets = rows[:, None].to(tl.int64) * stride + channels[None, :]
+    tl.store(ptr + offsets, tile.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def product(a, b):
+    """Matrix product accumulated in float32, exact to float32 for float32 inputs."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def complete_scores(
+    s, i, j, b, fill, p_ptr, p_st, e_ptr, padding_ptr, mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks,
+    P: tl.constexpr, PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Adds the positional term to s = q . k and applies the masks.
+
+    `i` and `j` are targets and sources as indices that broadcast to the tile, in either orientation; masked scores become
+    `fill`, one number or one per target. Returns the scores before masking, after masking (-inf outside of the matrix), and
+    where they are masked.
+    """
+    inside = (i < T) & (j >= 0) & (j < S)
+    offset = T - 1 - i + j
+    for d in tl.static_range(P):
+        pd = tl.load(p_ptr + i.to(tl.int64) * p_st + d, mask=i < T, other=0.0).to(tl.float32)
+        ed = tl.load(e_ptr + d * (T + S - 1) + offset, mask=inside, other=0.0).to(tl.float32)
+        s += pd * ed
+    masked = (i < 0) | (j < 0)  # all false: has the tile's shape
+    if PADDING:
+        masked |= tl.load(padding_ptr + b * S + j, mask=(j >= 0) & (j < S), other=0) != 0
+    if MASK:
+        masked |= tl.load(mask_ptr + b * mask_sb + i.to(tl.int64) * mask_st + j, mask=inside, other=0) != 0
+    if CHUNKS:
+        masked |= (j // chunk > i // chunk) | (j // chunk < i // chunk - left_chunks)
+    return s, tl.where(inside, tl.where(masked, fill, s), float("-inf")), masked
+
+
+@triton.jit
+def load_log_sum_exp(lse_ptr, i, T, S):
+    """The log-sum-exp of targets i, and what masked scores are set to for each of them.
+
+    Where every source is masked the saved value is -inf. The weights are then uniform: scores of zero with log S give just
+    that, where -1000 + log S in float32 would be off by 6e-5.
+    """
+    lse = tl.load(lse_ptr + i, mask=i < T, other=0.0)
+    blind = lse == float("-inf")
+    return tl.where(blind, tl.log(S.to(tl.float32)), lse), tl.where(blind, 0.0, MASKED_SCORE)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def log_sum_exp_kernel(
+    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, lse_ptr,
+    padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks,
+    D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """lse[h, b, i] = log sum_j exp(s[h, b, i, j]), online over the sources; -inf where all of them are masked."""
+    block, b, h = split_program(tl.cdiv(T, BM), B, H)
+    q_ptr += b * q_sb + h * q_sh
+    k_ptr += b * k_sb + h * k_sh
+    p_ptr += b * p_sb + h * p_sh
+    e_ptr += h * P * (T + S - 1)
+    i = block * BM + tl.arange(0, BM)
+    d = tl.arange(0, D_TILE)
+    q = load_rows(q_ptr, i, q_st, T, d, D)
+    largest = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    for j0 in range(0, S, BN):
+        j = j0 + tl.arange(0, BN)
+        k = load_rows(k_ptr, j, k_st, S, d, D)
+        _, s, _ = complete_scores(
+            product(q, tl.trans(k)), i[:, None], j[None, :], b, MASKED_SCORE, p_ptr, p_st, e_ptr, padding_ptr, mask_ptr, mask_sb,
+            mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
+        )  # fmt: skip
+        # Rows beyond T see only -inf; zero in its place keeps their arithmetic finite.
+        new = tl.maximum(largest, tl.max(s, 1))
+        shift = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp2((largest - shift) * LOG2E) + tl.sum(tl.exp2((s - shift[:, None]) * LOG2E), 1)
+        largest = new
+    lse_ptr += (h * B + b) * T
+    lse = tl.where(largest == MASKED_SCORE, float("-inf"), largest + tl.log(tl.where(i < T, total, 1.0)))
+    tl.store(lse_ptr + i, lse, mask=i < T)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def aggregate_kernel(
+    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, lse_ptr,
+    padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks,
+    v_ptr, v_st, v_sb, v_sh, gate_ptr, out_ptr, y_ptr, gated_ptr,
+    C, D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """out[i] = sum_j w[i, j] v[j] for one block of BC channels; gated: v = x tanh(gate), and gated = out * y.
+
+    `gate` and `y` share the strides of `v`; `out` and `gated` are contiguous.
+    """
+    block, b, h = split_program(tl.cdiv(T, BM), B, H)
+    q_ptr += b * q_sb + h * q_sh
+    k_ptr += b * k_sb + h * k_sh
+    p_ptr += b * p_sb + h * p_sh
+    e_ptr += h * P * (T + S - 1)
+    v_offset = b * v_sb + h * v_sh
+    i = block * BM + tl.arange(0, BM)
+    d = tl.arange(0, D_TILE)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    q = load_rows(q_ptr, i, q_st, T, d, D)
+    lse, fill = load_log_sum_exp(lse_ptr + (h * B + b) * T, i, T, S)
+    sums = tl.zeros([BM, BC], tl.float32)
+    for j0 in range(0, S, BN):
+        j = j0 + tl.arange(0, BN)
+        k = load_rows(k_ptr, j, k_st, S, d, D)
+        _, s, _ = complete_scores(
+            product(q, tl.trans(k)), i[:, None], j[None, :], b, fill[:, None], p_ptr, p_st, e_ptr, padding_ptr, mask_ptr, mask_sb,
+            mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
+        )  # fmt: skip
+        w = tl.exp2((s - lse[:, None]) * LOG2E)
+        v = load_rows(v_ptr + v_offset, j, v_st, S, c, C)
+        if GATED:
+            gate = load_rows(gate_ptr + v_offset, j, v_st, S, c, C).to(tl.float32)
+            v = (v.to(tl.float32) * tanh(gate)).to(v_ptr.dtype.element_ty)
+        sums += product(w.to(v.dtype), v)
+    offset = (b * H + h) * C
+    store_rows(out_ptr + offset, sums, i, B * H * C, T, c, C)
+    if GATED:
+        y = load_rows(y_ptr + v_offset, i, v_st, T, c, C).to(tl.float32)
+        store_rows(gated_ptr + offset, sums * y, i, B * H * C, T, c, C)
+
+
+@triton.jit
+def tanh(x):
+    """Hyperbolic tangent in float32."""
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit(do_not_specialize=VARYING)
+def delta_kernel(
+    grad_ptr, grad_st, grad_sb, grad_sh, out_ptr, delta_ptr, x_ptr, gate_ptr, y_ptr, v_st, v_sb, v_sh,
+    inner_ptr, dy_ptr, values_ptr, T, B, H, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """delta[h, b, i] = sum_c g[i, c] out[i, c] with g the gradient of `out`, before the other backward kernels.
+
+    Gated: g = grad * y, kept as `inner`; and dy = grad * out; and the values x tanh(gate) once more.
+    """
+    block, b, h = split_program(tl.cdiv(T, BM), B, H)
+    i = block * BM + tl.arange(0, BM)
+    offset = (b * H + h) * C
+    v_offset = b * v_sb + h * v_sh
+    delta = tl.zeros([BM], tl.float32)
+    for c0 in range(0, C, BC):
+        c = c0 + tl.arange(0, BC)
+        g = load_rows(grad_ptr + b * grad_sb + h * grad_sh, i, grad_st, T, c, C).to(tl.float32)
+        out = load_rows(out_ptr + offset, i, B * H * C, T, c, C).to(tl.float32)
+        if GATED:
+            store_rows(dy_ptr + offset, g * out, i, B * H * C, T, c, C)
+            g *= load_rows(y_ptr + v_offset, i, v_st, T, c, C).to(tl.float32)
+            store_rows(inner_ptr + offset, g, i, B * H * C, T, c, C)
+            x = load_rows(x_ptr + v_offset, i, v_st, T, c, C).to(tl.float32)
+            gate = load_rows(gate_ptr + v_offset, i, v_st, T, c, C).to(tl.float32)
+            store_rows(values_ptr + offset, x * tanh(gate), i, B * H * C, T, c, C)
+        delta += tl.sum(g * out, 1)
+    tl.store(delta_ptr + (h * B + b) * T + i, delta, mask=i < T)
+
+
+@triton.jit
+def score_gradient(w, raw, masked, dw, delta, penalty, limit, PENALTY: tl.constexpr):
+    """ds = w (dw - delta) where not masked, plus the penalty's sign(s) where |s| > limit."""
+    ds = tl.where(masked, 0.0, w * (dw - delta))
+    if PENALTY:
+        ds += tl.where(raw > limit, penalty, 0.0) - tl.where(raw < -limit, penalty, 0.0)
+    return ds
+
+
+@triton.jit(do_not_specialize=VARYING)
+def query_gradient_kernel(
+    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, lse_ptr,
+    padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks,
+    v_ptr, v_st, v_sb, v_sh, g_ptr, g_st, g_sb, g_sh, delta_ptr, penalty, limit, dq_ptr, dp_ptr,
+    C: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, PENALTY: tl.constexpr,
+):  # fmt: skip
+    """dq[i] = sum_j ds[i, j] k[j] and dp[i] = sum_j ds[i, j] e[T - 1 - i + j]; both contiguous."""
+    block, b, h = split_program(tl.cdiv(T, BM), B, H)
+    q_ptr += b * q_sb + h * q_sh
+    k_ptr += b * k_sb + h * k_sh
+    p_ptr += b * p_sb + h * p_sh
+    v_ptr += b * v_sb + h * v_sh
+    g_ptr += b * g_sb + h * g_sh
+    e_ptr += h * P * (T + S - 1)
+    i = block * BM + tl.arange(0, BM)
+    d = tl.arange(0, D_TILE)
+    pd = tl.arange(0, P_TILE)
+    q = load_rows(q_ptr, i, q_st, T, d, D)
+    lse, fill = load_log_sum_exp(lse_ptr + (h * B + b) * T, i, T, S)
+    delta = tl.load(delta_ptr + (h * B + b) * T + i, mask=i < T, other=0.0)
+    dq = tl.zeros([BM, D_TILE], tl.float32)
+    dp = tl.zeros([BM, P_TILE], tl.float32)
+    for j0 in range(0, S, BN):
+        j = j0 + tl.arange(0, BN)
+        k = load_rows(k_ptr, j, k_st, S, d, D)
+        raw, s, masked = complete_scores(
+            product(q, tl.trans(k)), i[:, None], j[None, :], b, fill[:, None], p_ptr, p_st, e_ptr, padding_ptr, mask_ptr, mask_sb,
+            mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
+        )  # fmt: skip
+        dw = tl.zeros([BM, BN], tl.float32)
+        for c0 in range(0, C, BC):
+            c = c0 + tl.arange(0, BC)
+            g = load_rows(g_ptr, i, g_st, T, c, C)
+            dw += product(g, tl.trans(load_rows(v_ptr, j, v_st, S, c, C).to(g.dtype)))
+        w = tl.exp2((s - lse[:, None]) * LOG2E)
+        ds = score_gradient(w, raw, masked, dw, delta[:, None], penalty, limit, PENALTY)
+        dq += product(ds.to(k.dtype), k)
+        offset = T - 1 - i[:, None] + j[None, :]
+        inside = (i < T)[:, None] & (j < S)[None, :]
+        for n in tl.static_range(P):
+            en = tl.load(e_ptr + n * (T + S - 1) + offset, mask=inside, other=0.0).to(tl.float32)
+            dp += tl.where((pd == n)[None, :], tl.sum(ds * en, 1)[:, None], 0.0)
+    store_rows(dq_ptr + (b * H + h) * D, dq, i, B * H * D, T, d, D)
+    if P > 0:
+        store_rows(dp_ptr + (b * H + h) * P, dp, i, B * H * P, T, pd, P)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def key_gradient_kernel(
+    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, lse_ptr,
+    padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks,
+    v_ptr, v_st, v_sb, v_sh, g_ptr, g_st, g_sb, g_sh, delta_ptr, penalty, limit, dk_ptr, dv_ptr,
+    C: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, WITH_VALUES: tl.constexpr,
+    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, PENALTY: tl.constexpr,
+):  # fmt: skip
+    """dk[j] = sum_i ds[i, j] q[i], and where one block holds all channels dv[j] = sum_i w[i, j] g[i]; contiguous."""
+    block, b, h = split_program(tl.cdiv(S, BN), B, H)
+    q_ptr += b * q_sb + h * q_sh
+    k_ptr += b * k_sb + h * k_sh
+    p_ptr += b * p_sb + h * p_sh
+    v_ptr += b * v_sb + h * v_sh
+    g_ptr += b * g_sb + h * g_sh
+    e_ptr += h * P * (T + S - 1)
+    lse_ptr += (h * B + b) * T
+    delta_ptr += (h * B + b) * T
+    j = block * BN + tl.arange(0, BN)
+    d = tl.arange(0, D_TILE)
+    k = load_rows(k_ptr, j, k_st, S, d, D)
+    dk = tl.zeros([BN, D_TILE], tl.float32)
+    dv = tl.zeros([BN, BC], tl.float32)
+    for i0 in range(0, T, BM):
+        i = i0 + tl.arange(0, BM)
+        q = load_rows(q_ptr, i, q_st, T, d, D)
+        lse, fill = load_log_sum_exp(lse_ptr, i, T, S)
+        raw, s, masked = complete_scores(
+            product(k, tl.trans(q)), i[None, :], j[:, None], b, fill[None, :], p_ptr, p_st, e_ptr, padding_ptr, mask_ptr, mask_sb,
+            mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
+        )  # fmt: skip
+        w = tl.exp2((s - lse[None, :]) * LOG2E)
+        dw = tl.zeros([BN, BM], tl.float32)
+        for c0 in range(0, C, BC):
+            c = c0 + tl.arange(0, BC)
+            g = load_rows(g_ptr, i, g_st, T, c, C)
+            dw += product(load_rows(v_ptr, j, v_st, S, c, C).to(g.dtype), tl.trans(g))
+            if WITH_VALUES:
+                dv += product(w.to(g.dtype), g)
+        delta = tl.load(delta_ptr + i, mask=i < T, other=0.0)
+        ds = score_gradient(w, raw, masked, dw, delta[None, :], penalty, limit, PENALTY)
+        dk += product(ds.to(q.dtype), q)
+    store_rows(dk_ptr + (b * H + h) * D, dk, j, B * H * D, S, d, D)
+    if WITH_VALUES:
+        c = tl.arange(0, BC)
+        store_rows(dv_ptr + (b * H + h) * C, dv, j, B * H * C, S, c, C)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def value_gradient_kernel(
+    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, lse_ptr,
+    padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks,
+    x_ptr, gate_ptr, x_st, x_sb, x_sh, g_ptr, g_st, g_sb, g_sh, dv_ptr, dgate_ptr,
+    C, D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """dv[j] = sum_i w[i, j] g[i] for one block of BC channels, contiguous.
+
+    Gated: dv is the gradient of x tanh(gate); written are dx = dv tanh(gate) and dgate = dv x (1 - tanh(gate)^2).
+    """
+    block, b, h = split_program(tl.cdiv(S, BN), B, H)
+    q_ptr += b * q_sb + h * q_sh
+    k_ptr += b * k_sb + h * k_sh
+    p_ptr += b * p_sb + h * p_sh
+    g_ptr += b * g_sb + h * g_sh
+    e_ptr += h * P * (T + S - 1)
+    lse_ptr += (h * B + b) * T
+    j = block * BN + tl.arange(0, BN)
+    d = tl.arange(0, D_TILE)
+    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    k = load_rows(k_ptr, j, k_st, S, d, D)
+    dv = tl.zeros([BN, BC], tl.float32)
+    for i0 in range(0, T, BM):
+        i = i0 + tl.arange(0, BM)
+        q = load_rows(q_ptr, i, q_st, T, d, D)
+        lse, fill = load_log_sum_exp(lse_ptr, i, T, S)
+        _, s, _ = complete_scores(
+            product(k, tl.trans(q)), i[None, :], j[:, None], b, fill[None, :], p_ptr, p_st, e_ptr, padding_ptr, mask_ptr, mask_sb,
+            mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
+        )  # fmt: skip
+        w = tl.exp2((s - lse[None, :]) * LOG2E)
+        g = load_rows(g_ptr, i, g_st, T, c, C)
+        dv += product(w.to(g.dtype), g)
+    offset = (b * H + h) * C
+    if GATED:
+        x_offset = b * x_sb + h * x_sh
+        x = load_rows(x_ptr + x_offset, j, x_st, S, c, C).to(tl.float32)
+        gate = tanh(load_rows(gate_ptr + x_offset, j, x_st, S, c, C).to(tl.float32))
+        store_rows(dgate_ptr + offset, dv * x * (1.0 - gate * gate), j, B * H * C, S, c, C)
+        dv *= gate
+    store_rows(dv_ptr + offset, dv, j, B * H * C, S, c, C)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def position_gradient_kernel(
+    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, lse_ptr,
+    padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks,
+    v_ptr, v_st, v_sb, v_sh, g_ptr, g_st, g_sb, g_sh, delta_ptr, penalty, limit, de_ptr,
+    C: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr,
+    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, PENALTY: tl.constexpr,
+):  # fmt: skip
+    """de[n] = sum over i, b of ds[b, i, n - (T - 1) + i] p[b, i], for BN offsets n: a sum along diagonals.
+
+    Grid: blocks of offsets x heads, splits. A split sums every splits-th sequence into its own part of
+    de (splits, H, P, T + S - 1), so that the total is added in a fixed order. For BN targets the diagonals lie within a
+    tile of BN x 2 BN scores, whose rows are then shifted against each other.
+    """
+    offsets = T + S - 1
+    blocks = tl.cdiv(offsets, BN)
+    n0 = (tl.program_id(0) % blocks) * BN
+    h = (tl.program_id(0) // blocks).to(tl.int64)
+    e_ptr += h * P * offsets
+    row = tl.arange(0, BN)
+    column = tl.arange(0, 2 * BN)
+    n = n0 + row
+    d = tl.arange(0, D_TILE)
+    pd = tl.arange(0, P_TILE)
+    diagonal = row[:, None] + row[None, :]
+    de = tl.zeros([BN, P_TILE], tl.float32)
+    b = tl.program_id(1).to(tl.int64)
+    while b < B:
+        lse_row = lse_ptr + (h * B + b) * T
+        delta_row = delta_ptr + (h * B + b) * T
+        p_row = p_ptr + b * p_sb + h * p_sh
+        # Targets whose sources n0 - (T - 1) + i .. + 2 BN - 2 meet [0, S).
+        first = tl.maximum(T - 1 - n0 - 2 * BN + 2, 0) // BN * BN
+        last = tl.minimum(S + T - 1 - n0, T)
+        for i0 in range(first, last, BN):
+            i = i0 + row
+            j = n0 - (T - 1) + i0 + column
+            q = load_rows(q_ptr + b * q_sb + h * q_sh, i, q_st, T, d, D)
+            k = load_rows(k_ptr + b * k_sb + h * k_sh, j, k_st, S, d, D)
+            lse, fill = load_log_sum_exp(lse_row, i, T, S)
+            raw, s, masked = complete_scores(
+                product(q, tl.trans(k)), i[:, None], j[None, :], b, fill[:, None], p_row, p_st, e_ptr, padding_ptr, mask_ptr, mask_sb,
+                mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
+            )  # fmt: skip
+            dw = tl.zeros([BN, 2 * BN], tl.float32)
+            for c0 in range(0, C, BC):
+                c = c0 + tl.arange(0, BC)
+                g = load_rows(g_ptr + b * g_sb + h * g_sh, i, g_st, T, c, C)
+                v = load_rows(v_ptr + b * v_sb + h * v_sh, j, v_st, S, c, C)
+                dw += product(g, tl.trans(v.to(g.dtype)))
+            delta = tl.load(delta_row + i, mask=i < T, other=0.0)
+            w = tl.exp2((s - lse[:, None]) * LOG2E)
+            ds = score_gradient(w, raw, masked, dw, delta[:, None], penalty, limit, PENALTY)
+            ds = tl.gather(ds, diagonal, 1)  # (BN targets, BN offsets)
+            for m in tl.static_range(P):
+                pm = tl.load(p_row + i.to(tl.int64) * p_st + m, mask=i < T, other=0.0).to(tl.float32)
+                de += tl.where((pd == m)[None, :], tl.sum(ds * pm[:, None], 0)[:, None], 0.0)
+        b += tl.num_programs(1)
+    de_ptr += (tl.program_id(1) * H + h) * P * offsets
+    inside = (n < offsets)[:, None] & (pd < P)[None, :]
+    tl.store(de_ptr + pd[None, :] * offsets + n[:, None], de, mask=inside)

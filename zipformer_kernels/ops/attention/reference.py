@@ -1,0 +1,202 @@
+"""Shared-weight attention in plain PyTorch: the specification that every backend is tested against.
+
+All shapes are time-major: T target frames, S source frames, B sequences, H heads, and D, P, C channels per head of
+queries and keys, of position queries, and of values. The scores are
+
+    s[h, b, i, j] = q[i, b, h] . k[j, b, h] + p[i, b, h] . e[T - 1 - i + j, h]
+
+with those of masked pairs set to -1000, and the weights are their softmax over j.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zipformer_kernels.library import Launchers
+
+# exp(-1000) is zero in every dtype, and a row with every entry masked becomes uniform rather than NaN.
+MASKED_SCORE = -1000.0
+
+
+def scores(q: Tensor, k: Tensor, p: Tensor | None, e: Tensor | None) -> Tensor:
+    """The scores before masking, (H, B, T, S)."""
+    result = q.permute(2, 1, 0, 3) @ k.permute(2, 1, 3, 0)
+    if p is None:
+        return result
+    by_offset = p.permute(2, 1, 0, 3) @ e.permute(1, 2, 0).unsqueeze(1)
+    return result + select_relative(by_offset)
+
+
+def select_relative(by_offset: Tensor) -> Tensor:
+    """From scores by offset to scores by source: ``out[..., i, j] = by_offset[..., i, T - 1 - i + j]``.
+
+    With n offsets the wanted element lies at T - 1 + i (n - 1) + j of the flattened rows: rows of n - 1 elements, from
+    the one at T - 1 on. So the result is a view, and the same code runs, trains and exports.
+
+    Args:
+        by_offset: (..., T, n), n = T + S - 1; column 0 is the source furthest to the left of the last target.
+
+    Returns:
+        (..., T, S).
+    """
+    targets, offsets = by_offset.shape[-2:]
+    if targets <= 1:
+        return by_offset
+    rows = by_offset.flatten(-2).narrow(-1, targets - 1, targets * (offsets - 1))
+    return rows.unflatten(-1, (targets, offsets - 1))[..., : offsets - targets + 1]
+
+
+def forbidden(
+    shape: torch.Size,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    chunk: int,
+    left_chunks: int,
+    device: torch.device,
+) -> Tensor | None:
+    """The union of all masks, bool and broadcastable to (B, T, S) = `shape`, or None if there is none.
+
+    Args:
+        shape: B, T, S.
+        key_padding_mask: bool (B, S), True for sources that no target may attend to.
+        attn_mask: bool (T, S) or (B, T, S), True where a target may not attend to a source.
+        chunk: frames per chunk; a target sees no later chunk. Zero or less: no chunks.
+        left_chunks: how many chunks to its left a target sees; negative: all.
+    """
+    masks = []
+    if key_padding_mask is not None:
+        masks.append(key_padding_mask.unsqueeze(1))
+    if attn_mask is not None:
+        masks.append(attn_mask if attn_mask.ndim == 3 else attn_mask.unsqueeze(0))
+    if chunk > 0:
+        target = (torch.arange(shape[1], device=device) // chunk).unsqueeze(1)
+        source = torch.arange(shape[2], device=device) // chunk
+        rule = source > target
+        if left_chunks >= 0:
+            rule = rule | (source < target - left_chunks)
+        masks.append(rule.unsqueeze(0))
+    if not masks:
+        return None
+    union = masks[0]
+    for mask in masks[1:]:
+        union = union | mask
+    return union
+
+
+def masked_scores(
+    q: Tensor,
+    k: Tensor,
+    p: Tensor | None,
+    e: Tensor | None,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    chunk: int,
+    left_chunks: int,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The scores, the scores with masked pairs at -1000, and the mask."""
+    s = scores(q, k, p, e)
+    mask = forbidden(s.shape[1:], key_padding_mask, attn_mask, chunk, left_chunks, q.device)
+    return s, s if mask is None else s.masked_fill(mask, MASKED_SCORE), mask
+
+
+def log_sum_exp(*args: Tensor | int | None) -> Tensor:
+    """The log-sum-exp over sources of the masked scores, (H, B, T), in float32 or better. No gradient.
+
+    -inf where every source is masked: -1000 + log S would lose the digits of log S.
+    """
+    _, s, _ = masked_scores(*args)
+    s = _wide(s)
+    blind = (s == MASKED_SCORE).all(dim=-1)
+    return torch.logsumexp(s, dim=-1).masked_fill(blind, -torch.inf)
+
+
+def weights_from(masked: Tensor, lse: Tensor) -> Tensor:
+    """exp(masked - lse), and uniform weights where lse is -inf; in float32 or better."""
+    blind = lse.isneginf().unsqueeze(-1)
+    weights = (_wide(masked) - lse.unsqueeze(-1)).exp()
+    return torch.where(blind, 1.0 / masked.shape[-1], weights)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    p: Tensor | None,
+    e: Tensor | None,
+    v: Tensor,
+    lse: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    chunk: int,
+    left_chunks: int,
+    penalty: float,
+    limit: float,
+) -> Tensor:
+    """out[i, b, h] = sum_j W[h, b, i, j] v[j, b, h], (T, B, H, C); `penalty` acts on gradients only."""
+    s, masked, _ = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
+    weights = _wide(masked).softmax(dim=-1).to(v.dtype)
+    return (weights @ v.permute(2, 1, 0, 3)).permute(2, 1, 0, 3)
+
+
+def forward(*args: Tensor | int | float | None) -> tuple[Tensor]:
+    """The eager backend: the weights from the given log-sum-exp."""
+    q, k, p, e, v, lse, key_padding_mask, attn_mask, chunk, left_chunks, *_ = args
+    _, masked, _ = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
+    weights = weights_from(masked, lse)
+    out = weights.to(v.dtype) @ v.permute(2, 1, 0, 3)
+    return (out.permute(2, 1, 0, 3).contiguous(),)
+
+
+def backward(
+    needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | float | None
+) -> tuple[Tensor | None, ...]:
+    """With W the weights and D[i] = sum_c dout[i] out[i]::
+
+        dv = W^T dout,  ds = W (dout v^T - D) where not masked,  plus penalty sign(s) where |s| > limit,
+        dq[i] = sum_j ds[i, j] k[j],   dk[j] = sum_i ds[i, j] q[i],
+        dp[i] = sum_j ds[i, j] e[T - 1 - i + j],   de[n] = sum over i, b of ds[i, n - (T - 1) + i] p[i].
+    """
+    q, k, p, e, v, lse, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit = args
+    s, masked, mask = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
+    weights = weights_from(masked, lse)
+    dout = _wide(grads[0]).permute(2, 1, 0, 3)
+    out = _wide(saved[0]).permute(2, 1, 0, 3)
+    dv = weights.transpose(2, 3) @ dout
+    ds = weights * (dout @ _wide(v).permute(2, 1, 3, 0) - (dout * out).sum(-1, keepdim=True))
+    if mask is not None:
+        ds = ds.masked_fill(mask, 0.0)
+    if penalty != 0.0:
+        ds = ds + penalty * ((s > limit).to(ds.dtype) - (s < -limit).to(ds.dtype))
+    dq = ds @ _wide(k).permute(2, 1, 0, 3)
+    dk = ds.transpose(2, 3) @ _wide(q).permute(2, 1, 0, 3)
+    dp = de = None
+    if p is not None:
+        by_offset = _spread_relative(ds)
+        dp = by_offset @ _wide(e).permute(1, 0, 2).unsqueeze(1)
+        de = (by_offset.transpose(2, 3) @ _wide(p).permute(2, 1, 0, 3)).sum(1).permute(1, 0, 2).to(e.dtype)
+        dp = dp.permute(2, 1, 0, 3).to(p.dtype)
+    time_major = (dq.permute(2, 1, 0, 3), dk.permute(2, 1, 0, 3), dp, de, dv.permute(2, 1, 0, 3))
+    like = (q, k, p, e, v)
+    gradients = [g.to(x.dtype) if need else None for g, x, need in zip(time_major, like, needs[:5], strict=True)]
+    return *gradients, None, None, None
+
+
+def _spread_relative(ds: Tensor) -> Tensor:
+    """The adjoint of `select_relative`: (..., T, S) to (..., T, T + S - 1)."""
+    targets, sources = ds.shape[-2:]
+    index = torch.arange(targets - 1, -1, -1, device=ds.device).unsqueeze(1) + torch.arange(sources, device=ds.device)
+    spread = ds.new_zeros(*ds.shape[:-1], targets + sources - 1)
+    return spread.scatter_(-1, index.expand(ds.shape), ds)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of softmax and its backward: float32 for half precision."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(wide_dtype(x.dtype))
+
+
+eager = Launchers(lambda *_: None, forward, backward)
+eager_log_sum_exp = Launchers(lambda *_: None, lambda *args: (log_sum_exp(*args),), None)

@@ -1,0 +1,313 @@
+"""Launchers of the Triton kernels of shared-weight attention; the kernels are in kernels.py."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from zipformer_kernels.launch import GPU_DTYPES, on_device, unsupported_dtype
+from zipformer_kernels.library import Launchers
+from zipformer_kernels.ops.attention import kernels
+
+SPLITS = 8
+"""Parts in which the gradient of the position projections is summed before they are added."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights' side of every kernel's arguments: tensors with unit last stride, masks, sizes."""
+
+    q: Tensor
+    k: Tensor
+    p: Tensor | None
+    e: Tensor | None  # (H, P, T + S - 1), contiguous
+    lse: Tensor
+    key_padding_mask: Tensor | None
+    attn_mask: Tensor | None
+    chunk: int
+    left_chunks: int
+
+    @property
+    def targets(self) -> int:
+        return self.q.shape[0]
+
+    @property
+    def sources(self) -> int:
+        return self.k.shape[0]
+
+    @property
+    def sequences(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def heads(self) -> int:
+        return self.q.shape[2]
+
+    def arguments(self) -> tuple:
+        """The positional arguments that every kernel begins with."""
+        q, k, mask = self.q, self.k, self.attn_mask
+        p = q if self.p is None else self.p
+        mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.ndim == 3 else 0, mask.stride(-2))
+        return (
+            *(q, *q.stride()[:3], k, *k.stride()[:3], p, *p.stride()[:3]),
+            *(q if self.e is None else self.e, self.lse),
+            *(q if self.key_padding_mask is None else self.key_padding_mask, q if mask is None else mask),
+            *(*mask_strides, self.targets, self.sources, self.sequences, self.heads),
+            *(self.chunk, self.left_chunks if self.left_chunks >= 0 else 2**30),
+        )
+
+    def constants(self) -> dict[str, int | bool]:
+        """The constants that every kernel takes."""
+        return {
+            "D": self.q.shape[3],
+            "D_TILE": max(16, triton.next_power_of_2(self.q.shape[3])),
+            "P": 0 if self.p is None else self.p.shape[3],
+            "PADDING": self.key_padding_mask is not None,
+            "MASK": self.attn_mask is not None,
+            "CHUNKS": self.chunk > 0,
+        }
+
+
+class Tile(NamedTuple):
+    """How a kernel is cut up: rows a program owns, rows it walks over at a time, and its warps."""
+
+    own: int
+    walk: int
+    warps: int
+
+
+# No kernel spills on sm_90 with these. float32 products run on FMA units and need more registers.
+TILES = {
+    "aggregate": {torch.float32: Tile(32, 32, 4), "half": Tile(64, 32, 4)},
+    "query": {torch.float32: Tile(32, 32, 8), "half": Tile(64, 32, 8)},
+    "key": {torch.float32: Tile(32, 32, 8), "half": Tile(64, 32, 8)},
+    "position": {torch.float32: Tile(16, 16, 8), "half": Tile(16, 16, 8)},
+    "delta": {torch.float32: Tile(64, 0, 4), "half": Tile(64, 0, 4)},
+}
+
+
+def tile_of(kernel: str, dtype: torch.dtype) -> Tile:
+    """The tile of a kernel for elements of a dtype."""
+    return TILES[kernel].get(dtype, TILES[kernel]["half"])
+
+
+def channel_block(channels: int, dtype: torch.dtype) -> int:
+    """Value channels per tile: all of a narrow head, at least the 16 of a matrix instruction."""
+    return min(max(16, triton.next_power_of_2(channels)), 32 if dtype == torch.float32 else 64)
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x if its last dimension is contiguous, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def weights_of(
+    q: Tensor,
+    k: Tensor,
+    p: Tensor | None,
+    e: Tensor | None,
+    lse: Tensor,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    chunk: int,
+    left_chunks: int,
+) -> Weights:
+    """Brings an op's arguments into the layouts that the kernels take."""
+    return Weights(
+        unit_stride(q),
+        unit_stride(k),
+        None if p is None else unit_stride(p),
+        None if e is None else e.permute(1, 2, 0).contiguous(),
+        lse.contiguous(),
+        None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8),
+        None if attn_mask is None else unit_stride(attn_mask).view(torch.uint8),
+        chunk,
+        left_chunks,
+    )
+
+
+def log_sum_exp(
+    q: Tensor,
+    k: Tensor,
+    p: Tensor | None,
+    e: Tensor | None,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    chunk: int,
+    left_chunks: int,
+) -> tuple[Tensor]:
+    """The log-sum-exp of the masked scores, (H, B, T) in float32."""
+    lse = torch.empty(q.shape[2], q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    if lse.numel() > 0:
+        weights = weights_of(q, k, p, e, lse, key_padding_mask, attn_mask, chunk, left_chunks)
+        tile = tile_of("aggregate", q.dtype)
+        grid = (triton.cdiv(weights.targets, tile.own) * weights.sequences * weights.heads,)
+        with on_device(q):
+            kernels.log_sum_exp_kernel[grid](
+                *weights.arguments(), **weights.constants(), BM=tile.own, BN=tile.walk, num_warps=tile.warps
+            )
+    return (lse,)
+
+
+def aggregate(weights: Weights, v: Tensor, out: Tensor, gate: Tensor, y: Tensor, gated: Tensor, is_gated: bool) -> None:
+    """Launches the forward kernel; without a gate the last three tensors are not read."""
+    channels = v.shape[3]
+    tile, wide = tile_of("aggregate", v.dtype), channel_block(channels, v.dtype)
+    rows = triton.cdiv(weights.targets, tile.own) * weights.sequences * weights.heads
+    with on_device(v):
+        kernels.aggregate_kernel[(rows, triton.cdiv(channels, wide))](
+            *weights.arguments(),
+            *(v, *v.stride()[:3], gate, out, y, gated, channels),
+            **weights.constants(),
+            BM=tile.own,
+            BN=tile.walk,
+            BC=wide,
+            GATED=is_gated,
+            num_warps=tile.warps,
+        )
+
+
+def score_gradients(
+    weights: Weights,
+    needs: tuple[bool, bool, bool, bool, bool],
+    v: Tensor,
+    grad: Tensor,
+    delta: Tensor,
+    penalty: float,
+    limit: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of q, k, p, e, and v from that of the result, `grad`. v's only where one block holds its channels."""
+    need_q, need_k, need_p, need_e, need_v = needs
+    q, k, p = weights.q, weights.k, weights.p
+    targets, sources, sequences, heads = weights.targets, weights.sources, weights.sequences, weights.heads
+    channels, dtype = v.shape[3], v.dtype
+    wide = channel_block(channels, dtype)
+    position_tile = triton.next_power_of_2(max(1, 0 if p is None else p.shape[3]))
+    common = (
+        *weights.arguments(),
+        *(v, *v.stride()[:3], grad, *grad.stride()[:3], delta, penalty, limit),
+    )
+    constants = {**weights.constants(), "C": channels, "BC": wide, "PENALTY": penalty != 0.0}
+    dq = dk = dp = de = dv = None
+    with on_device(v):
+        if need_q or need_p:
+            dq = q.new_empty(q.shape)
+            dp = None if p is None else p.new_empty(p.shape)
+            tile = tile_of("query", dtype)
+            grid = (triton.cdiv(targets, tile.own) * sequences * heads,)
+            kernels.query_gradient_kernel[grid](
+                *(*common, dq, dq if dp is None else dp),
+                **constants,
+                P_TILE=position_tile,
+                BM=tile.own,
+                BN=tile.walk,
+                num_warps=tile.warps,
+            )
+        if need_k or (need_v and channels <= wide):
+            with_values = channels <= wide
+            dk = k.new_empty(k.shape)
+            dv = v.new_empty(v.shape) if with_values else None
+            tile = tile_of("key", dtype)
+            grid = (triton.cdiv(sources, tile.own) * sequences * heads,)
+            kernels.key_gradient_kernel[grid](
+                *(*common, dk, dk if dv is None else dv),
+                **constants,
+                WITH_VALUES=with_values,
+                BM=tile.walk,
+                BN=tile.own,
+                num_warps=tile.warps,
+            )
+        if need_e:
+            splits = min(SPLITS, sequences)
+            parts = torch.empty(splits, *weights.e.shape, dtype=torch.float32, device=v.device)
+            tile = tile_of("position", dtype)
+            grid = (triton.cdiv(targets + sources - 1, tile.own) * heads, splits)
+            kernels.position_gradient_kernel[grid](
+                *(*common, parts),
+                **{**constants, "BC": min(wide, 32)},
+                P_TILE=position_tile,
+                BN=tile.own,
+                num_warps=tile.warps,
+                num_stages=1,
+            )
+            de = parts.sum(0).permute(2, 0, 1).to(weights.e.dtype)
+    return dq, dk, dp, de, dv
+
+
+def value_gradient(
+    weights: Weights, x: Tensor, gate: Tensor, grad: Tensor, dv: Tensor, dgate: Tensor, is_gated: bool
+) -> None:
+    """Launches the kernel for the gradient of wide values; without a gate only `dv` is written."""
+    channels = x.shape[3]
+    tile, wide = tile_of("key", x.dtype), channel_block(channels, x.dtype)
+    rows = triton.cdiv(weights.sources, tile.own) * weights.sequences * weights.heads
+    with on_device(x):
+        kernels.value_gradient_kernel[(rows, triton.cdiv(channels, wide))](
+            *weights.arguments(),
+            *(x, gate, *x.stride()[:3], grad, *grad.stride()[:3], dv, dgate, channels),
+            **weights.constants(),
+            BM=tile.walk,
+            BN=tile.own,
+            BC=wide,
+            GATED=is_gated,
+            num_warps=tile.warps,
+        )
+
+
+def compute_delta(grad: Tensor, out: Tensor, **gated: Tensor) -> Tensor:
+    """delta[h, b, i] = sum_c grad out, (H, B, T). With x, gate, y given, the gated form, which fills inner, dy, values."""
+    targets, sequences, heads, channels = out.shape
+    delta = torch.empty(heads, sequences, targets, dtype=torch.float32, device=out.device)
+    tile, wide = tile_of("delta", out.dtype), channel_block(channels, out.dtype)
+    x = gated.get("x", out)
+    others = [gated.get(name, out) for name in ("inner", "dy", "values")]
+    with on_device(out):
+        kernels.delta_kernel[(triton.cdiv(targets, tile.own) * sequences * heads,)](
+            *(grad, *grad.stride()[:3], out, delta, x, gated.get("gate", out), gated.get("y", out), *x.stride()[:3]),
+            *(*others, targets, sequences, heads),
+            C=channels,
+            BM=tile.own,
+            BC=wide,
+            GATED=bool(gated),
+            num_warps=tile.warps,
+        )
+    return delta
+
+
+def _forward(q, k, p, e, v, lse, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit):
+    out = v.new_empty(q.shape[0], *v.shape[1:])
+    if out.numel() > 0:
+        weights = weights_of(q, k, p, e, lse, key_padding_mask, attn_mask, chunk, left_chunks)
+        aggregate(weights, unit_stride(v), out, out, out, out, is_gated=False)
+    return (out,)
+
+
+def _backward(
+    needs, grads, saved, q, k, p, e, v, lse, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit
+):
+    (out,) = saved
+    if out.numel() == 0 or v.numel() == 0:
+        return *(torch.zeros_like(x) if need else None for x, need in zip((q, k, p, e, v), needs)), None, None, None
+    grad, v = unit_stride(grads[0].to(v.dtype)), unit_stride(v)
+    weights = weights_of(q, k, p, e, lse, key_padding_mask, attn_mask, chunk, left_chunks)
+    delta = compute_delta(grad, out)
+    dq, dk, dp, de, dv = score_gradients(weights, needs[:5], v, grad, delta, penalty, limit)
+    if needs[4] and dv is None:
+        dv = v.new_empty(v.shape)
+        value_gradient(weights, v, v, grad, dv, dv, is_gated=False)
+    return dq, dk, dp, de, dv, None, None, None
+
+
+def unsupported(q: Tensor, k: Tensor, p: Tensor | None, e: Tensor | None, *rest: object) -> str | None:
+    """Why the kernels cannot take these queries and keys, or None if they can."""
+    if q.shape[3] > 128:
+        return f"it takes up to 128 query channels per head, got {q.shape[3]}"
+    return unsupported_dtype(q, GPU_DTYPES)
+
+
+launchers = Launchers(unsupported, _forward, _backward)
+log_sum_exp_launchers = Launchers(unsupported, log_sum_exp, None)

@@ -1,0 +1,210 @@
+"""The handle that stands for attention weights: it aggregates values, and makes the weights themselves on request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from zipformer_kernels.library import gradient_hook
+from zipformer_kernels.ops import attention
+from zipformer_kernels.ops.attention import reference
+
+
+@dataclass(frozen=True)
+class ChunkMask:
+    """The rule of chunk-causal attention: a target sees its own chunk and some to its left, none to its right.
+
+    Attributes:
+        chunk: frames per chunk.
+        left_chunks: chunks to the left that a target sees; negative: all of them.
+    """
+
+    chunk: int
+    left_chunks: int = -1
+
+    def downsample(self, factor: int) -> ChunkMask:
+        """The rule at a frame rate lower by `factor`, which must divide `chunk`."""
+        if self.chunk % factor != 0:
+            raise ValueError(f"chunk must be a multiple of the downsampling factor {factor}, got {self.chunk}")
+        return replace(self, chunk=self.chunk // factor)
+
+    def materialize(self, frames: int, device: torch.device | str | None = None) -> Tensor:
+        """The mask as a bool tensor (frames, frames), True where attention is forbidden."""
+        shape = torch.Size((1, frames, frames))
+        return reference.forbidden(shape, None, None, self.chunk, self.left_chunks, torch.device(device or "cpu"))[0]
+
+
+class AttentionWeights:
+    """Weights W of shape (H, B, T, S), computed once and used many times.
+
+    It has W's `shape`, `dtype` and `device`, slices by head (``weights[0:1]``), aggregates values, and `materialize`s
+    W for code that wants a tensor.
+
+    Args:
+        q: queries (T, B, H, D).
+        k: keys (S, B, H, D).
+        p: position queries (T, B, H, P), or None for no positional term.
+        e: position projections (T + S - 1, H, P), or None.
+        key_padding_mask: bool (B, S), True for sources that no target may attend to.
+        attn_mask: bool (T, S) or (B, T, S), True where a target may not attend to a source, or a `ChunkMask`.
+        penalty, limit: the gradient of the scores gains penalty sign(s) where abs(s) > limit, once for all uses.
+        backend: which backend to use; see `zipformer_kernels.backend`.
+    Raises:
+        ValueError: a shape does not fit the others.
+        TypeError: a mask is not boolean.
+        BackendError: `backend` cannot serve the call.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        p: Tensor | None = None,
+        e: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | ChunkMask | None = None,
+        penalty: float = 0.0,
+        limit: float = 0.0,
+        backend: str | None = None,
+    ) -> None:
+        self.shape = torch.Size((q.shape[2], q.shape[1], q.shape[0], k.shape[0]))
+        _check(self.shape, q, k, p, e, key_padding_mask, attn_mask)
+        rule = attn_mask if isinstance(attn_mask, ChunkMask) else ChunkMask(-1)
+        mask = None if isinstance(attn_mask, ChunkMask) else attn_mask
+        self._scores_arguments = q, k, p, e
+        self._mask_arguments = key_padding_mask, mask, rule.chunk, rule.left_chunks
+        self._penalty = penalty, limit
+        self.dtype, self.device = q.dtype, q.device
+        detached = tuple(None if x is None else x.detach() for x in self._scores_arguments)
+        self.backend = attention._log_sum_exp.select(backend, *detached, *self._mask_arguments)
+        self._dense: Tensor | None = None
+        self._lse: Tensor | None = None
+        if self.backend != "eager":
+            self._lse = attention._log_sum_exp(*detached, *self._mask_arguments, backend=self.backend)
+
+    def __getitem__(self, heads: slice) -> AttentionWeights:
+        """The weights of some heads, ``weights[first:last]``."""
+        if not isinstance(heads, slice) or heads.step not in (None, 1):
+            raise TypeError(f"heads must be a slice without a step, such as [0:1], got {heads!r}")
+        part = object.__new__(AttentionWeights)
+        part.__dict__.update(self.__dict__)
+        q, k, p, e = self._scores_arguments
+        part._scores_arguments = (
+            q[:, :, heads],
+            k[:, :, heads],
+            None if p is None else p[:, :, heads],
+            None if e is None else e[:, heads],
+        )
+        part._penalty = 0.0, 0.0  # the whole's uses bring it
+        part._dense = self.materialize()[heads] if self.backend == "eager" else None
+        part._lse = None if self._lse is None else self._lse[heads]
+        part.shape = torch.Size((part._scores_arguments[0].shape[2], *self.shape[1:]))
+        return part
+
+    def constant(self) -> AttentionWeights:
+        """Weights over the same masks that are equal for every source a target sees: a masked mean.
+
+        Upstream counts the sources with W > 0, which leaves out those whose weight underflows as well.
+        """
+        q, k, _, _ = self._scores_arguments
+        key_padding_mask, mask, chunk, left_chunks = self._mask_arguments
+        return AttentionWeights(
+            torch.zeros_like(q, requires_grad=False),
+            torch.zeros_like(k, requires_grad=False),
+            key_padding_mask=key_padding_mask,
+            attn_mask=ChunkMask(chunk, left_chunks) if chunk > 0 else mask,
+            backend=self.backend,
+        )
+
+    def aggregate(self, values: Tensor) -> Tensor:
+        """The average of the values with the weights, for each head.
+
+        Args:
+            values: (S, B, H * C), in the dtype of q.
+        Returns:
+            (T, B, H * C).
+        Raises:
+            ValueError: the values' shape does not fit the weights.
+        """
+        heads, batch, _, sources = self.shape
+        if values.ndim != 3 or values.shape[:2] != (sources, batch) or values.shape[2] % heads:
+            raise ValueError(
+                f"values must be (sources, batch, heads * channels) = ({sources}, {batch}, {heads} * channels), "
+                f"got {tuple(values.shape)}"
+            )
+        if self.backend == "eager":
+            weights = self.materialize()
+            return _merge_heads(weights @ _split_heads(values, heads))
+        penalty, self._penalty = self._penalty, (0.0, 0.0)
+        v = values.unflatten(2, (heads, values.shape[2] // heads))
+        out = attention._op(
+            *self._scores_arguments, v, self._lse, *self._mask_arguments, *penalty, backend=self.backend
+        )
+        return out.flatten(2)
+
+    def materialize(self) -> Tensor:
+        """W itself, (H, B, T, S), differentiable; under autocast in the autocast dtype, as upstream keeps it."""
+        if self._dense is None:
+            raw = reference.scores(*self._scores_arguments)
+            penalty, limit = self._penalty
+            if penalty != 0.0:
+                over = (raw > limit).to(torch.int8) - (raw < -limit).to(torch.int8)
+                raw = gradient_hook(raw, lambda grad, over: torch.add(grad, over, alpha=penalty), over)
+            mask = reference.forbidden(self.shape[1:], *self._mask_arguments, self.device)
+            masked = raw if mask is None else raw.masked_fill(mask, reference.MASKED_SCORE)
+            self._dense = _softmax(masked)
+        return self._dense
+
+    def __repr__(self) -> str:
+        return f"AttentionWeights(shape={tuple(self.shape)}, dtype={self.dtype}, backend={self.backend!r})"
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    weights = scores.softmax(dim=-1)
+    device = scores.device.type
+    return weights.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weights
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(2, (heads, x.shape[2] // heads)).permute(2, 1, 0, 3)
+
+
+def _merge_heads(x: Tensor) -> Tensor:
+    return x.permute(2, 1, 0, 3).flatten(2)
+
+
+def _check(
+    shape: torch.Size,
+    q: Tensor,
+    k: Tensor,
+    p: Tensor | None,
+    e: Tensor | None,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | ChunkMask | None,
+) -> None:
+    heads, batch, targets, sources = shape
+    wanted: dict[str, tuple[Tensor | None, tuple[tuple[int, ...], ...]]] = {
+        "k": (k, ((sources, batch, heads, q.shape[3]),)),
+        "p": (p, ((targets, batch, heads, 0 if p is None else p.shape[-1]),)),
+        "e": (e, ((targets + sources - 1, heads, 0 if p is None else p.shape[-1]),)),
+        "key_padding_mask": (key_padding_mask, ((batch, sources),)),
+        "attn_mask": (
+            None if isinstance(attn_mask, ChunkMask) else attn_mask,
+            ((targets, sources), (batch, targets, sources)),
+        ),
+    }
+    if (p is None) != (e is None):
+        raise ValueError("p and e must be given together")
+    for name, (x, shapes) in wanted.items():
+        if x is None:
+            continue
+        if tuple(x.shape) not in shapes:
+            raise ValueError(f"{name} must be of shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
+        if "mask" in name and x.dtype != torch.bool:
+            raise TypeError(f"{name} must be of dtype bool, got {x.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on {q.device} as q is, got {x.device}")
+    if isinstance(attn_mask, ChunkMask) and targets != sources:
+        raise ValueError(f"attn_mask: a ChunkMask needs as many sources as targets, got {sources} and {targets}")
