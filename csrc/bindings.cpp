@@ -7,6 +7,7 @@
 
 namespace zk {
 
+void bind_bias_norm(pybind11::module_& m);
 void bind_swoosh(pybind11::module_& m);
 
 static const char* const isa_names[] = {"baseline", "avx2", "avx512"};
@@ -32,5 +33,6 @@ PYBIND11_MODULE(ZK_MODULE_NAME, m) {
   m.def("current_isa", [] { return isa_names[int(current_isa())]; });
   m.def("set_isa", [](const std::string& name) { set_isa(isa_named(name)); });
 
+  bind_bias_norm(m);
   bind_swoosh(m);
 }

@@ -45,3 +45,24 @@ def assert_parity(actual, expected, tolerance, what):
         return
     error = relative_error(actual, expected)
     assert error <= tolerance, f"{what}: off by {error:.1e} of the RMS, allowed {tolerance:.1e}"
+
+
+def assert_rounded(actual, expected, terms, what, size=None):
+    """`actual` is `expected`, in float64, but for the rounding of sums of `terms` terms and of its own dtype.
+
+    The sums are taken in float32, or in float64 if the result is. Errors of theirs are measured against each
+    element of `size` or its RMS, whichever is larger; `size` is `expected` by default: give it where the sums
+    cancel. The result's own rounding is measured against each element.
+    """
+    assert actual.shape == expected.shape, f"{what}: got shape {actual.shape}, wanted {expected.shape}"
+    if expected.numel() == 0:
+        return
+    expected = expected.detach().double().cpu()
+    wide = torch.promote_types(actual.dtype, torch.float32)
+    size = expected if size is None else size.detach().double().cpu()
+    allowed = rounding(wide, terms) * size.abs().clamp(min=size.square().mean().sqrt())
+    if actual.dtype != wide:
+        own = torch.finfo(actual.dtype)
+        allowed = allowed + own.eps * expected.abs() + own.smallest_normal * own.eps
+    excess = ((actual.detach().double().cpu() - expected).abs() / allowed.clamp(min=1e-300)).max().item()
+    assert excess <= 1, f"{what}: off by {excess:.2f} of what rounding explains"

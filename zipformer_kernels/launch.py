@@ -33,6 +33,16 @@ def like(x: Tensor, model: Tensor) -> Tensor:
     return x if x.stride() == model.stride() else torch.empty_like(model, dtype=x.dtype).copy_(x)
 
 
+def as_empty_like(result: Tensor, x: Tensor) -> Tensor:
+    """The contiguous `result` with the strides that `torch.empty_like` gives to x, copied if they differ."""
+    return result if x.is_contiguous() else torch.empty_like(x, dtype=result.dtype).copy_(result)
+
+
+def multiprocessors(x: Tensor) -> int:
+    """How many the device of x has; on the CPU, for the stand-ins, so few that all loops of a kernel run."""
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+
+
 def on_device(x: Tensor) -> AbstractContextManager:
     """A context in which launches go to the device of x."""
     if not x.is_cuda or x.device.index == torch.cuda.current_device():

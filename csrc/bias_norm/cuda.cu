@@ -1,0 +1,292 @@
+// BiasNorm on the GPU. Rows of up to 1024 channels: a warp each, held in registers, so that every element is read once.
+// Longer or unaligned rows: a block each, which reads its row again from cache.
+//
+// Backward runs a fixed number of blocks that stride over the rows; each leaves its share of the gradients of bias and
+// log_scale in `partials`, which a second kernel adds up in order.
+#include "bias_norm/bias_norm.h"
+#include "common/reduce.h"
+#include "common/vectors.h"
+
+namespace zk {
+
+namespace {
+
+constexpr int warps = 8;  // of a block whose warps have a row each
+constexpr int max_threads = 512;
+
+// Elements per access: 16 bytes of x.
+template <class X>
+constexpr int width = pack_size<X>;
+
+// ---- a warp per row ----
+
+// Calls body(k, c) for each k of [0, packs) whose elements c .. c + N - 1 lie inside the row.
+template <int N, int packs, class Body>
+__device__ __forceinline__ void for_each_pack(int channels, Body body) {
+#pragma unroll
+  for (int k = 0; k < packs; ++k) {
+    int c = (k * 32 + int(threadIdx.x % 32)) * N;
+    if (c < channels) body(k, c);
+  }
+}
+
+template <class X, class Y, int N, int packs>
+__global__ void __launch_bounds__(warps * 32)
+    forward_in_registers(const X* x, const float* bias, const float* log_scale, Y* y, float* inverse, int64_t rows,
+                         int channels) {
+  int64_t row = int64_t(blockIdx.x) * warps + threadIdx.x / 32;
+  if (row >= rows) return;
+  x += row * channels;
+  y += row * channels;
+  float values[packs][N];
+  for_each_pack<N, packs>(channels, [&](int k, int c) { load(x + c, values[k]); });
+  float r = inverse_rms<float>(channels, [&](float scale) {
+    float sum = 0.0f;
+    for_each_pack<N, packs>(channels, [&](int k, int c) {
+      float b[N];
+      load(bias + c, b);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        float d = (values[k][j] - b[j]) * scale;
+        sum += d * d;
+      }
+    });
+    return warp_sum(sum);
+  });
+  float s = expf(*log_scale) * r;
+  for_each_pack<N, packs>(channels, [&](int k, int c) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) values[k][j] *= s;
+    store(y + c, values[k]);
+  });
+  if (threadIdx.x % 32 == 0) inverse[row] = r;
+}
+
+template <class X, class Y, int N, int packs>
+__global__ void __launch_bounds__(warps * 32)
+    backward_in_registers(const Y* dy, const X* x, const float* bias, const float* log_scale, const float* inverse,
+                          X* dx, float* partials, int64_t rows, int channels) {
+  __shared__ float shared[packs * 32 * N];
+  __shared__ float scratch[warps];
+  int warp = threadIdx.x / 32;
+  float gain = expf(*log_scale), total = 0.0f;
+  float dbias[packs][N] = {};
+  for (int64_t i = int64_t(blockIdx.x) * warps + warp; i < rows; i += int64_t(gridDim.x) * warps) {
+    float values[packs][N], grads[packs][N];
+    for_each_pack<N, packs>(channels, [&](int k, int c) {
+      load(x + i * channels + c, values[k]);
+      load(dy + i * channels + c, grads[k]);
+    });
+    float r = inverse[i], s = gain * r, q = 0.0f;
+    for_each_pack<N, packs>(channels, [&](int k, int) {
+#pragma unroll
+      for (int j = 0; j < N; ++j) q += grads[k][j] * (values[k][j] * r);
+    });
+    q = warp_sum(q);
+    total += q;
+    BiasNormRow<float> row{r, s, s * q / float(channels)};
+    for_each_pack<N, packs>(channels, [&](int k, int c) {
+      float b[N];
+      load(bias + c, b);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        float t = row.through_rms(values[k][j], b[j]);
+        dbias[k][j] += t;
+        grads[k][j] = row.s * grads[k][j] - t;
+      }
+      if (dx) store(dx + i * channels + c, grads[k]);
+    });
+  }
+  if (!partials) return;
+
+  for (int turn = 0; turn < warps; ++turn) {
+    if (warp == turn) {
+      for_each_pack<N, packs>(channels, [&](int k, int c) {
+#pragma unroll
+        for (int j = 0; j < N; ++j) shared[c + j] = turn == 0 ? dbias[k][j] : shared[c + j] + dbias[k][j];
+      });
+    }
+    __syncthreads();
+  }
+  float* share = partials + int64_t(blockIdx.x) * (channels + 1);
+  for (int c = threadIdx.x; c < channels; c += warps * 32) share[c] = shared[c];
+  float sum = block_sum(threadIdx.x % 32 == 0 ? total : 0.0f, scratch);
+  if (threadIdx.x == 0) share[channels] = gain * sum;
+}
+
+// ---- a block per row ----
+
+template <class X, class Y, int N>
+__global__ void __launch_bounds__(max_threads)
+    forward_in_blocks(const X* x, const float* bias, const float* log_scale, Y* y, float* inverse, int64_t channels) {
+  __shared__ float scratch[max_threads / 32];
+  int64_t first = int64_t(threadIdx.x) * N, stride = int64_t(blockDim.x) * N, row = blockIdx.x;
+  x += row * channels;
+  y += row * channels;
+  float values[N], b[N];
+  float r = inverse_rms<float>(channels, [&](float scale) {
+    float sum = 0.0f;
+    for (int64_t c = first; c < channels; c += stride) {
+      load(x + c, values);
+      load(bias + c, b);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        float d = (values[j] - b[j]) * scale;
+        sum += d * d;
+      }
+    }
+    return block_sum(sum, scratch);
+  });
+  float s = expf(*log_scale) * r;
+  for (int64_t c = first; c < channels; c += stride) {
+    load(x + c, values);
+#pragma unroll
+    for (int j = 0; j < N; ++j) values[j] *= s;
+    store(y + c, values);
+  }
+  if (threadIdx.x == 0) inverse[row] = r;
+}
+
+template <class X, class Y, int N>
+__global__ void __launch_bounds__(max_threads)
+    backward_in_blocks(const Y* dy, const X* x, const float* bias, const float* log_scale, const float* inverse, X* dx,
+                       float* partials, int64_t rows, int64_t channels) {
+  __shared__ float scratch[max_threads / 32];
+  int64_t first = int64_t(threadIdx.x) * N, stride = int64_t(blockDim.x) * N;
+  float gain = expf(*log_scale), total = 0.0f;
+  float* share = partials ? partials + blockIdx.x * (channels + 1) : nullptr;  // a thread touches its own channels only
+  float values[N], grads[N], b[N];
+  for (int64_t i = blockIdx.x; i < rows; i += gridDim.x) {
+    const X* x_row = x + i * channels;
+    const Y* dy_row = dy + i * channels;
+    float r = inverse[i], s = gain * r, q = 0.0f;
+    for (int64_t c = first; c < channels; c += stride) {
+      load(x_row + c, values);
+      load(dy_row + c, grads);
+#pragma unroll
+      for (int j = 0; j < N; ++j) q += grads[j] * (values[j] * r);
+    }
+    q = block_sum(q, scratch);
+    total += q;
+    BiasNormRow<float> row{r, s, s * q / float(channels)};
+    for (int64_t c = first; c < channels; c += stride) {
+      load(x_row + c, values);
+      load(dy_row + c, grads);
+      load(bias + c, b);
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        float t = row.through_rms(values[j], b[j]);
+        if (share) share[c + j] = i == blockIdx.x ? t : share[c + j] + t;
+        grads[j] = row.s * grads[j] - t;
+      }
+      if (dx) store(dx + i * channels + c, grads);
+    }
+  }
+  if (share && threadIdx.x == 0) share[channels] = gain * total;
+}
+
+// ---- the second stage ----
+
+constexpr int sum_columns = 32, sum_groups = 16;
+
+// The sums of 32 columns of partials per block: dbias, and dlog_scale in the last column.
+__global__ void __launch_bounds__(sum_columns * sum_groups)
+    add_parts(const float* partials, float* dbias, float* dlog_scale, int64_t parts, int64_t channels) {
+  __shared__ float sums[sum_groups][sum_columns];
+  int column = threadIdx.x % sum_columns, group = threadIdx.x / sum_columns;
+  int64_t c = int64_t(blockIdx.x) * sum_columns + column;
+  float sum = 0.0f;
+  for (int64_t part = group; part < parts && c <= channels; part += sum_groups) {
+    sum += partials[part * (channels + 1) + c];
+  }
+  sums[group][column] = sum;
+  __syncthreads();
+  if (group > 0) return;
+  for (int other = 1; other < sum_groups; ++other) sum += sums[other][column];
+  if (c < channels && dbias) dbias[c] = sum;
+  if (c == channels && dlog_scale) *dlog_scale = sum;
+}
+
+// ---- the choice between them ----
+
+// Calls run(packs) with the least number of packs of N per lane, as a constant, that hold a row in one warp's registers;
+// returns whether there is one.
+template <int N, class Run>
+bool in_registers(int64_t channels, Run run) {
+  if (channels % N != 0 || channels > 1024) return false;
+  if (channels <= 256) run(std::integral_constant<int, 8 / N>{});
+  else if (channels <= 512) run(std::integral_constant<int, 16 / N>{});
+  else if (channels <= 768) run(std::integral_constant<int, 24 / N>{});
+  else run(std::integral_constant<int, 32 / N>{});
+  return true;
+}
+
+unsigned threads_for(int64_t packs) {
+  int64_t threads = ceil_div(packs, 32) * 32;
+  return unsigned(threads < max_threads ? threads : max_threads);
+}
+
+// Calls run(N) with the elements per access, as a constant: 16 bytes of x where rows are `aligned`, else one element.
+template <class X, class Run>
+void in_blocks(int64_t channels, bool aligned, Run run) {
+  if (aligned && channels % width<X> == 0) run(std::integral_constant<int, width<X>>{});
+  else run(std::integral_constant<int, 1>{});
+}
+
+const auto dispatch = [](DType dtype, auto&& f) { dispatch_gpu(dtype, f); };
+
+}  // namespace
+
+void bias_norm_forward_cuda(const BiasNormForward& args, void* stream) {
+  dispatch_bias_norm(dispatch, args.x_dtype, args.y_dtype, [&](auto x_element, auto y_element) {
+    using X = decltype(x_element);
+    using Y = decltype(y_element);
+    auto x = static_cast<const X*>(args.x);
+    auto y = static_cast<Y*>(args.y);
+    auto bias = static_cast<const float*>(args.bias);
+    auto log_scale = static_cast<const float*>(args.log_scale);
+    auto inverse = static_cast<float*>(args.inverse_rms);
+    bool aligned = aligned16(x) && aligned16(y) && aligned16(bias);
+    bool done = aligned && in_registers<width<X>>(args.channels, [&](auto packs) {
+      launch("bias_norm forward", forward_in_registers<X, Y, width<X>, packs.value>,
+             grid_size(ceil_div(args.rows, warps)), warps * 32, 0, stream, x, bias, log_scale, y, inverse, args.rows,
+             int(args.channels));
+    });
+    if (done) return;
+    in_blocks<X>(args.channels, aligned, [&](auto n) {
+      launch("bias_norm forward", forward_in_blocks<X, Y, n.value>, grid_size(args.rows),
+             threads_for(args.channels / n.value), 0, stream, x, bias, log_scale, y, inverse, args.channels);
+    });
+  });
+}
+
+void bias_norm_backward_cuda(const BiasNormBackward& args, void* stream) {
+  auto partials = static_cast<float*>(args.partials);
+  dispatch_bias_norm(dispatch, args.x_dtype, args.y_dtype, [&](auto x_element, auto y_element) {
+    using X = decltype(x_element);
+    using Y = decltype(y_element);
+    auto dy = static_cast<const Y*>(args.dy);
+    auto x = static_cast<const X*>(args.x);
+    auto dx = static_cast<X*>(args.dx);
+    auto bias = static_cast<const float*>(args.bias);
+    auto log_scale = static_cast<const float*>(args.log_scale);
+    auto inverse = static_cast<const float*>(args.inverse_rms);
+    bool aligned = aligned16(dy) && aligned16(x) && aligned16(dx) && aligned16(bias);
+    unsigned blocks = grid_size(args.parts);
+    bool done = aligned && in_registers<width<X>>(args.channels, [&](auto packs) {
+      launch("bias_norm backward", backward_in_registers<X, Y, width<X>, packs.value>, blocks, warps * 32, 0, stream,
+             dy, x, bias, log_scale, inverse, dx, partials, args.rows, int(args.channels));
+    });
+    if (done) return;
+    in_blocks<X>(args.channels, aligned, [&](auto n) {
+      launch("bias_norm backward", backward_in_blocks<X, Y, n.value>, blocks, threads_for(args.channels / n.value), 0,
+             stream, dy, x, bias, log_scale, inverse, dx, partials, args.rows, args.channels);
+    });
+  });
+  if (!partials) return;
+  launch("bias_norm backward, sums", add_parts, grid_size(ceil_div(args.channels + 1, sum_columns)),
+         sum_columns * sum_groups, 0, stream, static_cast<const float*>(partials),
+         static_cast<float*>(args.dbias), static_cast<float*>(args.dlog_scale), args.parts, args.channels);
+}
+
+}  // namespace zk

@@ -1,0 +1,36 @@
+// Device code: N neighbouring elements, loaded into the type of arithmetic and stored from it, 16 bytes an access.
+#pragma once
+
+#include "common/dtypes.h"
+#include "common/launch.h"
+
+namespace zk {
+
+// Elements of T that one access moves, of N in all.
+template <class T, int N>
+constexpr int access_size = N < pack_size<T> ? N : pack_size<T>;
+
+template <class T, int N>
+__device__ __forceinline__ void load(const T* from, Wide<T> (&values)[N]) {
+  constexpr int size = access_size<T, N>;
+#pragma unroll
+  for (int first = 0; first < N; first += size) {
+    auto pack = *reinterpret_cast<const Pack<T, size>*>(from + first);
+#pragma unroll
+    for (int j = 0; j < size; ++j) values[first + j] = widen(pack.element[j]);
+  }
+}
+
+template <class T, int N>
+__device__ __forceinline__ void store(T* to, const Wide<T> (&values)[N]) {
+  constexpr int size = access_size<T, N>;
+#pragma unroll
+  for (int first = 0; first < N; first += size) {
+    Pack<T, size> pack;
+#pragma unroll
+    for (int j = 0; j < size; ++j) pack.element[j] = narrow<T>(values[first + j]);
+    *reinterpret_cast<Pack<T, size>*>(to + first) = pack;
+  }
+}
+
+}  // namespace zk

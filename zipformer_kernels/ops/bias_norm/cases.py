@@ -1,0 +1,59 @@
+"""Shapes that BiasNorm is tested and measured on: every encoder layer's output at 30 s, and awkward ones."""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+
+from zipformer_kernels.ops.cases import Case, leaf
+
+FLOPS_PER_ELEMENT = {"forward": 4, "backward": 9}
+
+
+def _case(name: str, *shape: int, half_parameters: bool = False, large: bool = False) -> Case:
+    """x of `shape`, with parameters in float32 or better, or in the dtype of x."""
+    n, channels = prod(shape), shape[-1]
+
+    def inputs(dtype: torch.dtype, device: torch.device | str) -> tuple[torch.Tensor, ...]:
+        parameters = dtype if half_parameters else torch.promote_types(dtype, torch.float32)
+        x = leaf(*shape, dtype=dtype, device=device, scale=4.0)
+        bias = leaf(channels, dtype=parameters, device=device, scale=0.5)
+        return x, bias, torch.full((), 0.7, dtype=parameters, device=device, requires_grad=True)
+
+    def moved(size: int) -> dict[str, int]:
+        result = size if half_parameters else max(size, 4)
+        rows = n // channels
+        return {
+            "forward": n * (size + result) + 4 * rows + 4 * channels,
+            "backward": n * (2 * size + result) + 4 * rows + 8 * channels,
+        }
+
+    flops = {direction: n * count for direction, count in FLOPS_PER_ELEMENT.items()}
+    return Case(name, inputs, moved, flops, large)
+
+
+def _layers(preset: str, frames: int, batch: int, dims: tuple[int, ...]) -> list[Case]:
+    """The norm at the end of a layer of each stack, at the stack's frame rate."""
+    downsampling = (1, 2, 4, 8, 4, 2)
+    return [
+        _case(f"{preset} stack {i}, 30 s x {batch}", -(-frames // factor), batch, dim, large=True)
+        for i, (dim, factor) in enumerate(zip(dims, downsampling, strict=True))
+    ]
+
+
+CASES = [
+    _case("one element", 1, 1),
+    _case("one channel", 70, 1),
+    _case("odd rows", 13, 3, 127),
+    _case("S stack 0, short", 21, 3, 192),
+    _case("half-precision parameters", 9, 2, 384, half_parameters=True),
+    _case("all lanes hold two packs", 20, 512),
+    _case("L stack 3, short", 10, 768),
+    _case("longest in registers", 11, 1024),
+    _case("long rows", 5, 4096),
+    _case("long odd rows", 3, 2, 5003),
+    *_layers("S", 1500, 30, (192, 256, 256, 256, 256, 256)),
+    *_layers("M", 1500, 30, (192, 256, 384, 512, 384, 256)),
+    *_layers("L", 1500, 30, (192, 256, 512, 768, 512, 256)),
+]
