@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from zipformer_kernels.ops.bias_norm import bias_norm
 from zipformer_kernels.training import FloatLike, limit_param_value
 
 
@@ -50,7 +51,4 @@ class BiasNorm(nn.Module):
         log_scale = limit_param_value(
             self.log_scale, float(self.log_scale_min), float(self.log_scale_max), training=self.training
         )
-        channel_dim = self.channel_dim % x.ndim
-        bias = self.bias.reshape(-1, *(1,) * (x.ndim - 1 - channel_dim))
-        inverse_rms = torch.mean((x - bias) ** 2, dim=channel_dim, keepdim=True) ** -0.5
-        return x * (inverse_rms * log_scale.exp())
+        return bias_norm(x, self.bias, log_scale, self.channel_dim)
