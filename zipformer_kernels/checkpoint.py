@@ -43,9 +43,9 @@ def load_checkpoint(
 
     Args:
         path: a ``.safetensors`` file, or one written by `torch.save`: a state_dict, or a dict that has it
-            under ``model`` or ``state_dict``, as icefall's ``epoch-*.pt`` and ``pretrained.pt`` do. Keys start
-            with ``encoder_embed.`` and ``encoder.``, or with ``module.`` before that; all others, of decoder
-            and joiner, are left alone.
+            under ``model`` or ``state_dict``, as icefall's ``epoch-*.pt`` and ``pretrained.pt`` do. Keys
+            start with ``encoder_embed.`` and ``encoder.``, or with ``module.`` before that; all others, of
+            decoder and joiner, are left alone.
         preset_name: "S", "M" or "L", if the checkpoint must have the sizes of that preset.
         causal: whether the checkpoint must be causal or not; None for either.
     Raises:
@@ -175,15 +175,14 @@ def _embed_arguments(state: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _sizes(preset_name: str) -> dict[str, Any]:
-    """What shapes tell of a preset."""
-    return {name: value for name, value in preset(preset_name).items() if name != "encoder_unmasked_dim"}
+    """What shapes tell of a preset, as `_encoder_arguments` gives it."""
+    sizes = {name: value for name, value in preset(preset_name).items() if name != "encoder_unmasked_dim"}
+    stacks = len(sizes["downsampling_factor"])
+    return sizes | {name: (sizes[name],) * stacks for name in ("query_head_dim", "value_head_dim")}
 
 
 def _matching_preset(arguments: Mapping[str, Any]) -> str | None:
-    for name in PRESETS:
-        if all(arguments[key] == value for key, value in _sizes(name).items()):
-            return name
-    return None
+    return next((name for name in PRESETS if _sizes(name).items() <= arguments.items()), None)
 
 
 def _load(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:

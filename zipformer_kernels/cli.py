@@ -13,9 +13,10 @@ def main() -> None:
     try:
         from zipformer_kernels import commands
     except ModuleNotFoundError as error:
-        if error.name not in EXTRA:
+        missing = str(error.name).split(".")[0]
+        if missing not in EXTRA:
             raise
-        fail(f"{error.name} is not installed: pip install 'zipformer-kernels[cli]'")
+        fail(f"{missing} is not installed: pip install 'zipformer-kernels[cli]'")
     try:
         commands.app(prog_name="zipformer-kernels")
     except commands.USER_ERRORS as error:
