@@ -81,7 +81,9 @@ def compile_op(name: str, target: str) -> list[dict]:
     cases = importlib.import_module(f"zipformer_kernels.ops.{name}.cases").CASES
     small = [case for case in cases if not case.large]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        every = dtype == torch.bfloat16 and target == "sm_90"  # elsewhere the first case has to do: compiling takes time
+        every = (
+            dtype == torch.bfloat16 and target == "sm_90"
+        )  # elsewhere the first case has to do: compiling takes time
         for case in small if every else small[:1]:
             args = case.inputs(dtype, "cpu")
             if launchers.supports(*args) is not None:

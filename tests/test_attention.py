@@ -28,7 +28,10 @@ def relative(actual, expected, floor=1e-12):
 
 def exact(args, grad):
     """Output and gradients in float64, from the differentiable reference."""
-    wide = [x.detach().double().cpu() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+    wide = [
+        x.detach().double().cpu() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for x in args
+    ]
     wide = [x.cpu() if isinstance(x, torch.Tensor) else x for x in wide]
     leaves = [x.requires_grad_() for x in wide[:5]]
     out = attention.reference.attention(*wide)
@@ -46,7 +49,9 @@ def check(args, out, grad, grads, tolerance):
     expected, expected_grads = exact(args, grad)
     assert out.dtype == args[4].dtype
     assert relative(out, expected) < tolerance
-    floor = 0.1 * grad.double().norm().item()  # a single source leaves scores without a gradient: only rounding
+    floor = (
+        0.1 * grad.double().norm().item()
+    )  # a single source leaves scores without a gradient: only rounding
     for name, actual, wanted in zip("qkpev", grads, expected_grads, strict=True):
         assert relative(actual, wanted, floor) < 3 * tolerance, name
 
@@ -213,7 +218,10 @@ def test_results_repeat_bit_for_bit(lane):
 @pytest.mark.parametrize("lane", lanes(OP))
 def test_only_wanted_gradients(lane):
     with lane.active():
-        args = [x.detach() if isinstance(x, torch.Tensor) else x for x in CASES[0].inputs(torch.float32, lane.device)]
+        args = [
+            x.detach() if isinstance(x, torch.Tensor) else x
+            for x in CASES[0].inputs(torch.float32, lane.device)
+        ]
         for i in range(5):
             x = args[i].requires_grad_()
             (alone,) = torch.autograd.grad(OP(*args).square().sum(), x)
@@ -260,7 +268,9 @@ def allocations(function):
             results = operation(*args, **(kwargs or {}))
             for x in tree_leaves(results):
                 if isinstance(x, torch.Tensor):
-                    self.elements = max(self.elements, x.untyped_storage().nbytes() // max(1, x.element_size()))
+                    self.elements = max(
+                        self.elements, x.untyped_storage().nbytes() // max(1, x.element_size())
+                    )
             return results
 
     with Largest() as mode:
@@ -278,7 +288,12 @@ def test_no_tensor_grows_with_the_square_of_the_frames(lane, monkeypatch):
             from triton.runtime.interpreter import GridExecutor
 
             monkeypatch.setattr(GridExecutor, "__call__", lambda *args, **kwargs: None)
-        shapes = [(frames, 1, heads, 32), (frames, 1, heads, 32), (frames, 1, heads, 4), (2 * frames - 1, heads, 4)]
+        shapes = [
+            (frames, 1, heads, 32),
+            (frames, 1, heads, 32),
+            (frames, 1, heads, 4),
+            (2 * frames - 1, heads, 4),
+        ]
         leaves = [torch.randn(shape, device=lane.device, requires_grad=True) for shape in shapes]
         values = torch.randn(frames, 1, heads * 12, device=lane.device, requires_grad=True)
 

@@ -67,6 +67,16 @@ def test_an_environment_variable_that_cannot_be_served_raises_on_use():
     assert "BackendError: swoosh: backend 'triton' cannot serve this call: " in result.stderr
 
 
+@needs_cpu
+def test_several_names_are_tried_in_order():
+    with use_backend("triton,cpu,eager") if not backend.TRITON_INTERPRETS else use_backend("cuda,cpu,eager"):
+        assert selected() == "cpu"
+    with pytest.raises(BackendError, match="backend 'cuda' cannot serve this call: .*; backend 'cpu' cannot"):
+        ops.get("swoosh").select("cuda,cpu", torch.zeros(4, device="meta"), "l")
+    with pytest.raises(ValueError, match="got 'gpu'"), use_backend("cpu,gpu"):
+        pass
+
+
 def test_unknown_names_are_refused_wherever_they_come_from():
     wanted = "backend must be one of eager, cpu, triton, cuda, auto, got 'gpu'"
     with pytest.raises(ValueError, match=wanted):

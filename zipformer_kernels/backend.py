@@ -7,8 +7,9 @@ A call chooses its backend once, before the op runs, from the first of these tha
 3. the environment variable ``ZIPFORMER_KERNELS_BACKEND``, read when this module is imported,
 4. ``auto``: the first backend of `PREFERENCE` for the tensor's device that serves the call; ``eager`` always does.
 
-A backend that was asked for by name and cannot serve the call raises `BackendError` with the reason; ``auto`` passes
-on to the next one, and `zipformer_kernels.explain` tells what it passed over and why.
+Where a name is asked for, several may stand, separated by commas, in order of preference: ``cuda,triton,eager``. If none
+of them can serve the call it raises `BackendError` with the reasons. ``auto`` never raises, and
+`zipformer_kernels.explain` tells what was passed over and why.
 """
 
 from __future__ import annotations
@@ -30,30 +31,31 @@ class BackendError(RuntimeError):
     """A backend was asked for by name and cannot serve the call."""
 
 
-def check_name(name: str) -> str:
-    """Returns `name` if it is a backend's name or ``auto``; raises ValueError otherwise."""
-    if name not in (*BACKENDS, "auto"):
-        raise ValueError(f"backend must be one of {', '.join((*BACKENDS, 'auto'))}, got {name!r}")
-    return name
+def check_request(request: str) -> str:
+    """Returns `request` if it is ``auto`` or names of backends separated by commas; raises ValueError otherwise."""
+    for name in request.split(","):
+        if name not in BACKENDS and request != "auto":
+            raise ValueError(f"backend must be one of {', '.join((*BACKENDS, 'auto'))}, got {name!r}")
+    return request
 
 
-_requested = check_name(os.environ.get("ZIPFORMER_KERNELS_BACKEND", "auto"))
+_requested = check_request(os.environ.get("ZIPFORMER_KERNELS_BACKEND", "auto"))
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Within the block every op runs on backend `name`, or raises `BackendError` where it cannot.
+def use_backend(request: str) -> Iterator[None]:
+    """Within the block every op runs on the backend asked for, or raises `BackendError` where it cannot.
 
     The choice holds for the whole process, not for one thread. A backward pass keeps the backend of its forward.
 
     Args:
-        name: ``eager``, ``cpu``, ``triton``, ``cuda``, or ``auto``.
+        request: ``eager``, ``cpu``, ``triton``, ``cuda``, several of them separated by commas, or ``auto``.
     Raises:
-        ValueError: `name` is none of these.
+        ValueError: `request` names something else.
     """
     global _requested
     previous = _requested
-    _requested = check_name(name)
+    _requested = check_request(request)
     try:
         yield
     finally:
@@ -61,8 +63,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def requested(argument: str | None = None) -> str:
-    """The backend that a call asks for: `argument` if given, else the surrounding choice; a name or ``auto``."""
-    return _requested if argument is None else check_name(argument)
+    """What a call asks for: `argument` if given, else the surrounding choice; ``auto``, or names and commas."""
+    return _requested if argument is None else check_request(argument)
 
 
 TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"

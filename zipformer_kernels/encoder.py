@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from zipformer_kernels.modules.layer import ZipformerEncoderLayer
 from zipformer_kernels.modules.resample import SimpleDownsample
 from zipformer_kernels.modules.stack import STATES_PER_LAYER, DownsampledZipformerEncoder, ZipformerEncoder
+from zipformer_kernels.ops.attention import ChunkMask
 from zipformer_kernels.presets import CAUSAL, preset
 from zipformer_kernels.training import FloatLike, ScheduledFloat
 from zipformer_kernels.training.randomness import being_traced
 
 FEATURE_MASK_DROPOUT = 0.125
-UNLIMITED_CHUNKS = 1_000_000
 
 
 class Zipformer(nn.Module):
@@ -177,7 +177,7 @@ class Zipformer(nn.Module):
             )
         feature_masks = self.get_feature_masks(x)
         chunk_size, left_context_chunks = self.get_chunk_info()
-        attn_mask = self._get_attn_mask(x, chunk_size, left_context_chunks)
+        attn_mask = self._get_attn_mask(chunk_size, left_context_chunks)
 
         outputs = []
         for i, stack in enumerate(self.encoders):
@@ -308,8 +308,8 @@ class Zipformer(nn.Module):
             raise ValueError(f"{name}: tracing needs a model with a single choice, got {choices}")
         return choices[0]
 
-    def _get_attn_mask(self, x: Tensor, chunk_size: int, left_context_chunks: int) -> Tensor | None:
-        """bool (T, T), True where target (row) may not attend to source (column); None for no chunks."""
+    def _get_attn_mask(self, chunk_size: int, left_context_chunks: int) -> ChunkMask | None:
+        """The rule of chunk-causal attention at the full frame rate; None for no chunks."""
         if chunk_size <= 0:
             return None
         if any(chunk_size % ds for ds in self.downsampling_factor):
@@ -317,21 +317,16 @@ class Zipformer(nn.Module):
                 f"chunk_size: wanted a multiple of all downsampling factors {self.downsampling_factor}, "
                 f"got {chunk_size}"
             )
-        if left_context_chunks < 0:
-            left_context_chunks = UNLIMITED_CHUNKS
-        frames = chunk_size * left_context_chunks
         needed = max(
             kernel // 2 * ds
             for kernel, ds in zip(self.cnn_module_kernel, self.downsampling_factor, strict=True)
         )
-        if frames < needed:
+        if 0 <= chunk_size * left_context_chunks < needed:
             raise ValueError(
                 f"left_context_frames: the convolutions need {needed}, got {left_context_chunks} chunks "
                 f"of {chunk_size}"
             )
-        chunk = torch.arange(x.shape[0], device=x.device) // chunk_size
-        source, target = chunk, chunk.unsqueeze(-1)
-        return (source > target) | (source < target - left_context_chunks)
+        return ChunkMask(chunk_size, left_context_chunks)
 
     def _finish(self, outputs: list[Tensor], x_lens: Tensor) -> tuple[Tensor, Tensor]:
         factor = self.output_downsampling_factor

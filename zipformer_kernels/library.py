@@ -103,16 +103,19 @@ class Op:
 
     def select(self, backend: str | None, *args: Any) -> str:
         """The name of the backend that a call with these arguments gets. Raises `BackendError`."""
-        name = backends.requested(backend)
-        if name == "auto":
+        request = backends.requested(backend)
+        if request == "auto":
             if _exporting():  # what is exported must not need this package
                 return "eager"
             order = backends.PREFERENCE.get(args[self.tensors[0]].device.type, ("eager",))
             return next(name for name in order if self.unsupported(name, *args) is None)
-        reason = self.unsupported(name, *args)
-        if reason is not None:
-            raise backends.BackendError(f"{self.name}: backend {name!r} cannot serve this call: {reason}")
-        return name
+        reasons = []
+        for name in request.split(","):
+            reason = self.unsupported(name, *args)
+            if reason is None:
+                return name
+            reasons.append(f"backend {name!r} cannot serve this call: {reason}")
+        raise backends.BackendError(f"{self.name}: {'; '.join(reasons)}")
 
     def explain(self, *args: Any, backend: str | None = None) -> str:
         """Says which backend a call gets, and why each other one would not serve it."""
@@ -135,7 +138,9 @@ class Op:
             results = getattr(torch.ops.zipformer_kernels, self.name)(*args, name)
             return self._results((results,) if isinstance(results, Tensor) else results)
         launchers = self.backends[name]
-        if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.tensors):
+        if torch.is_grad_enabled() and any(
+            args[i] is not None and args[i].requires_grad for i in self.tensors
+        ):
             return _Function.apply(self, launchers, *args)
         return self._results(_without_autocast(launchers.forward, *args))
 

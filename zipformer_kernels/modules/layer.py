@@ -8,16 +8,13 @@ import random
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.modules.attention import (
-    RelPositionMultiheadAttentionWeights,
-    SelfAttention,
-    constant_attention,
-)
+from zipformer_kernels.modules.attention import RelPositionMultiheadAttentionWeights, SelfAttention
 from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.bypass import BypassModule
 from zipformer_kernels.modules.convolution import ConvolutionModule
 from zipformer_kernels.modules.feedforward import FeedforwardModule
 from zipformer_kernels.modules.nonlin_attention import NonlinAttention
+from zipformer_kernels.ops.attention import ChunkMask, constant_attention
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
 
 DYNAMIC_SKIP_RATE = ScheduledFloat((0.0, 0.2), (4000.0, 0.05), (16000, 0.0), default=0)
@@ -154,7 +151,7 @@ class ZipformerEncoderLayer(nn.Module):
         src: Tensor,
         pos_emb: Tensor,
         chunk_size: int = -1,
-        attn_mask: Tensor | None = None,
+        attn_mask: Tensor | ChunkMask | None = None,
         src_key_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Offline or chunk-causal.

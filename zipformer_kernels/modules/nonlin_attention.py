@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from zipformer_kernels.modules.attention import aggregate, merge_heads, split_heads
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import join_cache
+from zipformer_kernels.ops.attention import AttentionWeights, aggregate, merge_heads, split_heads
+from zipformer_kernels.ops.nonlin_attention import nonlin_attention
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
 
 
@@ -49,7 +50,7 @@ class NonlinAttention(nn.Module):
             grad_scale=0.01,
         )
 
-    def forward(self, x: Tensor, attn_weights: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attn_weights: AttentionWeights | Tensor) -> Tensor:
         """Offline or chunk-causal, as the weights have it.
 
         Args:
@@ -60,14 +61,19 @@ class NonlinAttention(nn.Module):
             (T, batch, channels).
         """
         s, x, y = self.in_proj(x).chunk(3, dim=2)
-        s = self.tanh(self.balancer(s))
-        x = self.identity1(self.whiten1(x) * s)
-        x = aggregate(attn_weights, x)
-        x = self.identity3(x * self.identity2(y))
-        return self.whiten2(self.out_proj(x))
+        s = self.balancer(s)
+        x = self.whiten1(x)
+        y = self.identity2(y)
+        if isinstance(attn_weights, AttentionWeights) and attn_weights.backend != "eager":
+            x = nonlin_attention(
+                attn_weights, s, x, y
+            )  # one kernel: `tanh` and `identity1` have nothing to see
+        else:
+            x = aggregate(attn_weights, self.identity1(x * self.tanh(s))) * y
+        return self.whiten2(self.out_proj(self.identity3(x)))
 
     def streaming_forward(
-        self, x: Tensor, attn_weights: Tensor, cached_x: Tensor, left_context_len: int
+        self, x: Tensor, attn_weights: AttentionWeights | Tensor, cached_x: Tensor, left_context_len: int
     ) -> tuple[Tensor, Tensor]:
         """Averages over the left context L and the frames of x.
 

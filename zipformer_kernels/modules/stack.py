@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from zipformer_kernels.modules.bypass import BypassModule
 from zipformer_kernels.modules.positional import CompactRelPositionalEncoding
 from zipformer_kernels.modules.resample import SimpleDownsample, SimpleUpsample
+from zipformer_kernels.ops.attention import ChunkMask, downsample_mask
 from zipformer_kernels.training import FloatLike, ScheduledFloat
 from zipformer_kernels.training.randomness import being_traced
 
@@ -65,7 +66,7 @@ class ZipformerEncoder(nn.Module):
         src: Tensor,
         chunk_size: int = -1,
         feature_mask: Tensor | float = 1.0,
-        attn_mask: Tensor | None = None,
+        attn_mask: Tensor | ChunkMask | None = None,
         src_key_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """Offline or chunk-causal.
@@ -163,7 +164,7 @@ class DownsampledZipformerEncoder(nn.Module):
         src: Tensor,
         chunk_size: int = -1,
         feature_mask: Tensor | float = 1.0,
-        attn_mask: Tensor | None = None,
+        attn_mask: Tensor | ChunkMask | None = None,
         src_key_padding_mask: Tensor | None = None,
     ) -> Tensor:
         """As `ZipformerEncoder.forward`; T, `chunk_size` and `attn_mask` are at the full frame rate.
@@ -175,7 +176,7 @@ class DownsampledZipformerEncoder(nn.Module):
             self.downsample(src),
             chunk_size=chunk_size // ds,  # -1 stays -1
             feature_mask=feature_mask,
-            attn_mask=None if attn_mask is None else attn_mask[::ds, ::ds],
+            attn_mask=downsample_mask(attn_mask, ds),
             src_key_padding_mask=src_key_padding_mask,
         )
         return self._combine(src, output)

@@ -27,7 +27,9 @@ _log_sum_exp = Op(
         **triton_launchers(__name__, "log_sum_exp_launchers"),
     },
     saves=(),
-    fake=lambda q, *_: (q.new_empty(q.shape[2], q.shape[1], q.shape[0], dtype=reference.wide_dtype(q.dtype)),),
+    fake=lambda q, *_: (
+        q.new_empty(q.shape[2], q.shape[1], q.shape[0], dtype=reference.wide_dtype(q.dtype)),
+    ),
 )
 
 _op = Op(
@@ -41,6 +43,22 @@ _op = Op(
     fake=lambda q, k, p, e, v, *_: (v.new_empty(q.shape[0], *v.shape[1:]),),
 )
 
-from zipformer_kernels.ops.attention.weights import AttentionWeights, ChunkMask  # noqa: E402
+from zipformer_kernels.ops.attention.weights import (  # noqa: E402  (the handle calls the ops above)
+    AttentionWeights,
+    ChunkMask,
+    aggregate,
+    constant_attention,
+    downsample_mask,
+    merge_heads,
+    split_heads,
+)
 
-__all__ = ["AttentionWeights", "ChunkMask"]
+__all__ = [
+    "AttentionWeights",
+    "ChunkMask",
+    "aggregate",
+    "constant_attention",
+    "downsample_mask",
+    "merge_heads",
+    "split_heads",
+]

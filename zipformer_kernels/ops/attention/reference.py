@@ -24,8 +24,13 @@ def scores(q: Tensor, k: Tensor, p: Tensor | None, e: Tensor | None) -> Tensor:
     result = q.permute(2, 1, 0, 3) @ k.permute(2, 1, 3, 0)
     if p is None:
         return result
-    by_offset = p.permute(2, 1, 0, 3) @ e.permute(1, 2, 0).unsqueeze(1)
+    by_offset = p.permute(2, 1, 0, 3) @ _by_head(e).transpose(2, 3)
     return result + select_relative(by_offset)
+
+
+def _by_head(e: Tensor) -> Tensor:
+    """Position projections, one set for all sequences or one for each, as (H, 1 or B, T + S - 1, P)."""
+    return e.permute(1, 0, 2).unsqueeze(1) if e.ndim == 3 else e.permute(2, 0, 1, 3)
 
 
 def select_relative(by_offset: Tensor) -> Tensor:
@@ -152,9 +157,9 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """With W the weights and D[i] = sum_c dout[i] out[i]::
 
-        dv = W^T dout,  ds = W (dout v^T - D) where not masked,  plus penalty sign(s) where |s| > limit,
-        dq[i] = sum_j ds[i, j] k[j],   dk[j] = sum_i ds[i, j] q[i],
-        dp[i] = sum_j ds[i, j] e[T - 1 - i + j],   de[n] = sum over i, b of ds[i, n - (T - 1) + i] p[i].
+    dv = W^T dout,  ds = W (dout v^T - D) where not masked,  plus penalty sign(s) where |s| > limit,
+    dq[i] = sum_j ds[i, j] k[j],   dk[j] = sum_i ds[i, j] q[i],
+    dp[i] = sum_j ds[i, j] e[T - 1 - i + j],   de[n] = sum over i, b of ds[i, n - (T - 1) + i] p[i].
     """
     q, k, p, e, v, lse, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit = args
     s, masked, mask = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
@@ -172,19 +177,23 @@ def backward(
     dp = de = None
     if p is not None:
         by_offset = _spread_relative(ds)
-        dp = by_offset @ _wide(e).permute(1, 0, 2).unsqueeze(1)
-        de = (by_offset.transpose(2, 3) @ _wide(p).permute(2, 1, 0, 3)).sum(1).permute(1, 0, 2).to(e.dtype)
-        dp = dp.permute(2, 1, 0, 3).to(p.dtype)
+        dp = (by_offset @ _by_head(_wide(e))).permute(2, 1, 0, 3)
+        de = by_offset.transpose(2, 3) @ _wide(p).permute(2, 1, 0, 3)
+        de = de.sum(1).permute(1, 0, 2) if e.ndim == 3 else de.permute(1, 2, 0, 3)
     time_major = (dq.permute(2, 1, 0, 3), dk.permute(2, 1, 0, 3), dp, de, dv.permute(2, 1, 0, 3))
     like = (q, k, p, e, v)
-    gradients = [g.to(x.dtype) if need else None for g, x, need in zip(time_major, like, needs[:5], strict=True)]
+    gradients = [
+        g.to(x.dtype) if need else None for g, x, need in zip(time_major, like, needs[:5], strict=True)
+    ]
     return *gradients, None, None, None
 
 
 def _spread_relative(ds: Tensor) -> Tensor:
     """The adjoint of `select_relative`: (..., T, S) to (..., T, T + S - 1)."""
     targets, sources = ds.shape[-2:]
-    index = torch.arange(targets - 1, -1, -1, device=ds.device).unsqueeze(1) + torch.arange(sources, device=ds.device)
+    index = torch.arange(targets - 1, -1, -1, device=ds.device).unsqueeze(1) + torch.arange(
+        sources, device=ds.device
+    )
     spread = ds.new_zeros(*ds.shape[:-1], targets + sources - 1)
     return spread.scatter_(-1, index.expand(ds.shape), ds)
 

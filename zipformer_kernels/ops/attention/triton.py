@@ -153,7 +153,9 @@ def log_sum_exp(
     return (lse,)
 
 
-def aggregate(weights: Weights, v: Tensor, out: Tensor, gate: Tensor, y: Tensor, gated: Tensor, is_gated: bool) -> None:
+def aggregate(
+    weights: Weights, v: Tensor, out: Tensor, gate: Tensor, y: Tensor, gated: Tensor, is_gated: bool
+) -> None:
     """Launches the forward kernel; without a gate the last three tensors are not read."""
     channels = v.shape[3]
     tile, wide = tile_of("aggregate", v.dtype), channel_block(channels, v.dtype)
@@ -228,11 +230,10 @@ def score_gradients(
             grid = (triton.cdiv(targets + sources - 1, tile.own) * heads, splits)
             kernels.position_gradient_kernel[grid](
                 *(*common, parts),
-                **{**constants, "BC": min(wide, 32)},
+                **{**constants, "BC": min(wide, 16)},
                 P_TILE=position_tile,
                 BN=tile.own,
                 num_warps=tile.warps,
-                num_stages=1,
             )
             de = parts.sum(0).permute(2, 0, 1).to(weights.e.dtype)
     return dq, dk, dp, de, dv
@@ -267,7 +268,16 @@ def compute_delta(grad: Tensor, out: Tensor, **gated: Tensor) -> Tensor:
     others = [gated.get(name, out) for name in ("inner", "dy", "values")]
     with on_device(out):
         kernels.delta_kernel[(triton.cdiv(targets, tile.own) * sequences * heads,)](
-            *(grad, *grad.stride()[:3], out, delta, x, gated.get("gate", out), gated.get("y", out), *x.stride()[:3]),
+            *(
+                grad,
+                *grad.stride()[:3],
+                out,
+                delta,
+                x,
+                gated.get("gate", out),
+                gated.get("y", out),
+                *x.stride()[:3],
+            ),
             *(*others, targets, sequences, heads),
             C=channels,
             BM=tile.own,
@@ -291,7 +301,12 @@ def _backward(
 ):
     (out,) = saved
     if out.numel() == 0 or v.numel() == 0:
-        return *(torch.zeros_like(x) if need else None for x, need in zip((q, k, p, e, v), needs)), None, None, None
+        return (
+            *(torch.zeros_like(x) if need else None for x, need in zip((q, k, p, e, v), needs)),
+            None,
+            None,
+            None,
+        )
     grad, v = unit_stride(grads[0].to(v.dtype)), unit_stride(v)
     weights = weights_of(q, k, p, e, lse, key_padding_mask, attn_mask, chunk, left_chunks)
     delta = compute_delta(grad, out)
@@ -304,6 +319,8 @@ def _backward(
 
 def unsupported(q: Tensor, k: Tensor, p: Tensor | None, e: Tensor | None, *rest: object) -> str | None:
     """Why the kernels cannot take these queries and keys, or None if they can."""
+    if e is not None and e.ndim == 4:
+        return "it takes one set of position projections for all sequences, got one for each"
     if q.shape[3] > 128:
         return f"it takes up to 128 query channels per head, got {q.shape[3]}"
     return unsupported_dtype(q, GPU_DTYPES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,26 +28,36 @@ class ChunkMask:
     def downsample(self, factor: int) -> ChunkMask:
         """The rule at a frame rate lower by `factor`, which must divide `chunk`."""
         if self.chunk % factor != 0:
-            raise ValueError(f"chunk must be a multiple of the downsampling factor {factor}, got {self.chunk}")
+            raise ValueError(
+                f"chunk must be a multiple of the downsampling factor {factor}, got {self.chunk}"
+            )
         return replace(self, chunk=self.chunk // factor)
 
     def materialize(self, frames: int, device: torch.device | str | None = None) -> Tensor:
         """The mask as a bool tensor (frames, frames), True where attention is forbidden."""
         shape = torch.Size((1, frames, frames))
-        return reference.forbidden(shape, None, None, self.chunk, self.left_chunks, torch.device(device or "cpu"))[0]
+        return reference.forbidden(
+            shape, None, None, self.chunk, self.left_chunks, torch.device(device or "cpu")
+        )[0]
 
 
 class AttentionWeights:
     """Weights W of shape (H, B, T, S), computed once and used many times.
 
-    It has W's `shape`, `dtype` and `device`, slices by head (``weights[0:1]``), aggregates values, and `materialize`s
-    W for code that wants a tensor.
+    It has W's `shape`, `dtype` and `device`, slices by head (``weights[0:1]``), aggregates values, and `materialize`s W
+    for code that wants a tensor; torch's functions do that by themselves.
+
+    Attributes:
+        scores: q, k, p, e.
+        masks: key_padding_mask, attn_mask as a tensor, chunk, left_chunks.
+        lse: the log-sum-exp of the masked scores, (H, B, T), -inf where all are masked; None on ``eager``.
+        backend: the backend that every use runs on.
 
     Args:
         q: queries (T, B, H, D).
         k: keys (S, B, H, D).
         p: position queries (T, B, H, P), or None for no positional term.
-        e: position projections (T + S - 1, H, P), or None.
+        e: position projections (T + S - 1, H, P), or (B, T + S - 1, H, P) on ``eager``, or None.
         key_padding_mask: bool (B, S), True for sources that no target may attend to.
         attn_mask: bool (T, S) or (B, T, S), True where a target may not attend to a source, or a `ChunkMask`.
         penalty, limit: the gradient of the scores gains penalty sign(s) where abs(s) > limit, once for all uses.
@@ -73,16 +84,16 @@ class AttentionWeights:
         _check(self.shape, q, k, p, e, key_padding_mask, attn_mask)
         rule = attn_mask if isinstance(attn_mask, ChunkMask) else ChunkMask(-1)
         mask = None if isinstance(attn_mask, ChunkMask) else attn_mask
-        self._scores_arguments = q, k, p, e
-        self._mask_arguments = key_padding_mask, mask, rule.chunk, rule.left_chunks
+        self.scores = q, k, p, e
+        self.masks = key_padding_mask, mask, rule.chunk, rule.left_chunks
         self._penalty = penalty, limit
         self.dtype, self.device = q.dtype, q.device
-        detached = tuple(None if x is None else x.detach() for x in self._scores_arguments)
-        self.backend = attention._log_sum_exp.select(backend, *detached, *self._mask_arguments)
+        detached = tuple(None if x is None else x.detach() for x in self.scores)
+        self.backend = attention._log_sum_exp.select(backend, *detached, *self.masks)
         self._dense: Tensor | None = None
-        self._lse: Tensor | None = None
+        self.lse: Tensor | None = None
         if self.backend != "eager":
-            self._lse = attention._log_sum_exp(*detached, *self._mask_arguments, backend=self.backend)
+            self.lse = attention._log_sum_exp(*detached, *self.masks, backend=self.backend)
 
     def __getitem__(self, heads: slice) -> AttentionWeights:
         """The weights of some heads, ``weights[first:last]``."""
@@ -90,26 +101,30 @@ class AttentionWeights:
             raise TypeError(f"heads must be a slice without a step, such as [0:1], got {heads!r}")
         part = object.__new__(AttentionWeights)
         part.__dict__.update(self.__dict__)
-        q, k, p, e = self._scores_arguments
-        part._scores_arguments = (
+        q, k, p, e = self.scores
+        part.scores = (
             q[:, :, heads],
             k[:, :, heads],
             None if p is None else p[:, :, heads],
-            None if e is None else e[:, heads],
+            None if e is None else e[..., heads, :],
         )
         part._penalty = 0.0, 0.0  # the whole's uses bring it
         part._dense = self.materialize()[heads] if self.backend == "eager" else None
-        part._lse = None if self._lse is None else self._lse[heads]
-        part.shape = torch.Size((part._scores_arguments[0].shape[2], *self.shape[1:]))
+        part.lse = None if self.lse is None else self.lse[heads]
+        part.shape = torch.Size((part.scores[0].shape[2], *self.shape[1:]))
         return part
 
     def constant(self) -> AttentionWeights:
-        """Weights over the same masks that are equal for every source a target sees: a masked mean.
+        """Weights that are equal for every source with W > 0: a masked mean. They carry no gradient.
 
-        Upstream counts the sources with W > 0, which leaves out those whose weight underflows as well.
+        The fused backends count every source that is not masked, also one whose weight would underflow to zero.
         """
-        q, k, _, _ = self._scores_arguments
-        key_padding_mask, mask, chunk, left_chunks = self._mask_arguments
+        if self.backend == "eager":
+            part = self[:]
+            part._dense = constant_attention(self.materialize())
+            return part
+        q, k, _, _ = self.scores
+        key_padding_mask, mask, chunk, left_chunks = self.masks
         return AttentionWeights(
             torch.zeros_like(q, requires_grad=False),
             torch.zeros_like(k, requires_grad=False),
@@ -128,34 +143,35 @@ class AttentionWeights:
         Raises:
             ValueError: the values' shape does not fit the weights.
         """
-        heads, batch, _, sources = self.shape
-        if values.ndim != 3 or values.shape[:2] != (sources, batch) or values.shape[2] % heads:
-            raise ValueError(
-                f"values must be (sources, batch, heads * channels) = ({sources}, {batch}, {heads} * channels), "
-                f"got {tuple(values.shape)}"
-            )
         if self.backend == "eager":
-            weights = self.materialize()
-            return _merge_heads(weights @ _split_heads(values, heads))
+            return aggregate(self.materialize(), values)
+        heads = self.shape[0]
+        _check_values(self.shape, values)
         penalty, self._penalty = self._penalty, (0.0, 0.0)
         v = values.unflatten(2, (heads, values.shape[2] // heads))
-        out = attention._op(
-            *self._scores_arguments, v, self._lse, *self._mask_arguments, *penalty, backend=self.backend
+        return attention._op(*self.scores, v, self.lse, *self.masks, *penalty, backend=self.backend).flatten(
+            2
         )
-        return out.flatten(2)
 
     def materialize(self) -> Tensor:
         """W itself, (H, B, T, S), differentiable; under autocast in the autocast dtype, as upstream keeps it."""
         if self._dense is None:
-            raw = reference.scores(*self._scores_arguments)
+            raw = reference.scores(*self.scores)
             penalty, limit = self._penalty
             if penalty != 0.0:
                 over = (raw > limit).to(torch.int8) - (raw < -limit).to(torch.int8)
                 raw = gradient_hook(raw, lambda grad, over: torch.add(grad, over, alpha=penalty), over)
-            mask = reference.forbidden(self.shape[1:], *self._mask_arguments, self.device)
+            mask = reference.forbidden(self.shape[1:], *self.masks, self.device)
             masked = raw if mask is None else raw.masked_fill(mask, reference.MASKED_SCORE)
             self._dense = _softmax(masked)
         return self._dense
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        dense = lambda x: x.materialize() if isinstance(x, AttentionWeights) else x  # noqa: E731
+        return function(*map(dense, args), **{name: dense(x) for name, x in (kwargs or {}).items()})
 
     def __repr__(self) -> str:
         return f"AttentionWeights(shape={tuple(self.shape)}, dtype={self.dtype}, backend={self.backend!r})"
@@ -164,15 +180,66 @@ class AttentionWeights:
 def _softmax(scores: Tensor) -> Tensor:
     weights = scores.softmax(dim=-1)
     device = scores.device.type
-    return weights.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else weights
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return weights
+    return weights.to(torch.get_autocast_dtype(device))
 
 
-def _split_heads(x: Tensor, heads: int) -> Tensor:
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """From (frames, B, heads * channels) to (heads, B, frames, channels)."""
     return x.unflatten(2, (heads, x.shape[2] // heads)).permute(2, 1, 0, 3)
 
 
-def _merge_heads(x: Tensor) -> Tensor:
+def merge_heads(x: Tensor) -> Tensor:
+    """From (heads, B, frames, channels) to (frames, B, heads * channels)."""
     return x.permute(2, 1, 0, 3).flatten(2)
+
+
+def aggregate(weights: AttentionWeights | Tensor, values: Tensor) -> Tensor:
+    """The average of the values with weights, for each head; see `AttentionWeights.aggregate`.
+
+    Args:
+        weights: a handle, or a tensor (H, B, T, S) such as upstream's modules make.
+        values: (S, B, H * C).
+    Returns:
+        (T, B, H * C).
+    Raises:
+        ValueError: the values' shape does not fit the weights.
+    """
+    if isinstance(weights, AttentionWeights):
+        return weights.aggregate(values)
+    _check_values(weights.shape, values)
+    return merge_heads(weights @ split_heads(values, weights.shape[0]))
+
+
+def constant_attention(weights: AttentionWeights | Tensor) -> AttentionWeights | Tensor:
+    """The same weight for every source that has any: a masked mean, for NonlinAttention's const_attention_rate.
+
+    Args:
+        weights: a handle, or a tensor (H, B, T, S).
+    Returns:
+        Of the same kind, shape and dtype.
+    """
+    if isinstance(weights, AttentionWeights):
+        return weights.constant()
+    seen = (weights > 0.0).to(weights.dtype)
+    return seen * (1.0 / seen.sum(dim=-1, keepdim=True))
+
+
+def downsample_mask(mask: Tensor | ChunkMask | None, factor: int) -> Tensor | ChunkMask | None:
+    """The mask at a frame rate lower by `factor`: every factor-th row and column, or the rule of that."""
+    if isinstance(mask, ChunkMask):
+        return mask.downsample(factor)
+    return None if mask is None else mask[..., ::factor, ::factor]
+
+
+def _check_values(shape: torch.Size, values: Tensor) -> None:
+    heads, batch, _, sources = shape
+    if values.ndim != 3 or values.shape[:2] != (sources, batch) or values.shape[2] % heads:
+        raise ValueError(
+            f"values must be (sources, batch, heads * channels) = ({sources}, {batch}, {heads} * channels), "
+            f"got {tuple(values.shape)}"
+        )
 
 
 def _check(
@@ -188,7 +255,13 @@ def _check(
     wanted: dict[str, tuple[Tensor | None, tuple[tuple[int, ...], ...]]] = {
         "k": (k, ((sources, batch, heads, q.shape[3]),)),
         "p": (p, ((targets, batch, heads, 0 if p is None else p.shape[-1]),)),
-        "e": (e, ((targets + sources - 1, heads, 0 if p is None else p.shape[-1]),)),
+        "e": (
+            e,
+            (
+                (targets + sources - 1, heads, 0 if p is None else p.shape[-1]),
+                (batch, targets + sources - 1, heads, 0 if p is None else p.shape[-1]),
+            ),
+        ),
         "key_padding_mask": (key_padding_mask, ((batch, sources),)),
         "attn_mask": (
             None if isinstance(attn_mask, ChunkMask) else attn_mask,
@@ -207,4 +280,6 @@ def _check(
         if x.device != q.device:
             raise ValueError(f"{name} must be on {q.device} as q is, got {x.device}")
     if isinstance(attn_mask, ChunkMask) and targets != sources:
-        raise ValueError(f"attn_mask: a ChunkMask needs as many sources as targets, got {sources} and {targets}")
+        raise ValueError(
+            f"attn_mask: a ChunkMask needs as many sources as targets, got {sources} and {targets}"
+        )

@@ -1,0 +1,60 @@
+"""The whole encoder against upstream on every backend that has kernels, training and eval, outputs and gradients.
+
+Ops that have no kernels on a backend run eagerly: ``<backend>,eager``.
+"""
+
+import pytest
+import torch
+import upstream
+from lanes import HAS_GPU, Lane
+from parity import build_pair, run, seed_all, set_batch_count
+from tolerances import relative_error
+
+from zipformer_kernels import backend
+from zipformer_kernels.encoder import Zipformer
+
+CONFIG = {
+    "downsampling_factor": (1, 2),
+    "encoder_dim": (32, 48),
+    "num_encoder_layers": (1, 1),
+    "encoder_unmasked_dim": (24, 32),
+    "query_head_dim": 16,
+    "pos_head_dim": 4,
+    "value_head_dim": 12,
+    "num_heads": 4,
+    "feedforward_dim": (48, 64),
+    "cnn_module_kernel": (7, 5),
+    "pos_dim": 16,
+    "warmup_batches": 4000.0,
+}
+CAUSAL = {"causal": True, "chunk_size": (8,), "left_context_frames": (16,)}
+
+# Float32: every layer rounds some thirty times, and gradients add up over the frames.
+TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 5e-4
+
+
+@pytest.mark.skipif(HAS_GPU, reason="upstream runs on the CPU here; the lanes are the stand-ins")
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("options", [{}, CAUSAL], ids=["offline", "chunks"])
+@pytest.mark.parametrize("name", ["eager", "cpu", "triton", "cuda"])
+def test_encoder(name, options, mode):
+    ours, theirs = build_pair(
+        Zipformer, upstream.zipformer.Zipformer, **CONFIG, **options, dtype=torch.float32
+    )
+    lengths = torch.tensor([21, 14])
+    padding = torch.arange(21) >= lengths.unsqueeze(1)
+    seed_all(3)
+    x = torch.randn(21, 2, 32)
+    for model in (ours, theirs):
+        model.train(mode == "train")
+        set_batch_count(model, 500)
+    for seed in (1, 2):
+        expected, their_random, _ = run(theirs, seed, [x, lengths, padding])
+        with Lane(name).active(), backend.use_backend(f"{name},eager"):
+            actual, our_random, _ = run(ours, seed, [x, lengths, padding])
+        assert our_random == their_random
+        valid = ~padding[:, ::2].t()
+        assert relative_error(actual["output 0"][valid], expected["output 0"][valid]) < TOLERANCE
+        for key, wanted in expected.items():
+            if key.startswith("gradient") and wanted is not None and wanted.norm() > 1e-6:
+                assert relative_error(actual[key], wanted) < GRADIENT_TOLERANCE, key

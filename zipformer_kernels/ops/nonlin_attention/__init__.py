@@ -1,0 +1,61 @@
+"""The middle of NonlinAttention: values gated by tanh, averaged with shared weights, and gated again.
+
+With W the weights of an `AttentionWeights` (T targets, as many sources)::
+
+    out = (W (x tanh(gate))) y
+
+The first gate is applied as values are read, the second as results are written. Saved for the backward pass are the
+inputs and the average before the second gate.
+
+Source: section 3.1 of the Zipformer paper (arXiv:2310.11230); ``NonlinAttention`` in upstream's ``zipformer.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zipformer_kernels.library import Op, triton_launchers
+from zipformer_kernels.ops.attention import AttentionWeights
+from zipformer_kernels.ops.nonlin_attention import reference
+
+_op = Op(
+    "nonlin_attention",
+    "Tensor q, Tensor k, Tensor? p, Tensor? e, Tensor gate, Tensor x, Tensor y, Tensor lse, "
+    "Tensor? key_padding_mask, Tensor? attn_mask, int chunk, int left_chunks",
+    reference=reference.nonlin_attention,
+    backends={"eager": reference.eager, **triton_launchers(__name__)},
+    saves=("q", "k", "p", "e", "gate", "x", "y", "lse", "key_padding_mask", "attn_mask"),
+    extras=1,
+    fake=lambda q, k, p, e, gate, x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
+)
+
+
+def nonlin_attention(weights: AttentionWeights, gate: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """(W (x tanh(gate))) y on the backend of the weights.
+
+    Args:
+        weights: (H, B, T, T), of one head in the encoder.
+        gate, x, y: (T, B, H * C), of one dtype.
+    Returns:
+        (T, B, H * C).
+    Raises:
+        ValueError: a shape does not fit the weights.
+    """
+    heads, batch, targets, sources = weights.shape
+    for name, tensor in (("gate", gate), ("x", x), ("y", y)):
+        if tensor.ndim != 3 or tensor.shape != x.shape or tensor.shape[:2] != (targets, batch):
+            raise ValueError(
+                f"{name} must be (targets, batch, heads * channels) = ({targets}, {batch}, {heads} * channels) "
+                f"as the others are, got {tuple(tensor.shape)}"
+            )
+    if sources != targets:
+        raise ValueError(f"weights must have as many sources as targets, got {sources} and {targets}")
+    if weights.backend == "eager":
+        return weights.aggregate(x * torch.tanh(gate)) * y
+    split = (t.unflatten(2, (heads, t.shape[2] // heads)) for t in (gate, x, y))
+    out = _op(*weights.scores, *split, weights.lse, *weights.masks, backend=weights.backend)
+    return out.flatten(2)
+
+
+__all__ = ["nonlin_attention"]
