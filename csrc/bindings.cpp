@@ -9,6 +9,7 @@ namespace zk {
 
 void bind_bias_norm(pybind11::module_& m);
 void bind_swoosh(pybind11::module_& m);
+void bind_swoosh_linear(pybind11::module_& m);
 
 static const char* const isa_names[] = {"baseline", "avx2", "avx512"};
 
@@ -35,4 +36,5 @@ PYBIND11_MODULE(ZK_MODULE_NAME, m) {
 
   bind_bias_norm(m);
   bind_swoosh(m);
+  bind_swoosh_linear(m);
 }

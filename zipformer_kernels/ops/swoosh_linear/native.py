@@ -1,0 +1,54 @@
+"""swoosh_linear through the compiled module: ``cpu.cpp`` and ``cuda.cu`` of ``csrc/swoosh_linear/``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, GPU_DTYPES, as_empty_like, call_cpu, call_cuda
+from zipformer_kernels.library import Launchers
+from zipformer_kernels.ops.swoosh_linear.layout import layout
+from zipformer_kernels.ops.swoosh_linear.product import around_product, unsupported
+
+KINDS = {"l": 0, "r": 1}
+
+
+def _activate(
+    call: Callable[..., None], x: Tensor, mask: Tensor | None, kind: str, dtype: torch.dtype
+) -> Tensor:
+    x = x.contiguous()
+    a = torch.empty_like(x, dtype=dtype)
+    mask, *sizes = layout(x, mask)
+    codes = DTYPE_CODES[x.dtype], DTYPE_CODES[dtype], KINDS[kind]
+    call("swoosh_linear_forward", x, x.data_ptr(), _pointer(mask), a.data_ptr(), *sizes, *codes)
+    return a
+
+
+def _differentiate(
+    call: Callable[..., None], da: Tensor, x: Tensor, mask: Tensor | None, kind: str, with_a: bool
+) -> tuple[Tensor, Tensor | None]:
+    given, x = x, x.contiguous()
+    dx = torch.empty_like(x)
+    a = torch.empty_like(da) if with_a else None
+    mask, *sizes = layout(x, mask)
+    pointers = da.data_ptr(), x.data_ptr(), _pointer(mask), dx.data_ptr(), _pointer(a)
+    codes = DTYPE_CODES[x.dtype], DTYPE_CODES[da.dtype], KINDS[kind]
+    call("swoosh_linear_backward", x, *pointers, *sizes, *codes)
+    return as_empty_like(dx, given), a
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _launchers(call: Callable[..., None], dtypes: tuple[torch.dtype, ...]) -> Launchers:
+    return around_product(
+        partial(_activate, call), partial(_differentiate, call), partial(unsupported, dtypes)
+    )
+
+
+cpu = _launchers(call_cpu, CPU_DTYPES)
+cuda = _launchers(call_cuda, GPU_DTYPES)

@@ -1,0 +1,76 @@
+"""The launchers of swoosh_linear around a backend's elementwise passes: the matrix products are torch's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zipformer_kernels.launch import unsupported_dtype
+from zipformer_kernels.library import Launchers
+
+
+def around_product(
+    activate: Callable[..., Tensor],
+    differentiate: Callable[..., tuple[Tensor, Tensor | None]],
+    supports: Callable[..., str | None],
+) -> Launchers:
+    """The launchers made of two elementwise passes.
+
+    Args:
+        activate: ``(x, mask, kind, dtype)`` -> a = mask * swoosh(x) in `dtype`.
+        differentiate: ``(da, x, mask, kind, with_a)`` -> dx = da * mask * swoosh'(x) in the dtype of x, with
+            the strides of `torch.empty_like`, and, if `with_a`, a in the dtype of da, else None.
+        supports: as of `Launchers`.
+    """
+
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, dtype: torch.dtype
+    ):
+        a = activate(x, mask, kind, dtype)
+        return (F.linear(a, weight.to(dtype), None if bias is None else bias.to(dtype)),)
+
+    def backward(
+        needs: tuple[bool, ...],
+        grads: tuple[Tensor],
+        saved: tuple[()],
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        mask: Tensor | None,
+        kind: str,
+        dtype: torch.dtype,
+    ) -> tuple[Tensor | None, ...]:
+        out_channels, in_channels = weight.shape
+        dy = grads[0].reshape(-1, out_channels)
+        dx = dweight = dbias = a = None
+        if needs[0]:
+            da = (dy @ weight.to(dtype)).view(x.shape)
+            dx, a = differentiate(da, x, mask, kind, needs[1])
+        elif needs[1]:
+            a = activate(x, mask, kind, dtype)
+        if needs[1]:
+            dweight = torch.empty_like(weight).copy_(dy.t() @ a.reshape(-1, in_channels))
+        if needs[2]:
+            dbias = dy.sum(0, dtype=bias.dtype)
+        return dx, dweight, dbias, None
+
+    return Launchers(supports, forward, backward)
+
+
+def unsupported(
+    dtypes: tuple[torch.dtype, ...],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    kind: str,
+    dtype: torch.dtype,
+) -> str | None:
+    """Why kernels for `dtypes` cannot serve a call, or None if they can."""
+    reason = unsupported_dtype(x, dtypes)
+    if reason is None and dtype != x.dtype != torch.float32:
+        return f"it takes {x.dtype} to itself only, not to {dtype}"
+    return reason
