@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zipformer_kernels.modules.scaled_init import ScaledLinear
-from zipformer_kernels.ops.swoosh import swoosh_l, swoosh_r
+from zipformer_kernels.ops.swoosh_linear import swoosh_linear
 from zipformer_kernels.training import FloatLike
 
-ACTIVATIONS = {"SwooshL": swoosh_l, "SwooshR": swoosh_r}
+ACTIVATIONS = {"SwooshL": "l", "SwooshR": "r"}  # as swoosh_linear names them
 
 
 class ActivationDropoutAndLinear(nn.Module):
@@ -51,11 +50,8 @@ class ActivationDropoutAndLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x, (..., in_channels), to (..., out_channels)."""
-        y = ACTIVATIONS[self.activation](x)
         mask = self._dropout_mask(x) if self.training else None
-        if mask is not None:
-            y = (y * mask).to(y.dtype)
-        return F.linear(y, self.weight, self.bias)
+        return swoosh_linear(x, self.weight, self.bias, mask, ACTIVATIONS[self.activation])
 
     def _dropout_mask(self, x: Tensor) -> Tensor | None:
         """0 or 1 / (1 - p), in the default dtype; shaped like x, but of size 1 along a shared dimension."""
