@@ -24,7 +24,7 @@ $(PACKAGES): pyproject.toml Makefile
 	touch $@
 
 $(BUILT): $(PACKAGES) $(SOURCES) setup.py
-	$(BIN)/pip install -q --no-build-isolation --no-warn-conflicts --editable '.[test,lint]'
+	$(BIN)/pip install -q --no-build-isolation --no-warn-conflicts --editable '.[test,bench,lint]'
 	touch $@
 
 build: $(BUILT)  ## make .venv, install what the tests need, compile the kernels

@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from zipformer_kernels.audio import FRAMES_PER_SECOND, features_of
-from zipformer_kernels.backend import BACKENDS, use_backend
+from zipformer_kernels.backend import check_request, use_backend
 from zipformer_kernels.batching import encode_all
 from zipformer_kernels.checkpoint import load_checkpoint
 from zipformer_kernels.encoder import Zipformer
@@ -39,13 +39,13 @@ class ArgumentError(ValueError):
 
 def encode(
     audio: Annotated[list[Path], typer.Argument(help="Recordings: WAV, FLAC, ...; any rate, any channels.")],
-    preset: Annotated[
-        str | None, typer.Option(help="S, M or L; by default what the checkpoint holds, else S.")
-    ] = None,
+    preset: Annotated[str | None, typer.Option(help="S, M or L; by default what the checkpoint holds, else S.")] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights: icefall's .pt, a state_dict, or .safetensors.")
     ] = None,
-    backend: Annotated[str, typer.Option(help="eager, cpu, triton, cuda or auto.")] = "auto",
+    backend: Annotated[
+        str, typer.Option(help="auto, or eager, cpu, triton, cuda: one, or several by preference with commas.")
+    ] = "auto",
     output: Annotated[
         Path | None,
         typer.Option(help=".npy for one recording, .safetensors for any number: a tensor for each by name."),
@@ -56,10 +56,14 @@ def encode(
     ] = 120.0,
 ) -> None:
     """Encode recordings: filterbank features, conv embed, encoder; 25 embeddings a second."""
-    check_choice("--preset", preset, (None, *PRESETS))
-    check_choice("--backend", backend, (*BACKENDS, "auto"))
+    if preset is not None and preset not in PRESETS:
+        raise ArgumentError(f"--preset: wanted one of {', '.join(PRESETS)}, got {preset!r}")
+    try:
+        check_request(backend)
+    except ValueError as error:
+        raise ArgumentError(f"--backend: {error}") from error
     check_output(output, audio)
-    device = "cuda" if torch.cuda.is_available() and backend != "cpu" else "cpu"
+    device = "cuda" if torch.cuda.is_available() and backend.split(",")[0] != "cpu" else "cpu"
     embed, encoder = (model.to(device) for model in make_model(preset, checkpoint, causal))
 
     console = Console(stderr=True)
@@ -82,9 +86,7 @@ def encode(
     print("not saved, for there was no --output" if output is None else f"saved to {output}")
 
 
-def make_model(
-    preset: str | None, checkpoint: Path | None, causal: bool
-) -> tuple[Conv2dSubsampling, Zipformer]:
+def make_model(preset: str | None, checkpoint: Path | None, causal: bool) -> tuple[Conv2dSubsampling, Zipformer]:
     """The conv embed and the encoder in eval mode, from a checkpoint or with random weights from one seed."""
     if checkpoint is not None:
         embed, encoder = load_checkpoint(checkpoint, preset, True if causal else None)
@@ -99,9 +101,7 @@ def make_model(
     return embed, encoder
 
 
-def report(
-    audio: list[Path], features: list[Tensor], embeddings: list[Tensor], seconds: float, device: str
-) -> None:
+def report(audio: list[Path], features: list[Tensor], embeddings: list[Tensor], seconds: float, device: str) -> None:
     """Prints frames and seconds of each recording, the real-time factor, and the peak of memory."""
     table = Table("recording", "seconds", "frames", "channels")
     for column in table.columns[1:]:
@@ -131,12 +131,6 @@ def peak_memory(device: str) -> str:
         unit = 1 if sys.platform == "darwin" else 1024
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return f"{peak / 2**30:.2f} GiB"
-
-
-def check_choice(option: str, value: str | None, choices: tuple[str | None, ...]) -> None:
-    """Raises ArgumentError for a value that is none of the choices."""
-    if value not in choices:
-        raise ArgumentError(f"{option}: wanted one of {', '.join(filter(None, choices))}, got {value!r}")
 
 
 def recording_names(audio: list[Path]) -> list[str]:
