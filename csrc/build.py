@@ -107,9 +107,7 @@ def cuda_targets() -> tuple[str, ...]:
     listed = tuple(os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split())
     for target in listed:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", target):
-            raise ValueError(
-                f"TORCH_CUDA_ARCH_LIST: wanted capabilities such as 9.0 or 12.0+PTX, got {target!r}"
-            )
+            raise ValueError(f"TORCH_CUDA_ARCH_LIST: wanted capabilities such as 9.0 or 12.0+PTX, got {target!r}")
     if listed:
         return listed
     known = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
@@ -140,9 +138,7 @@ def python_flags() -> list[str]:
     return [python_include(), f"-I{pybind11.get_include()}"]
 
 
-def build(
-    output: Path, work: Path, *, cuda: bool = False, emulator: bool = False, verbose: bool = False
-) -> None:
+def build(output: Path, work: Path, *, cuda: bool = False, emulator: bool = False, verbose: bool = False) -> None:
     """Compiles and links the extension module to `output`, with object files under `work`.
 
     Args:

@@ -53,9 +53,7 @@ def main() -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     worst = 0.0
-    for path, x, expected, actual in zip(
-        RECORDINGS, features, results["eager"], results["auto"], strict=True
-    ):
+    for path, x, expected, actual in zip(RECORDINGS, features, results["eager"], results["auto"], strict=True):
         difference = (actual - expected).abs().max().item()
         worst = max(worst, difference / expected.square().mean().sqrt().item())
         shape = map(str, expected.shape)

@@ -1,8 +1,8 @@
 """Compiles every Triton kernel that an op's launchers launch, ahead of time and without a GPU.
 
 ``python tests/aot.py OP TARGET`` runs the op's launchers, forward and backward, on CPU tensors of the op's small cases,
-for each dtype, with a driver that reports TARGET and compiles instead of launching. So kernels are compiled with just the
-specialisations that a launch would give them. Prints one JSON line per compiled kernel: name, registers and spills, as
+for each dtype, with a driver that reports TARGET and compiles instead of launching. So kernels are compiled with just
+the specialisations that a launch would give them. Prints one JSON line per compiled kernel: name, registers and spills, as
 read from the binary.
 """
 
@@ -49,17 +49,13 @@ def usage(kernel: object, target: str) -> dict:
     """Registers and spilled bytes of a compiled kernel."""
     if "amdgcn" in kernel.asm:
         text = kernel.asm["amdgcn"]
-        number = {
-            key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")
-        }
+        number = {key: int(re.search(rf"\.{key}:\s*(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")}
         return {"registers": number["vgpr_count"], "spills": number["vgpr_spill_count"]}
     cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        text = subprocess.run([cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     number = {key: int(re.search(rf"{key}:(\d+)", text)[1]) for key in ("REG", "STACK", "LOCAL")}
     return {"registers": number["REG"], "spills": number["STACK"] + number["LOCAL"]}
 
@@ -94,9 +90,7 @@ def compile_op(name: str, target: str) -> list[dict]:
                 kept = op._arguments([args[i] for i in op.saved], op._values(args))
                 needs = tuple(args[i] is not None and args[i].requires_grad for i in op.tensors)
                 launchers.backward(needs, results[: op.outputs], saved, *kept)
-    return [
-        {"kernel": kernel, "target": target, **usage(built, target)} for kernel, built in compiled.values()
-    ]
+    return [{"kernel": kernel, "target": target, **usage(built, target)} for kernel, built in compiled.values()]
 
 
 if __name__ == "__main__":

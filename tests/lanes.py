@@ -48,7 +48,5 @@ class Lane:
 def lanes(op: Op, *excluded: str) -> list:
     """One pytest parameter per backend that `op` offers (Triton is offered only where it can be imported)."""
     return [
-        pytest.param(Lane(name), id=name)
-        for name in backend.BACKENDS
-        if name in op.backends and name not in excluded
+        pytest.param(Lane(name), id=name) for name in backend.BACKENDS if name in op.backends and name not in excluded
     ]

@@ -57,10 +57,7 @@ def run(module, seed, args, kwargs=None):
         Everything to compare, by name: outputs, gradients of float inputs, gradients of parameters; and the
         states of both random generators afterwards.
     """
-    args = [
-        a.detach().clone().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a
-        for a in args
-    ]
+    args = [a.detach().clone().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
     seed_all(seed)
     module.zero_grad(set_to_none=True)
     outputs = module(*args, **(kwargs or {}))

@@ -13,8 +13,8 @@ from zipformer_kernels.ops.attention.cases import CASES
 OP = attention._op
 SMALL = [case for case in CASES if not case.large]
 
-# Relative to the norm of the float64 result. A weight is exp(s - lse) with s a sum of 36 rounded products, so its relative
-# error is that of s times eps; results average over weights. Half precision rounds weights and score gradients to the
+# Relative to the norm of the float64 result. A weight is exp(s - lse) with s a sum of 36 rounded products, so its
+# relative error is that of s times eps; results average over weights. Half precision rounds weights and score gradients to the
 # dtype before they enter a product.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 3e-3, torch.bfloat16: 3e-2}
 
@@ -28,10 +28,7 @@ def relative(actual, expected, floor=1e-12):
 
 def exact(args, grad):
     """Output and gradients in float64, from the differentiable reference."""
-    wide = [
-        x.detach().double().cpu() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
-        for x in args
-    ]
+    wide = [x.detach().double().cpu() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
     wide = [x.cpu() if isinstance(x, torch.Tensor) else x for x in wide]
     leaves = [x.requires_grad_() for x in wide[:5]]
     out = attention.reference.attention(*wide)
@@ -49,9 +46,7 @@ def check(args, out, grad, grads, tolerance):
     expected, expected_grads = exact(args, grad)
     assert out.dtype == args[4].dtype
     assert relative(out, expected) < tolerance
-    floor = (
-        0.1 * grad.double().norm().item()
-    )  # a single source leaves scores without a gradient: only rounding
+    floor = 0.1 * grad.double().norm().item()  # a single source leaves scores without a gradient: only rounding
     for name, actual, wanted in zip("qkpev", grads, expected_grads, strict=True):
         assert relative(actual, wanted, floor) < 3 * tolerance, name
 
@@ -174,7 +169,7 @@ def test_constant_weights_are_a_masked_mean(lane):
     weights = seen / seen.sum(1, keepdim=True)
     torch.testing.assert_close(out, torch.einsum("ij,jbc->ibc", weights, values), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(dv, weights.sum(0)[:, None, None].expand_as(dv), rtol=1e-5, atol=1e-6)
-    assert not out.grad_fn is None
+    assert out.requires_grad
 
 
 @pytest.mark.parametrize("lane", lanes(OP))
@@ -218,10 +213,7 @@ def test_results_repeat_bit_for_bit(lane):
 @pytest.mark.parametrize("lane", lanes(OP))
 def test_only_wanted_gradients(lane):
     with lane.active():
-        args = [
-            x.detach() if isinstance(x, torch.Tensor) else x
-            for x in CASES[0].inputs(torch.float32, lane.device)
-        ]
+        args = [x.detach() if isinstance(x, torch.Tensor) else x for x in CASES[0].inputs(torch.float32, lane.device)]
         for i in range(5):
             x = args[i].requires_grad_()
             (alone,) = torch.autograd.grad(OP(*args).square().sum(), x)
@@ -268,9 +260,7 @@ def allocations(function):
             results = operation(*args, **(kwargs or {}))
             for x in tree_leaves(results):
                 if isinstance(x, torch.Tensor):
-                    self.elements = max(
-                        self.elements, x.untyped_storage().nbytes() // max(1, x.element_size())
-                    )
+                    self.elements = max(self.elements, x.untyped_storage().nbytes() // max(1, x.element_size()))
             return results
 
     with Largest() as mode:
@@ -280,7 +270,7 @@ def allocations(function):
 
 @pytest.mark.parametrize("lane", lanes(OP, "eager"))
 def test_no_tensor_grows_with_the_square_of_the_frames(lane, monkeypatch):
-    """At T = 16384, forward and backward; kernels of the interpreter and the emulator allocate nothing and are skipped."""
+    """At T = 16384, forward and backward. The interpreter's kernels allocate nothing and are skipped."""
     frames, heads = 16384, 4
     torch.manual_seed(6)
     with lane.active():

@@ -71,7 +71,7 @@ def test_an_environment_variable_that_cannot_be_served_raises_on_use():
 def test_several_names_are_tried_in_order():
     with use_backend("triton,cpu,eager") if not backend.TRITON_INTERPRETS else use_backend("cuda,cpu,eager"):
         assert selected() == "cpu"
-    with pytest.raises(BackendError, match="backend 'cuda' cannot serve this call: .*; backend 'cpu' cannot"):
+    with pytest.raises(BackendError, match=r"backend 'cuda' cannot serve this call: .*; backend 'cpu' cannot"):
         ops.get("swoosh").select("cuda,cpu", torch.zeros(4, device="meta"), "l")
     with pytest.raises(ValueError, match="got 'gpu'"), use_backend("cpu,gpu"):
         pass

@@ -38,9 +38,7 @@ TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 5e-4
 @pytest.mark.parametrize("options", [{}, CAUSAL], ids=["offline", "chunks"])
 @pytest.mark.parametrize("name", ["eager", "cpu", "triton", "cuda"])
 def test_encoder(name, options, mode):
-    ours, theirs = build_pair(
-        Zipformer, upstream.zipformer.Zipformer, **CONFIG, **options, dtype=torch.float32
-    )
+    ours, theirs = build_pair(Zipformer, upstream.zipformer.Zipformer, **CONFIG, **options, dtype=torch.float32)
     lengths = torch.tensor([21, 14])
     padding = torch.arange(21) >= lengths.unsqueeze(1)
     seed_all(3)

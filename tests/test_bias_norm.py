@@ -268,9 +268,7 @@ def test_compiles_without_graph_breaks(lane):
             y, wanted = compiled(*args), function(*args)
             assert y.stride() == wanted.stride()
             dy = torch.randn(shape, device=lane.device)
-            for a, b in zip(
-                torch.autograd.grad(y, args, dy), torch.autograd.grad(wanted, args, dy), strict=True
-            ):
+            for a, b in zip(torch.autograd.grad(y, args, dy), torch.autograd.grad(wanted, args, dy), strict=True):
                 torch.testing.assert_close(a, b)
 
 

@@ -80,9 +80,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path):
     assert "norm.bias is (7,), not (24,)" in message(weights | {key: torch.zeros(7)})
     assert "no weights of encoder_embed" in message({"decoder.weight": torch.zeros(2)})
     first = "encoder.encoders.0.layers.0.self_attn_weights.linear_pos.weight"
-    assert "not a Zipformer: no weights encoders.0" in message(
-        {k: v for k, v in weights.items() if k != first}
-    )
+    assert "not a Zipformer: no weights encoders.0" in message({k: v for k, v in weights.items() if k != first})
     assert "not a Zipformer" in message(weights | {first: torch.zeros(3, 12)})
     assert "wanted a state_dict" in message([1, 2])
 

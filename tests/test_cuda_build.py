@@ -83,9 +83,7 @@ def test_the_newest_target_carries_ptx_for_gpus_to_come():
         [CUOBJDUMP, "--list-ptx", backend.native.__file__], capture_output=True, text=True, check=True
     )
     ptx = set(re.findall(r"sm_(\d+)\.ptx", result.stdout))
-    wanted = {
-        t.removesuffix("+PTX").replace(".", "") for t in build_module().cuda_targets() if t.endswith("+PTX")
-    }
+    wanted = {t.removesuffix("+PTX").replace(".", "") for t in build_module().cuda_targets() if t.endswith("+PTX")}
     assert ptx == wanted
 
 

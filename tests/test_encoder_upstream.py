@@ -75,9 +75,7 @@ def test_eval_float32(config, lengths):
 
 
 @settings(max_examples=12)
-@given(
-    configurations(), lengths.filter(lambda lengths: max(lengths) > 3), st.sampled_from([0, 100, 5000, 30000])
-)
+@given(configurations(), lengths.filter(lambda lengths: max(lengths) > 3), st.sampled_from([0, 100, 5000, 30000]))
 def test_training(config, lengths, batch_count):
     """Three steps, each under its seed, with every skip, dropout, penalty, balancer and whitening."""
     ours, theirs = pair(config)

@@ -50,14 +50,10 @@ def stack_of(classes, downsample=None, causal=False):
 
     def build():
         layer = classes.ZipformerEncoderLayer(**LAYER, causal=causal)
-        stack = classes.ZipformerEncoder(
-            layer, 2, pos_dim=POS_DIM, dropout=0.1, warmup_begin=100.0, warmup_end=900.0
-        )
+        stack = classes.ZipformerEncoder(layer, 2, pos_dim=POS_DIM, dropout=0.1, warmup_begin=100.0, warmup_end=900.0)
         if downsample is None:
             return stack
-        return classes.DownsampledZipformerEncoder(
-            stack, dim=C, downsample=downsample, dropout=0.1, causal=causal
-        )
+        return classes.DownsampledZipformerEncoder(stack, dim=C, downsample=downsample, dropout=0.1, causal=causal)
 
     return build
 
@@ -156,9 +152,7 @@ def our(name):
 
 def pair(case, dtype):
     (where, name, args, kwargs), inputs, call = CASES[case]
-    ours, theirs = build_pair(
-        our(name), getattr(getattr(upstream, where), name), *args, dtype=dtype, **kwargs
-    )
+    ours, theirs = build_pair(our(name), getattr(getattr(upstream, where), name), *args, dtype=dtype, **kwargs)
     torch.manual_seed(5)
     return ours, theirs, [x.to(dtype) for x in inputs()], call
 
@@ -186,9 +180,7 @@ def test_training_float32(case):
     """Upstream as it is, with float32 in Balancer and Whiten: cancelling sums cost it some digits."""
     ours, theirs, args, call = pair(case, torch.float32)
     for seed in range(6):
-        assert_same_run(
-            ours.train(), theirs.train(), args, call, seed=seed, tolerance=10 * PARITY[torch.float32]
-        )
+        assert_same_run(ours.train(), theirs.train(), args, call, seed=seed, tolerance=10 * PARITY[torch.float32])
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
@@ -210,9 +202,7 @@ def test_stacks(downsample, mode):
 @pytest.mark.parametrize("channels", [C - 3, C, C + 5])
 def test_convert_num_channels(channels):
     (x,) = normal(T, B, C)()
-    assert torch.equal(
-        convert_num_channels(x, channels), upstream.zipformer.convert_num_channels(x, channels)
-    )
+    assert torch.equal(convert_num_channels(x, channels), upstream.zipformer.convert_num_channels(x, channels))
 
 
 def test_constant_attention_is_a_masked_mean():
@@ -263,9 +253,7 @@ BAD = {
         "chunk_size: 4 needs",
     ),
     "padding": (
-        lambda: modules.ConvolutionModule(C, 7, causal=False)(
-            torch.zeros(T, B, C), torch.zeros(B, T + 1).bool()
-        ),
+        lambda: modules.ConvolutionModule(C, 7, causal=False)(torch.zeros(T, B, C), torch.zeros(B, T + 1).bool()),
         r"src_key_padding_mask: wanted shape \(3, 13\), got \(3, 14\)",
     ),
     "values": (

@@ -199,9 +199,7 @@ def test_loading_a_state_of_other_shapes():
     optimizer, other = ScaledAdam(params), ScaledAdam(others)
     train(optimizer, params, 1)
     other.load_state_dict(optimizer.state_dict())
-    with pytest.raises(
-        ValueError, match=r"exp_avg_sq of parameter '0.0' must have shape \(2, 3, 5\), got \(3, 5\)"
-    ):
+    with pytest.raises(ValueError, match=r"exp_avg_sq of parameter '0.0' must have shape \(2, 3, 5\), got \(3, 5\)"):
         other.step()
 
 
@@ -222,9 +220,7 @@ def test_diagnostics():
     assert (found.steps, found.skipped, found.dominant_name) == (42, 0, "large")
     recorded = sorted(norms[1:])
     assert found.norm_quartiles == pytest.approx([recorded[k] for k in (0, 10, 20, 30, 40)], rel=1e-5)
-    assert found.threshold == pytest.approx(
-        2 * 2 * sorted(norms[1:41])[20], rel=1e-5
-    )  # set at t = 40, doubled
+    assert found.threshold == pytest.approx(2 * 2 * sorted(norms[1:41])[20], rel=1e-5)  # set at t = 40, doubled
     assert found.percent_clipped == 50.0  # of t = 40 and 41
     assert found.dominant_proportion == pytest.approx(1.0)
     assert found.dominant_rms == pytest.approx(large.detach().square().mean().sqrt().item(), rel=1e-6)

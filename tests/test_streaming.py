@@ -101,9 +101,7 @@ def test_padding_inside_a_chunk():
     ours, theirs = build_pair(Zipformer, upstream.zipformer.Zipformer, **config)
     x = torch.randn(16, 2, 8, dtype=torch.float64)
     x_lens = torch.tensor([16, 10])
-    for (y, *_), (their_y, *_) in zip(
-        feed(ours.eval(), x, x_lens), feed(theirs.eval(), x, x_lens), strict=True
-    ):
+    for (y, *_), (their_y, *_) in zip(feed(ours.eval(), x, x_lens), feed(theirs.eval(), x, x_lens), strict=True):
         assert_parity(y, their_y, PARITY[torch.float64], "chunk")
     other = x.clone()
     other[10:, 1] += 1.0
@@ -152,9 +150,7 @@ def test_preset_streams_with_upstreams_states():
 @torch.no_grad()
 def test_no_mask():
     config = {"encoder_dim": 8, "encoder_unmasked_dim": 8, "num_encoder_layers": 1, "cnn_module_kernel": 3}
-    model = Zipformer(
-        **config, feedforward_dim=8, causal=True, chunk_size=(8,), left_context_frames=(8,)
-    ).eval()
+    model = Zipformer(**config, feedforward_dim=8, causal=True, chunk_size=(8,), left_context_frames=(8,)).eval()
     x, x_lens = torch.randn(8, 1, 8), torch.tensor([8])
     states = model.get_init_states(1)
     y, *_ = model.streaming_forward(x, x_lens, states, None)
@@ -175,8 +171,6 @@ def test_caches():
 
 
 def test_unlimited_context_cannot_stream():
-    model = Zipformer(
-        encoder_dim=8, encoder_unmasked_dim=8, num_encoder_layers=1, feedforward_dim=8, causal=True
-    )
+    model = Zipformer(encoder_dim=8, encoder_unmasked_dim=8, num_encoder_layers=1, feedforward_dim=8, causal=True)
     with pytest.raises(ValueError, match="left_context_frames: streaming needs the first limited"):
         model.get_init_states()

@@ -71,6 +71,4 @@ def test_bad_configuration():
 def test_streaming_refuses_a_cache_of_the_wrong_length():
     embed = Conv2dSubsampling(20, 12)
     with pytest.raises(ValueError, match="cached_left_pad: wanted 3 frames"):
-        embed.streaming_forward(
-            torch.zeros(1, 29, 20), torch.tensor([29]), embed.get_init_states(1)[:, :, :2]
-        )
+        embed.streaming_forward(torch.zeros(1, 29, 20), torch.tensor([29]), embed.get_init_states(1)[:, :, :2])

@@ -64,9 +64,7 @@ def test_whole_range_is_finite_and_accurate(lane, kind):
     for dtype in lane.dtypes:
         largest = torch.finfo(dtype).max
         ends = [0.0, -0.0, 1.0, 4.0, 87.0, 88.5, 89.0, -87.0, -104.0, 1e4, -1e4, largest, -largest]
-        x = torch.cat(
-            [torch.linspace(-30, 30, 4001, dtype=torch.float64), torch.tensor(ends, dtype=torch.float64)]
-        )
+        x = torch.cat([torch.linspace(-30, 30, 4001, dtype=torch.float64), torch.tensor(ends, dtype=torch.float64)])
         x = x.to(dtype)
         x = x.to(lane.device).requires_grad_()
         with lane.active():
@@ -191,9 +189,7 @@ def test_half_rounding_on_the_cpu_is_torchs():
         y = swoosh_r(finite, backend="cpu")
         expected = swoosh_r(finite.double(), backend="eager").to(dtype)
         off = (y.view(torch.int16).int() - expected.view(torch.int16).int()).abs()
-        near_zero = (
-            expected.abs() < 1e-3
-        )  # cancellation: the float32 result itself is off by several ulp there
+        near_zero = expected.abs() < 1e-3  # cancellation: the float32 result itself is off by several ulp there
         assert (off[~near_zero] <= 1).all()
         assert (off[~near_zero] > 0).float().mean() < 0.01
 

@@ -73,12 +73,8 @@ def check(actual, expected, terms, dtype, what, size):
     if torch.finfo(dtype).bits == 16:
         assert actual.shape == expected.shape
         error = (actual.detach().double().cpu() - expected.detach()).abs()
-        allowed = (
-            4 * torch.finfo(dtype).eps * (size + expected.detach().abs()) + torch.finfo(dtype).smallest_normal
-        )
-        assert (error <= allowed).all(), (
-            f"{what}: off by {(error / allowed).max():.2f} of what rounding explains"
-        )
+        allowed = 4 * torch.finfo(dtype).eps * (size + expected.detach().abs()) + torch.finfo(dtype).smallest_normal
+        assert (error <= allowed).all(), f"{what}: off by {(error / allowed).max():.2f} of what rounding explains"
     else:
         assert_rounded(actual, expected, max(terms, 1), what, size)
 
@@ -288,9 +284,7 @@ def test_compiles_without_graph_breaks(lane):
     weight, bias = leaf(8, 8, device=lane.device), leaf(8, device=lane.device)
 
     def function(x):
-        return swoosh_linear(
-            swoosh_linear(x, weight, bias, x.detach()[:1].abs(), "l") * 2, weight, None, None, "r"
-        )
+        return swoosh_linear(swoosh_linear(x, weight, bias, x.detach()[:1].abs(), "l") * 2, weight, None, None, "r")
 
     with lane.active():
         for cast in (False, True):
@@ -363,12 +357,8 @@ def test_bad_input_is_named():
 
     raises(TypeError, "x must be a tensor, got list", x=[1.0])
     raises(TypeError, "weight must be a tensor, got NoneType", weight=None)
-    raises(
-        TypeError, r"mask must be floating-point, got torch\.bool", mask=torch.ones(1, 4, dtype=torch.bool)
-    )
-    raises(
-        TypeError, r"weight must be of the dtype of x, torch\.float32, .*torch\.float16", weight=weight.half()
-    )
+    raises(TypeError, r"mask must be floating-point, got torch\.bool", mask=torch.ones(1, 4, dtype=torch.bool))
+    raises(TypeError, r"weight must be of the dtype of x, torch\.float32, .*torch\.float16", weight=weight.half())
     raises(TypeError, r"bias must be of the dtype of x", bias=torch.ones(2).double())
     raises(ValueError, "kind must be 'l' or 'r', got 'swoosh'", kind="swoosh")
     raises(ValueError, r"weight must have shape .*got \(4, 2\) for \(3, 4\)", weight=weight.t())

@@ -14,9 +14,7 @@ from zipformer_kernels import modules, training
 from zipformer_kernels.training.balancer import _abs_to_rms, _proportion_to_mean, balanced_gradient
 
 numbers = st.floats(-100, 100, allow_nan=False).map(lambda x: round(x, 3))
-knots = st.lists(st.tuples(numbers, numbers), min_size=1, max_size=5, unique_by=lambda pair: pair[0]).map(
-    sorted
-)
+knots = st.lists(st.tuples(numbers, numbers), min_size=1, max_size=5, unique_by=lambda pair: pair[0]).map(sorted)
 
 
 @given(knots, knots, numbers, st.lists(numbers, min_size=1))

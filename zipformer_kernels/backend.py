@@ -7,8 +7,8 @@ A call chooses its backend once, before the op runs, from the first of these tha
 3. the environment variable ``ZIPFORMER_KERNELS_BACKEND``, read when this module is imported,
 4. ``auto``: the first backend of `PREFERENCE` for the tensor's device that serves the call; ``eager`` always does.
 
-Where a name is asked for, several may stand, separated by commas, in order of preference: ``cuda,triton,eager``. If none
-of them can serve the call it raises `BackendError` with the reasons. ``auto`` never raises, and
+Where a name is asked for, several may stand, separated by commas, in order of preference: ``cuda,triton,eager``. If
+none of them can serve the call it raises `BackendError` with the reasons. ``auto`` never raises, and
 `zipformer_kernels.explain` tells what was passed over and why.
 """
 

@@ -61,6 +61,4 @@ def encode_all(
         Index of a recording and its embeddings on the CPU, in the order of `plan_batches`.
     """
     for batch in plan_batches([len(f) for f in features], max_frames):
-        yield from zip(
-            batch, (e.cpu() for e in encode(embed, encoder, [features[i] for i in batch])), strict=True
-        )
+        yield from zip(batch, (e.cpu() for e in encode(embed, encoder, [features[i] for i in batch])), strict=True)

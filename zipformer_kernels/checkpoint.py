@@ -70,9 +70,7 @@ def load_checkpoint(
 
     found = _matching_preset(arguments)
     if preset_name is not None:
-        wrong = [
-            f"{k} is {arguments[k]}, not {v}" for k, v in _sizes(preset_name).items() if arguments[k] != v
-        ]
+        wrong = [f"{k} is {arguments[k]}, not {v}" for k, v in _sizes(preset_name).items() if arguments[k] != v]
         if wrong:
             hint = f" (it has the sizes of preset {found})" if found else ""
             raise CheckpointError(f"{path}: does not fit preset {preset_name}{hint}: {_first(wrong)}")

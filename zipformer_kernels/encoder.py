@@ -98,9 +98,7 @@ class Zipformer(nn.Module):
         self.left_context_frames = left_context_frames
         for unmasked, channels in zip(self.encoder_unmasked_dim, self.encoder_dim, strict=True):
             if unmasked > channels:
-                raise ValueError(
-                    f"encoder_unmasked_dim: {unmasked} exceeds the stack's encoder_dim {channels}"
-                )
+                raise ValueError(f"encoder_unmasked_dim: {unmasked} exceeds the stack's encoder_dim {channels}")
 
         stacks: list[nn.Module] = []
         for i, ds in enumerate(downsampling_factor):
@@ -150,9 +148,7 @@ class Zipformer(nn.Module):
         """
         return cls(**{**preset(name), "causal": causal, **(CAUSAL if causal else {}), **overrides})
 
-    def forward(
-        self, x: Tensor, x_lens: Tensor, src_key_padding_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, x_lens: Tensor, src_key_padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encodes whole sequences; a causal model sees them in chunks.
 
         Args:
@@ -238,9 +234,7 @@ class Zipformer(nn.Module):
             ValueError: the model has no limited left context.
         """
         if self.left_context_frames[0] < 0:
-            raise ValueError(
-                f"left_context_frames: streaming needs the first limited, got {self.left_context_frames}"
-            )
+            raise ValueError(f"left_context_frames: streaming needs the first limited, got {self.left_context_frames}")
         dtype = self.downsample_output.bias.dtype
         states = []
         for i, stack in enumerate(self.encoders):
@@ -318,13 +312,11 @@ class Zipformer(nn.Module):
                 f"got {chunk_size}"
             )
         needed = max(
-            kernel // 2 * ds
-            for kernel, ds in zip(self.cnn_module_kernel, self.downsampling_factor, strict=True)
+            kernel // 2 * ds for kernel, ds in zip(self.cnn_module_kernel, self.downsampling_factor, strict=True)
         )
         if 0 <= chunk_size * left_context_chunks < needed:
             raise ValueError(
-                f"left_context_frames: the convolutions need {needed}, got {left_context_chunks} chunks "
-                f"of {chunk_size}"
+                f"left_context_frames: the convolutions need {needed}, got {left_context_chunks} chunks of {chunk_size}"
             )
         return ChunkMask(chunk_size, left_context_chunks)
 
@@ -345,13 +337,9 @@ class Zipformer(nn.Module):
 
     def _check_input(self, x: Tensor, x_lens: Tensor) -> None:
         if x.ndim != 3 or x.shape[0] == 0:
-            raise ValueError(
-                f"x: wanted (frames, batch, channels) with at least one frame, got {tuple(x.shape)}"
-            )
+            raise ValueError(f"x: wanted (frames, batch, channels) with at least one frame, got {tuple(x.shape)}")
         if x_lens.shape != (x.shape[1],):
-            raise ValueError(
-                f"x_lens: wanted one length for each of {x.shape[1]} sequences, got {tuple(x_lens.shape)}"
-            )
+            raise ValueError(f"x_lens: wanted one length for each of {x.shape[1]} sequences, got {tuple(x_lens.shape)}")
 
 
 Zipformer2 = Zipformer

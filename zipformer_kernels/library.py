@@ -119,9 +119,7 @@ class Op:
 
     def explain(self, *args: Any, backend: str | None = None) -> str:
         """Says which backend a call gets, and why each other one would not serve it."""
-        lines = [
-            f"{self.name}: runs on {self.select(backend, *args)!r} (asked for: {backends.requested(backend)!r})"
-        ]
+        lines = [f"{self.name}: runs on {self.select(backend, *args)!r} (asked for: {backends.requested(backend)!r})"]
         for name in backends.BACKENDS:
             reason = self.unsupported(name, *args)
             lines.append(f"  {name:7}{'available' if reason is None else 'no: ' + reason}")
@@ -138,9 +136,7 @@ class Op:
             results = getattr(torch.ops.zipformer_kernels, self.name)(*args, name)
             return self._results((results,) if isinstance(results, Tensor) else results)
         launchers = self.backends[name]
-        if torch.is_grad_enabled() and any(
-            args[i] is not None and args[i].requires_grad for i in self.tensors
-        ):
+        if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.tensors):
             return _Function.apply(self, launchers, *args)
         return self._results(_without_autocast(launchers.forward, *args))
 
@@ -208,9 +204,7 @@ class Op:
         torch.library.register_autograd(
             qualified, self._operator_gradient, setup_context=self._operator_context, lib=_LIBRARY
         )
-        torch.library.impl(
-            qualified + "_backward", "CompositeExplicitAutograd", self._backward_operator, lib=_LIBRARY
-        )
+        torch.library.impl(qualified + "_backward", "CompositeExplicitAutograd", self._backward_operator, lib=_LIBRARY)
         torch.library.register_fake(qualified + "_backward", self._backward_fake, lib=_LIBRARY)
 
     def _operator(self, *args: Any) -> Any:
@@ -291,7 +285,7 @@ class _Function(torch.autograd.Function):
         op, kept = ctx.op, ctx.saved_tensors
         needs = tuple(ctx.needs_input_grad[2 + i] for i in op.tensors)
         saved, args = kept[len(op.saved) :], op._arguments(kept, ctx.values)
-        # With create_graph=True the gradients themselves are differentiated: the kernels' cannot be, the reference's can.
+        # With create_graph=True gradients are differentiated in turn: the kernels' cannot be, the reference's can.
         launch = op._reference_backward if torch.is_grad_enabled() else ctx.launchers.backward
         return None, None, *op._spread(_without_autocast(launch, needs, grads, saved, *args))
 

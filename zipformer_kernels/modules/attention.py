@@ -14,8 +14,8 @@ from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, aggrega
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
 from zipformer_kernels.training.randomness import being_traced, logging_draw
 
-# Scores beyond the limit are implausible; in a tenth of the training calls their gradient gains this penalty, which is not
-# scaled by the loss scale of mixed precision.
+# Scores beyond the limit are implausible; in a tenth of the training calls their gradient gains this penalty, which is
+# not scaled by the loss scale of mixed precision.
 SCORE_LIMIT = 25.0
 SCORE_PENALTY = 1.0e-04
 
@@ -171,9 +171,7 @@ class RelPositionMultiheadAttentionWeights(nn.Module):
                 f"got {tuple(pos_emb.shape)}"
             )
         e = self.linear_pos(pos_emb).unflatten(2, (self.num_heads, -1))
-        return AttentionWeights(
-            q, k, p, e[0] if e.shape[0] == 1 else e, key_padding_mask, attn_mask, penalty, limit
-        )
+        return AttentionWeights(q, k, p, e[0] if e.shape[0] == 1 else e, key_padding_mask, attn_mask, penalty, limit)
 
 
 class SelfAttention(nn.Module):

@@ -45,8 +45,7 @@ class BiasNorm(nn.Module):
         """Normalises x, of any shape with `num_channels` along `channel_dim`."""
         if x.shape[self.channel_dim] != self.num_channels:
             raise ValueError(
-                f"x: wanted {self.num_channels} channels along dimension {self.channel_dim}, "
-                f"got {tuple(x.shape)}"
+                f"x: wanted {self.num_channels} channels along dimension {self.channel_dim}, got {tuple(x.shape)}"
             )
         log_scale = limit_param_value(
             self.log_scale, float(self.log_scale_min), float(self.log_scale_max), training=self.training

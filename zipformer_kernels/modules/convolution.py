@@ -28,9 +28,7 @@ class ChunkCausalDepthwiseConv1d(nn.Module):
         ValueError: `kernel_size` is even.
     """
 
-    def __init__(
-        self, channels: int, kernel_size: int, initial_scale: float = 1.0, bias: bool = True
-    ) -> None:
+    def __init__(self, channels: int, kernel_size: int, initial_scale: float = 1.0, bias: bool = True) -> None:
         super().__init__()
         _check_odd(kernel_size)
         self.causal_conv = nn.Conv1d(channels, channels, (kernel_size + 1) // 2, groups=channels)
@@ -131,9 +129,7 @@ class ConvolutionModule(nn.Module):
             min_abs=ScheduledFloat((0.0, 0.2), (20000.0, 0.5)),
             max_abs=10.0,
         )
-        self.whiten = Whiten(
-            num_groups=1, whitening_limit=whitening_schedule(7.5), prob=(0.025, 0.25), grad_scale=0.01
-        )
+        self.whiten = Whiten(num_groups=1, whitening_limit=whitening_schedule(7.5), prob=(0.025, 0.25), grad_scale=0.01)
         self.out_proj = ActivationDropoutAndLinear(
             channels, channels, activation="SwooshR", dropout_p=0.0, initial_scale=0.05
         )
@@ -162,9 +158,7 @@ class ConvolutionModule(nn.Module):
         x = self.balancer2(x).permute(2, 0, 1)
         return self.out_proj(self.whiten(x))
 
-    def streaming_forward(
-        self, x: Tensor, cache: Tensor, src_key_padding_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def streaming_forward(self, x: Tensor, cache: Tensor, src_key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """One chunk of a stream.
 
         Args:
@@ -187,9 +181,7 @@ def _channels_first(x: Tensor, padding: Tensor | None) -> Tensor:
     if padding is None:
         return x
     if padding.shape != (x.shape[0], x.shape[2]):
-        raise ValueError(
-            f"src_key_padding_mask: wanted shape {(x.shape[0], x.shape[2])}, got {tuple(padding.shape)}"
-        )
+        raise ValueError(f"src_key_padding_mask: wanted shape {(x.shape[0], x.shape[2])}, got {tuple(padding.shape)}")
     return x.masked_fill(padding.unsqueeze(1), 0.0)
 
 

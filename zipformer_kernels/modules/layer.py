@@ -248,9 +248,7 @@ class ZipformerEncoderLayer(nn.Module):
             src, attn_weights, cached_val=cached_val1, left_context_len=left_context_len
         )
         src = src + attended
-        conv, cached_conv1 = self.conv_module1.streaming_forward(
-            src, cache=cached_conv1, src_key_padding_mask=padding
-        )
+        conv, cached_conv1 = self.conv_module1.streaming_forward(src, cache=cached_conv1, src_key_padding_mask=padding)
         src = src + conv
         src = src + self.feed_forward2(src)
         src = self.bypass_mid(src_orig, src)
@@ -258,9 +256,7 @@ class ZipformerEncoderLayer(nn.Module):
             src, attn_weights, cached_val=cached_val2, left_context_len=left_context_len
         )
         src = src + attended
-        conv, cached_conv2 = self.conv_module2.streaming_forward(
-            src, cache=cached_conv2, src_key_padding_mask=padding
-        )
+        conv, cached_conv2 = self.conv_module2.streaming_forward(src, cache=cached_conv2, src_key_padding_mask=padding)
         src = src + conv
         src = src + self.feed_forward3(src)
         src = self.bypass(src_orig, self.norm(src))

@@ -65,9 +65,7 @@ class NonlinAttention(nn.Module):
         x = self.whiten1(x)
         y = self.identity2(y)
         if isinstance(attn_weights, AttentionWeights) and attn_weights.backend != "eager":
-            x = nonlin_attention(
-                attn_weights, s, x, y
-            )  # one kernel: `tanh` and `identity1` have nothing to see
+            x = nonlin_attention(attn_weights, s, x, y)  # one kernel: `tanh` and `identity1` have nothing to see
         else:
             x = aggregate(attn_weights, self.identity1(x * self.tanh(s))) * y
         return self.whiten2(self.out_proj(self.identity3(x)))

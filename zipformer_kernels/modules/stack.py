@@ -121,9 +121,7 @@ class ZipformerEncoder(nn.Module):
         """
         if len(states) != STATES_PER_LAYER * self.num_layers:
             wanted = STATES_PER_LAYER * self.num_layers
-            raise ValueError(
-                f"states: wanted {wanted} tensors for {self.num_layers} layers, got {len(states)}"
-            )
+            raise ValueError(f"states: wanted {wanted} tensors for {self.num_layers} layers, got {len(states)}")
         pos_emb = self.encoder_pos(src, left_context_len)
         new_states: list[Tensor] = []
         for i, layer in enumerate(self.layers):
@@ -148,9 +146,7 @@ class DownsampledZipformerEncoder(nn.Module):
         dropout, causal: passed to `SimpleDownsample`.
     """
 
-    def __init__(
-        self, encoder: nn.Module, dim: int, downsample: int, dropout: FloatLike, causal: bool
-    ) -> None:
+    def __init__(self, encoder: nn.Module, dim: int, downsample: int, dropout: FloatLike, causal: bool) -> None:
         super().__init__()
         self.downsample_factor = downsample
         self.downsample = SimpleDownsample(dim, downsample, dropout, causal)

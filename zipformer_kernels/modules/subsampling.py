@@ -144,8 +144,8 @@ class Conv2dSubsampling(nn.Module):
             SwooshR(),
         )
         self.convnext = ConvNeXt(layer3_channels, kernel_size=(7, 7))
-        self.in_channels = in_channels
-        self.out_width = (((in_channels - 1) // 2) - 1) // 2
+        self.in_channels: int | None = in_channels  # None in a converted model: upstream keeps only the width
+        self.out_width = _width(in_channels)
         self.layer3_channels = layer3_channels
         self.out = nn.Linear(self.out_width * layer3_channels, out_channels)
         # There is only one, so its gradient can afford a larger scale than that of those in the layers.
@@ -195,9 +195,7 @@ class Conv2dSubsampling(nn.Module):
         x = self.dropout(self.out_norm(self.out_whiten(self.out(_flatten_frequencies(x)))))
         return x, _checked_lengths((x_lens - 7) // 2, x)
 
-    def streaming_forward(
-        self, x: Tensor, x_lens: Tensor, cached_left_pad: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def streaming_forward(self, x: Tensor, x_lens: Tensor, cached_left_pad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Embeds one chunk of a batch of streams; P is ``convnext.padding[0]``, 3.
 
         Args:
@@ -223,15 +221,19 @@ class Conv2dSubsampling(nn.Module):
         return torch.zeros(shape, dtype=self.out.weight.dtype, device=device)
 
     def _check_input(self, x: Tensor, x_lens: Tensor, min_frames: int) -> None:
-        if x.ndim != 3 or x.shape[2] != self.in_channels or x.shape[1] < min_frames:
+        fits = x.ndim == 3 and x.shape[1] >= min_frames and _width(x.shape[2]) == self.out_width
+        if not fits or self.in_channels not in (None, x.shape[2]):
+            bins = self.in_channels or f"{4 * self.out_width + 3} to {4 * self.out_width + 6} bins"
             raise ValueError(
-                f"x: wanted (batch, frames, {self.in_channels}) with at least {min_frames} frames, "
-                f"got {tuple(x.shape)}"
+                f"x: wanted (batch, frames, {bins}) with at least {min_frames} frames, got {tuple(x.shape)}"
             )
         if x_lens.shape != (x.shape[0],):
-            raise ValueError(
-                f"x_lens: wanted one length for each of {x.shape[0]} sequences, got {tuple(x_lens.shape)}"
-            )
+            raise ValueError(f"x_lens: wanted one length for each of {x.shape[0]} sequences, got {tuple(x_lens.shape)}")
+
+
+def _width(bins: int) -> int:
+    """How many frequencies the three convolutions leave."""
+    return ((bins - 1) // 2 - 1) // 2
 
 
 def _flatten_frequencies(x: Tensor) -> Tensor:

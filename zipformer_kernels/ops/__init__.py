@@ -38,9 +38,7 @@ def explain(name: str, *args: Any, backend: str | None = None) -> str:
     return op.explain(*(args or example(name)), backend=backend)
 
 
-def example(
-    name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> tuple[Any, ...]:
+def example(name: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> tuple[Any, ...]:
     """Arguments of an op's first case."""
     cases = importlib.import_module(f"{__name__}.{name}.cases").CASES
     return cases[0].inputs(dtype, device)

@@ -32,9 +32,7 @@ def load_upstream_state_dict(optimizer: ScaledAdam, state_dict: dict[str, Any]) 
         ValueError: `state_dict` is not such a state, or does not fit the parameters.
     """
     if "state" not in state_dict or "param_groups" not in state_dict:
-        raise ValueError(
-            f"state_dict must hold 'state' and 'param_groups', got the keys {sorted(state_dict)}"
-        )
+        raise ValueError(f"state_dict must hold 'state' and 'param_groups', got the keys {sorted(state_dict)}")
     saved_groups = state_dict["param_groups"]
     sizes = [len(group["params"]) for group in optimizer.param_groups]
     saved_sizes = [len(group["params"]) for group in saved_groups]
@@ -122,9 +120,7 @@ def _unstack(
         if name not in stacked or stacked[name].shape != wanted:
             got = tuple(stacked[name].shape) if name in stacked else "none"
             first = group["param_names"][stack[0]]
-            raise ValueError(
-                f"state_dict must hold {name} of shape {wanted} for {first!r} and its likes, got {got}"
-            )
+            raise ValueError(f"state_dict must hold {name} of shape {wanted} for {first!r} and its likes, got {got}")
     for row, i in enumerate(stack):
         entry = {name: stacked[name][row] for name in MOMENTS}
         if shape.numel() > 1:  # upstream has none for one element, and NaN for an empty tensor

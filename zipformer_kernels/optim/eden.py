@@ -25,9 +25,7 @@ class _BatchAndEpochSchedule(LRScheduler):
             else its "lr" when the schedule was made.
     """
 
-    def __init__(
-        self, optimizer: Optimizer, warmup_batches: float, warmup_start: float, verbose: bool
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, warmup_batches: float, warmup_start: float, verbose: bool) -> None:
         # Not torch's constructor, which takes a first step: until step_batch or step_epoch the rates stay as
         # given.
         if not isinstance(optimizer, Optimizer):
@@ -82,9 +80,7 @@ class _BatchAndEpochSchedule(LRScheduler):
         """Takes "epoch" and "batch" from `state_dict`; the learning rates are set at the next step."""
         for name in ("epoch", "batch"):
             if name not in state_dict:
-                raise ValueError(
-                    f"state_dict must hold 'epoch' and 'batch', got the keys {sorted(state_dict)}"
-                )
+                raise ValueError(f"state_dict must hold 'epoch' and 'batch', got the keys {sorted(state_dict)}")
         self.epoch, self.batch = state_dict["epoch"], state_dict["batch"]
 
     def _adopt_groups(self) -> None:
@@ -101,9 +97,7 @@ class _BatchAndEpochSchedule(LRScheduler):
             else:
                 group["lr"] = lr
             if self.verbose:
-                logger.info(
-                    "epoch %s, batch %s: learning rate of group %d is %.4e", self.epoch, self.batch, i, lr
-                )
+                logger.info("epoch %s, batch %s: learning rate of group %d is %.4e", self.epoch, self.batch, i, lr)
 
 
 class Eden(_BatchAndEpochSchedule):

@@ -125,9 +125,7 @@ class ScaledAdam(Optimizer):
         """Adds a group, in any form that the constructor takes. Parameters without a name are numbered."""
         group = dict(param_group)
         if ("params" in group) == ("named_params" in group):
-            raise ValueError(
-                f"a parameter group needs 'params' or 'named_params', got the keys {sorted(group)}"
-            )
+            raise ValueError(f"a parameter group needs 'params' or 'named_params', got the keys {sorted(group)}")
         entries = group.pop("named_params") if "named_params" in group else group["params"]
         if isinstance(entries, set):
             raise TypeError("params must be in a fixed order, got a set")
@@ -207,17 +205,13 @@ class ScaledAdam(Optimizer):
             ("clipping_update_period", packed[-1].norms),
         ):
             if group[option] != len(vector):
-                raise ValueError(
-                    f"{option} is fixed once a group has stepped: got {group[option]} after {len(vector)}"
-                )
+                raise ValueError(f"{option} is fixed once a group has stepped: got {group[option]} after {len(vector)}")
         return scaled_adam.Group(params, grads, *packed, hyper)
 
 
 def _check_parameters(params: list[Tensor], names: list[str]) -> None:
     if len(params) != len(names):
-        raise ValueError(
-            f"param_names must name each of the {len(params)} parameters, got {len(names)} names"
-        )
+        raise ValueError(f"param_names must name each of the {len(params)} parameters, got {len(names)} names")
     seen: dict[int, str] = {}
     for p, name in zip(params, names, strict=True):
         if not isinstance(p, Tensor):

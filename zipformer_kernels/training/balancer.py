@@ -69,8 +69,7 @@ class Balancer(nn.Module):
             return x
         if x.shape[self.channel_dim] != self.num_channels:
             raise ValueError(
-                f"x: wanted {self.num_channels} channels along dimension {self.channel_dim}, "
-                f"got {tuple(x.shape)}"
+                f"x: wanted {self.num_channels} channels along dimension {self.channel_dim}, got {tuple(x.shape)}"
             )
         balance = partial(
             balanced_gradient,
@@ -125,9 +124,7 @@ def balanced_gradient(
     rms_push = (rms.clamp(min_rms, max_rms) - rms).sign() * (square >= TINY) * (stddev / rms).square()
     level = mean_push - rms_push * ratio
     slope = -mean_push * ratio * (variance >= TINY) - rms_push
-    scale = grad_scale / (level.square() + slope.square() * (variance / stddev.square())).sqrt().clamp(
-        min=TINY
-    )
+    scale = grad_scale / (level.square() + slope.square() * (variance / stddev.square())).sqrt().clamp(min=TINY)
 
     direction = (x - mean) * (slope * scale / stddev) + level * scale
     return torch.addcmul(wide_grad, wide_grad.abs(), direction).to(grad.dtype)

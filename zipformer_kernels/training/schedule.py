@@ -97,9 +97,7 @@ class PiecewiseLinear:
         if not isinstance(other, PiecewiseLinear):
             other = PiecewiseLinear((0.0, other))
         ours, theirs = self.get_common_basis(other, include_crossings)
-        return PiecewiseLinear(
-            *((x, operation(a, b)) for (x, a), (_, b) in zip(ours.pairs, theirs.pairs, strict=True))
-        )
+        return PiecewiseLinear(*((x, operation(a, b)) for (x, a), (_, b) in zip(ours.pairs, theirs.pairs, strict=True)))
 
 
 class ScheduledFloat(nn.Module):

@@ -76,9 +76,7 @@ class Whiten(nn.Module):
         if random.random() > self.prob or grad_scale == 0:
             return x
         if x.shape[-1] % self.num_groups:
-            raise ValueError(
-                f"x: wanted channels in {self.num_groups} equal groups, got {x.shape[-1]} channels"
-            )
+            raise ValueError(f"x: wanted channels in {self.num_groups} equal groups, got {x.shape[-1]} channels")
         return gradient_hook(x, self._whitened_gradient, x)
 
     def _whitened_gradient(self, grad: Tensor, x: Tensor) -> Tensor:

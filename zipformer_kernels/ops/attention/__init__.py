@@ -27,9 +27,7 @@ _log_sum_exp = Op(
         **triton_launchers(__name__, "log_sum_exp_launchers"),
     },
     saves=(),
-    fake=lambda q, *_: (
-        q.new_empty(q.shape[2], q.shape[1], q.shape[0], dtype=reference.wide_dtype(q.dtype)),
-    ),
+    fake=lambda q, *_: (q.new_empty(q.shape[2], q.shape[1], q.shape[0], dtype=reference.wide_dtype(q.dtype)),),
 )
 
 _op = Op(

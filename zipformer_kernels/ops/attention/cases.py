@@ -1,4 +1,4 @@
-"""Shapes that shared-weight attention is tested and measured on: self-attention of presets at 30 s, and awkward ones."""
+"""Shapes that shared-weight attention is tested and measured on: self-attention at 30 s, and awkward ones."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ def weights_inputs(
 ) -> tuple[torch.Tensor, ...]:
     """q, k, p as views of one projection, as the module makes them, and e; scores of a few units."""
     scale = query**-0.25
-    projected = leaf(
-        targets, batch, heads * (2 * query + position), dtype=dtype, device=device, scale=scale
-    ).detach()
+    projected = leaf(targets, batch, heads * (2 * query + position), dtype=dtype, device=device, scale=scale).detach()
     q, k, p = projected.split([heads * query, heads * query, heads * position], dim=2)
     if sources != targets:
         k = leaf(sources, batch, heads * query, dtype=dtype, device=device, scale=scale).detach()

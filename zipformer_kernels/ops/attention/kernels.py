@@ -56,9 +56,9 @@ def complete_scores(
 ):  # fmt: skip
     """Adds the positional term to s = q . k and applies the masks.
 
-    `i` and `j` are targets and sources as indices that broadcast to the tile, in either orientation; masked scores become
-    `fill`, one number or one per target. Returns the scores before masking, after masking (-inf outside of the matrix), and
-    where they are masked.
+    `i` and `j` are targets and sources as indices that broadcast to the tile, in either orientation; masked scores
+    become `fill`, one number or one per target. Returns the scores before masking, after masking (-inf outside of the
+    matrix), and where they are masked.
     """
     inside = (i < T) & (j >= 0) & (j < S)
     offset = T - 1 - i + j
@@ -80,8 +80,8 @@ def complete_scores(
 def load_log_sum_exp(lse_ptr, i, T, S):
     """The log-sum-exp of targets i, and what masked scores are set to for each of them.
 
-    Where every source is masked the saved value is -inf. The weights are then uniform: scores of zero with log S give just
-    that, where -1000 + log S in float32 would be off by 6e-5.
+    Where every source is masked the saved value is -inf. The weights are then uniform: scores of zero with log S give
+    just that, where -1000 + log S in float32 would be off by 6e-5.
     """
     lse = tl.load(lse_ptr + i, mask=i < T, other=0.0)
     blind = lse == float("-inf")
@@ -110,8 +110,8 @@ def log_sum_exp_kernel(
         j = j0 + tl.arange(0, BN)
         k = load_rows(k_ptr, j, k_st, S, d, D)
         _, s, _ = complete_scores(
-            product(q, tl.trans(k)), i[:, None], j[None, :], b, MASKED_SCORE, p_ptr, p_st, e_ptr, padding_ptr, mask_ptr, mask_sb,
-            mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
+            product(q, tl.trans(k)), i[:, None], j[None, :], b, MASKED_SCORE, p_ptr, p_st, e_ptr, padding_ptr,
+            mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
         )  # fmt: skip
         # Rows beyond T see only -inf; zero in its place keeps their arithmetic finite.
         new = tl.maximum(largest, tl.max(s, 1))
@@ -151,8 +151,8 @@ def aggregate_kernel(
         j = j0 + tl.arange(0, BN)
         k = load_rows(k_ptr, j, k_st, S, d, D)
         _, s, _ = complete_scores(
-            product(q, tl.trans(k)), i[:, None], j[None, :], b, fill[:, None], p_ptr, p_st, e_ptr, padding_ptr, mask_ptr, mask_sb,
-            mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
+            product(q, tl.trans(k)), i[:, None], j[None, :], b, fill[:, None], p_ptr, p_st, e_ptr, padding_ptr,
+            mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
         )  # fmt: skip
         w = tl.exp2((s - lse[:, None]) * LOG2E)
         v = load_rows(v_ptr + v_offset, j, v_st, S, c, C)
@@ -240,8 +240,8 @@ def query_gradient_kernel(
         j = j0 + tl.arange(0, BN)
         k = load_rows(k_ptr, j, k_st, S, d, D)
         raw, s, masked = complete_scores(
-            product(q, tl.trans(k)), i[:, None], j[None, :], b, fill[:, None], p_ptr, p_st, e_ptr, padding_ptr, mask_ptr, mask_sb,
-            mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
+            product(q, tl.trans(k)), i[:, None], j[None, :], b, fill[:, None], p_ptr, p_st, e_ptr, padding_ptr,
+            mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
         )  # fmt: skip
         dw = tl.zeros([BM, BN], tl.float32)
         for c0 in range(0, C, BC):
@@ -290,8 +290,8 @@ def key_gradient_kernel(
         q = load_rows(q_ptr, i, q_st, T, d, D)
         lse, fill = load_log_sum_exp(lse_ptr, i, T, S)
         raw, s, masked = complete_scores(
-            product(k, tl.trans(q)), i[None, :], j[:, None], b, fill[None, :], p_ptr, p_st, e_ptr, padding_ptr, mask_ptr, mask_sb,
-            mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
+            product(k, tl.trans(q)), i[None, :], j[:, None], b, fill[None, :], p_ptr, p_st, e_ptr, padding_ptr,
+            mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
         )  # fmt: skip
         w = tl.exp2((s - lse[None, :]) * LOG2E)
         dw = tl.zeros([BN, BM], tl.float32)
@@ -339,8 +339,8 @@ def value_gradient_kernel(
         q = load_rows(q_ptr, i, q_st, T, d, D)
         lse, fill = load_log_sum_exp(lse_ptr, i, T, S)
         _, s, _ = complete_scores(
-            product(k, tl.trans(q)), i[None, :], j[:, None], b, fill[None, :], p_ptr, p_st, e_ptr, padding_ptr, mask_ptr, mask_sb,
-            mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
+            product(k, tl.trans(q)), i[None, :], j[:, None], b, fill[None, :], p_ptr, p_st, e_ptr, padding_ptr,
+            mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
         )  # fmt: skip
         w = tl.exp2((s - lse[None, :]) * LOG2E)
         g = load_rows(g_ptr, i, g_st, T, c, C)
@@ -364,56 +364,53 @@ def position_gradient_kernel(
     BN: tl.constexpr, BC: tl.constexpr,
     PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, PENALTY: tl.constexpr,
 ):  # fmt: skip
-    """de[n] = sum over i, b of ds[b, i, n - (T - 1) + i] p[b, i], for BN offsets n: a sum along diagonals.
+    """de[b, n] = sum_i ds[b, i, n - (T - 1) + i] p[b, i], for BN offsets n: sums along diagonals; (B, H, P, T + S - 1).
 
-    Grid: blocks of offsets x heads, splits. A split sums every splits-th sequence into its own part of
-    de (splits, H, P, T + S - 1), so that the total is added in a fixed order. For BN targets the diagonals lie within a
-    tile of BN x 2 BN scores, whose rows are then shifted against each other.
+    For BN targets the diagonals lie within a tile of BN x 2 BN scores, whose rows are then shifted against each other.
     """
     offsets = T + S - 1
-    blocks = tl.cdiv(offsets, BN)
-    n0 = (tl.program_id(0) % blocks) * BN
-    h = (tl.program_id(0) // blocks).to(tl.int64)
+    block, b, h = split_program(tl.cdiv(offsets, BN), B, H)
+    q_ptr += b * q_sb + h * q_sh
+    k_ptr += b * k_sb + h * k_sh
+    p_ptr += b * p_sb + h * p_sh
+    v_ptr += b * v_sb + h * v_sh
+    g_ptr += b * g_sb + h * g_sh
     e_ptr += h * P * offsets
+    lse_ptr += (h * B + b) * T
+    delta_ptr += (h * B + b) * T
+    n0 = block * BN
     row = tl.arange(0, BN)
     column = tl.arange(0, 2 * BN)
-    n = n0 + row
     d = tl.arange(0, D_TILE)
     pd = tl.arange(0, P_TILE)
     diagonal = row[:, None] + row[None, :]
     de = tl.zeros([BN, P_TILE], tl.float32)
-    b = tl.program_id(1).to(tl.int64)
-    while b < B:
-        lse_row = lse_ptr + (h * B + b) * T
-        delta_row = delta_ptr + (h * B + b) * T
-        p_row = p_ptr + b * p_sb + h * p_sh
-        # Targets whose sources n0 - (T - 1) + i .. + 2 BN - 2 meet [0, S).
-        first = tl.maximum(T - 1 - n0 - 2 * BN + 2, 0) // BN * BN
-        last = tl.minimum(S + T - 1 - n0, T)
-        for i0 in range(first, last, BN):
-            i = i0 + row
-            j = n0 - (T - 1) + i0 + column
-            q = load_rows(q_ptr + b * q_sb + h * q_sh, i, q_st, T, d, D)
-            k = load_rows(k_ptr + b * k_sb + h * k_sh, j, k_st, S, d, D)
-            lse, fill = load_log_sum_exp(lse_row, i, T, S)
-            raw, s, masked = complete_scores(
-                product(q, tl.trans(k)), i[:, None], j[None, :], b, fill[:, None], p_row, p_st, e_ptr, padding_ptr, mask_ptr, mask_sb,
-                mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
-            )  # fmt: skip
-            dw = tl.zeros([BN, 2 * BN], tl.float32)
-            for c0 in range(0, C, BC):
-                c = c0 + tl.arange(0, BC)
-                g = load_rows(g_ptr + b * g_sb + h * g_sh, i, g_st, T, c, C)
-                v = load_rows(v_ptr + b * v_sb + h * v_sh, j, v_st, S, c, C)
-                dw += product(g, tl.trans(v.to(g.dtype)))
-            delta = tl.load(delta_row + i, mask=i < T, other=0.0)
-            w = tl.exp2((s - lse[:, None]) * LOG2E)
-            ds = score_gradient(w, raw, masked, dw, delta[:, None], penalty, limit, PENALTY)
-            ds = tl.gather(ds, diagonal, 1)  # (BN targets, BN offsets)
-            for m in tl.static_range(P):
-                pm = tl.load(p_row + i.to(tl.int64) * p_st + m, mask=i < T, other=0.0).to(tl.float32)
-                de += tl.where((pd == m)[None, :], tl.sum(ds * pm[:, None], 0)[:, None], 0.0)
-        b += tl.num_programs(1)
-    de_ptr += (tl.program_id(1) * H + h) * P * offsets
+    # Targets whose sources n0 - (T - 1) + i .. + 2 BN - 2 meet [0, S).
+    first = tl.maximum(T - 1 - n0 - 2 * BN + 2, 0) // BN * BN
+    last = tl.minimum(S + T - 1 - n0, T)
+    for i0 in range(first, last, BN):
+        i = i0 + row
+        j = n0 - (T - 1) + i0 + column
+        q = load_rows(q_ptr, i, q_st, T, d, D)
+        k = load_rows(k_ptr, j, k_st, S, d, D)
+        lse, fill = load_log_sum_exp(lse_ptr, i, T, S)
+        raw, s, masked = complete_scores(
+            product(q, tl.trans(k)), i[:, None], j[None, :], b, fill[:, None], p_ptr, p_st, e_ptr, padding_ptr,
+            mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
+        )  # fmt: skip
+        dw = tl.zeros([BN, 2 * BN], tl.float32)
+        for c0 in range(0, C, BC):
+            c = c0 + tl.arange(0, BC)
+            g = load_rows(g_ptr, i, g_st, T, c, C)
+            dw += product(g, tl.trans(load_rows(v_ptr, j, v_st, S, c, C).to(g.dtype)))
+        delta = tl.load(delta_ptr + i, mask=i < T, other=0.0)
+        w = tl.exp2((s - lse[:, None]) * LOG2E)
+        ds = score_gradient(w, raw, masked, dw, delta[:, None], penalty, limit, PENALTY)
+        ds = tl.gather(ds, diagonal, 1)  # (BN targets, BN offsets)
+        for m in tl.static_range(P):
+            pm = tl.load(p_ptr + i.to(tl.int64) * p_st + m, mask=i < T, other=0.0).to(tl.float32)
+            de += tl.where((pd == m)[None, :], tl.sum(ds * pm[:, None], 0)[:, None], 0.0)
+    n = n0 + row
+    de_ptr += (b * H + h) * P * offsets
     inside = (n < offsets)[:, None] & (pd < P)[None, :]
     tl.store(de_ptr + pd[None, :] * offsets + n[:, None], de, mask=inside)

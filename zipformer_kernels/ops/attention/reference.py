@@ -138,7 +138,7 @@ def attention(
     limit: float,
 ) -> Tensor:
     """out[i, b, h] = sum_j W[h, b, i, j] v[j, b, h], (T, B, H, C); `penalty` acts on gradients only."""
-    s, masked, _ = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
+    _, masked, _ = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
     weights = _wide(masked).softmax(dim=-1).to(v.dtype)
     return (weights @ v.permute(2, 1, 0, 3)).permute(2, 1, 0, 3)
 
@@ -182,18 +182,14 @@ def backward(
         de = de.sum(1).permute(1, 0, 2) if e.ndim == 3 else de.permute(1, 2, 0, 3)
     time_major = (dq.permute(2, 1, 0, 3), dk.permute(2, 1, 0, 3), dp, de, dv.permute(2, 1, 0, 3))
     like = (q, k, p, e, v)
-    gradients = [
-        g.to(x.dtype) if need else None for g, x, need in zip(time_major, like, needs[:5], strict=True)
-    ]
+    gradients = [g.to(x.dtype) if need else None for g, x, need in zip(time_major, like, needs[:5], strict=True)]
     return *gradients, None, None, None
 
 
 def _spread_relative(ds: Tensor) -> Tensor:
     """The adjoint of `select_relative`: (..., T, S) to (..., T, T + S - 1)."""
     targets, sources = ds.shape[-2:]
-    index = torch.arange(targets - 1, -1, -1, device=ds.device).unsqueeze(1) + torch.arange(
-        sources, device=ds.device
-    )
+    index = torch.arange(targets - 1, -1, -1, device=ds.device).unsqueeze(1) + torch.arange(sources, device=ds.device)
     spread = ds.new_zeros(*ds.shape[:-1], targets + sources - 1)
     return spread.scatter_(-1, index.expand(ds.shape), ds)
 

@@ -13,9 +13,6 @@ from zipformer_kernels.launch import GPU_DTYPES, on_device, unsupported_dtype
 from zipformer_kernels.library import Launchers
 from zipformer_kernels.ops.attention import kernels
 
-SPLITS = 8
-"""Parts in which the gradient of the position projections is summed before they are added."""
-
 
 @dataclass(frozen=True)
 class Weights:
@@ -85,8 +82,8 @@ TILES = {
     "aggregate": {torch.float32: Tile(32, 32, 4), "half": Tile(64, 32, 4)},
     "query": {torch.float32: Tile(32, 32, 8), "half": Tile(64, 32, 8)},
     "key": {torch.float32: Tile(32, 32, 8), "half": Tile(64, 32, 8)},
-    "position": {torch.float32: Tile(16, 16, 8), "half": Tile(16, 16, 8)},
-    "delta": {torch.float32: Tile(64, 0, 4), "half": Tile(64, 0, 4)},
+    "position": {torch.float32: Tile(16, 16, 8), "half": Tile(32, 32, 8)},
+    "delta": {torch.float32: Tile(32, 0, 4), "half": Tile(32, 0, 4)},
 }
 
 
@@ -153,9 +150,7 @@ def log_sum_exp(
     return (lse,)
 
 
-def aggregate(
-    weights: Weights, v: Tensor, out: Tensor, gate: Tensor, y: Tensor, gated: Tensor, is_gated: bool
-) -> None:
+def aggregate(weights: Weights, v: Tensor, out: Tensor, gate: Tensor, y: Tensor, gated: Tensor, is_gated: bool) -> None:
     """Launches the forward kernel; without a gate the last three tensors are not read."""
     channels = v.shape[3]
     tile, wide = tile_of("aggregate", v.dtype), channel_block(channels, v.dtype)
@@ -224,13 +219,13 @@ def score_gradients(
                 num_warps=tile.warps,
             )
         if need_e:
-            splits = min(SPLITS, sequences)
-            parts = torch.empty(splits, *weights.e.shape, dtype=torch.float32, device=v.device)
+            # One part per sequence, added in a fixed order; each is as long as two rows of scores.
+            parts = torch.empty(sequences, *weights.e.shape, dtype=torch.float32, device=v.device)
             tile = tile_of("position", dtype)
-            grid = (triton.cdiv(targets + sources - 1, tile.own) * heads, splits)
+            grid = (triton.cdiv(targets + sources - 1, tile.own) * sequences * heads,)
             kernels.position_gradient_kernel[grid](
                 *(*common, parts),
-                **{**constants, "BC": min(wide, 16)},
+                **{**constants, "BC": min(wide, 32)},
                 P_TILE=position_tile,
                 BN=tile.own,
                 num_warps=tile.warps,
@@ -260,7 +255,7 @@ def value_gradient(
 
 
 def compute_delta(grad: Tensor, out: Tensor, **gated: Tensor) -> Tensor:
-    """delta[h, b, i] = sum_c grad out, (H, B, T). With x, gate, y given, the gated form, which fills inner, dy, values."""
+    """delta[h, b, i] = sum_c grad out, (H, B, T). With x, gate, y: the gated form, which fills inner, dy, values."""
     targets, sequences, heads, channels = out.shape
     delta = torch.empty(heads, sequences, targets, dtype=torch.float32, device=out.device)
     tile, wide = tile_of("delta", out.dtype), channel_block(channels, out.dtype)
@@ -296,13 +291,11 @@ def _forward(q, k, p, e, v, lse, key_padding_mask, attn_mask, chunk, left_chunks
     return (out,)
 
 
-def _backward(
-    needs, grads, saved, q, k, p, e, v, lse, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit
-):
+def _backward(needs, grads, saved, q, k, p, e, v, lse, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit):
     (out,) = saved
     if out.numel() == 0 or v.numel() == 0:
         return (
-            *(torch.zeros_like(x) if need else None for x, need in zip((q, k, p, e, v), needs)),
+            *(torch.zeros_like(x) if need else None for x, need in zip((q, k, p, e, v), needs, strict=False)),
             None,
             None,
             None,

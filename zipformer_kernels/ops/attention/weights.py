@@ -28,17 +28,13 @@ class ChunkMask:
     def downsample(self, factor: int) -> ChunkMask:
         """The rule at a frame rate lower by `factor`, which must divide `chunk`."""
         if self.chunk % factor != 0:
-            raise ValueError(
-                f"chunk must be a multiple of the downsampling factor {factor}, got {self.chunk}"
-            )
+            raise ValueError(f"chunk must be a multiple of the downsampling factor {factor}, got {self.chunk}")
         return replace(self, chunk=self.chunk // factor)
 
     def materialize(self, frames: int, device: torch.device | str | None = None) -> Tensor:
         """The mask as a bool tensor (frames, frames), True where attention is forbidden."""
         shape = torch.Size((1, frames, frames))
-        return reference.forbidden(
-            shape, None, None, self.chunk, self.left_chunks, torch.device(device or "cpu")
-        )[0]
+        return reference.forbidden(shape, None, None, self.chunk, self.left_chunks, torch.device(device or "cpu"))[0]
 
 
 class AttentionWeights:
@@ -149,9 +145,7 @@ class AttentionWeights:
         _check_values(self.shape, values)
         penalty, self._penalty = self._penalty, (0.0, 0.0)
         v = values.unflatten(2, (heads, values.shape[2] // heads))
-        return attention._op(*self.scores, v, self.lse, *self.masks, *penalty, backend=self.backend).flatten(
-            2
-        )
+        return attention._op(*self.scores, v, self.lse, *self.masks, *penalty, backend=self.backend).flatten(2)
 
     def materialize(self) -> Tensor:
         """W itself, (H, B, T, S), differentiable; under autocast in the autocast dtype, as upstream keeps it."""
@@ -167,9 +161,7 @@ class AttentionWeights:
         return self._dense
 
     @classmethod
-    def __torch_function__(
-        cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         dense = lambda x: x.materialize() if isinstance(x, AttentionWeights) else x  # noqa: E731
         return function(*map(dense, args), **{name: dense(x) for name, x in (kwargs or {}).items()})
 
@@ -280,6 +272,4 @@ def _check(
         if x.device != q.device:
             raise ValueError(f"{name} must be on {q.device} as q is, got {x.device}")
     if isinstance(attn_mask, ChunkMask) and targets != sources:
-        raise ValueError(
-            f"attn_mask: a ChunkMask needs as many sources as targets, got {sources} and {targets}"
-        )
+        raise ValueError(f"attn_mask: a ChunkMask needs as many sources as targets, got {sources} and {targets}")

@@ -66,14 +66,10 @@ def bias_norm(
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}")
     if not -x.ndim <= channel_dim < x.ndim:
-        raise ValueError(
-            f"channel_dim must be a dimension of x, of shape {tuple(x.shape)}, got {channel_dim}"
-        )
+        raise ValueError(f"channel_dim must be a dimension of x, of shape {tuple(x.shape)}, got {channel_dim}")
     channels = x.shape[channel_dim]
     if bias.ndim != 1 or bias.shape[0] != channels:
-        raise ValueError(
-            f"bias must have shape ({channels},), as x has {channels} channels, got {tuple(bias.shape)}"
-        )
+        raise ValueError(f"bias must have shape ({channels},), as x has {channels} channels, got {tuple(bias.shape)}")
     if log_scale.ndim != 0:
         raise ValueError(f"log_scale must have no dimensions, got shape {tuple(log_scale.shape)}")
     if channel_dim in (-1, x.ndim - 1):

@@ -63,9 +63,7 @@ def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _launchers(
-    call: Callable[..., None], dtypes: tuple[torch.dtype, ...], parts: Callable[[Rows], int]
-) -> Launchers:
+def _launchers(call: Callable[..., None], dtypes: tuple[torch.dtype, ...], parts: Callable[[Rows], int]) -> Launchers:
     return Launchers(
         supports=partial(unsupported, dtypes),
         forward=partial(_forward, call),

@@ -30,9 +30,7 @@ def rescaling(mean):
 
 
 @triton.jit
-def forward_tiles(
-    x_ptr, bias_ptr, log_scale_ptr, y_ptr, inverse_ptr, rows, C, R: tl.constexpr, BLOCK: tl.constexpr
-):
+def forward_tiles(x_ptr, bias_ptr, log_scale_ptr, y_ptr, inverse_ptr, rows, C, R: tl.constexpr, BLOCK: tl.constexpr):
     """R whole rows per program, of BLOCK >= C channels each."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
     c = tl.arange(0, BLOCK)

@@ -47,9 +47,7 @@ def backward(
     q, k, p, e, gate, x, y, *rest = args
     (inner,) = saved
     opened = torch.tanh(gate)
-    scores = attention.backward(
-        (*needs[:4], True), (grads[0] * y,), (inner,), q, k, p, e, x * opened, *rest, 0.0, 0.0
-    )
+    scores = attention.backward((*needs[:4], True), (grads[0] * y,), (inner,), q, k, p, e, x * opened, *rest, 0.0, 0.0)
     dv = scores[4]
     return *scores[:4], dv * x * (1 - opened * opened), dv * opened, grads[0] * inner, None, None, None
 

@@ -33,13 +33,12 @@ def _forward(q, k, p, e, gate, x, y, lse, key_padding_mask, attn_mask, chunk, le
     return out, inner
 
 
-def _backward(
-    needs, grads, saved, q, k, p, e, gate, x, y, lse, key_padding_mask, attn_mask, chunk, left_chunks
-):
+def _backward(needs, grads, saved, q, k, p, e, gate, x, y, lse, key_padding_mask, attn_mask, chunk, left_chunks):
     (inner,) = saved
     if inner.numel() == 0:
         tensors = (q, k, p, e, gate, x, y)
-        return *(torch.zeros_like(t) if need else None for t, need in zip(tensors, needs)), None, None, None
+        zeros = (torch.zeros_like(t) if need else None for t, need in zip(tensors, needs, strict=False))
+        return *zeros, None, None, None
     gate, x, y = _alike(gate, x, y)
     grad = unit_stride(grads[0].to(x.dtype))
     weights = weights_of(q, k, p, e, lse, key_padding_mask, attn_mask, chunk, left_chunks)

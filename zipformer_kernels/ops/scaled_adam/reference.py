@@ -224,11 +224,7 @@ def plan_step(
     squares, products, _ = sums.unbind()
     period = state.scale_grads.shape[0]
     beta2 = hyper.betas[1]
-    clip = (
-        torch.ones_like(norm)
-        if hyper.clipping_scale is None
-        else _clip(norm, ok, state, hyper.clipping_scale)
-    )
+    clip = torch.ones_like(norm) if hyper.clipping_scale is None else _clip(norm, ok, state, hyper.clipping_scale)
     grad_scale = clip * _inverse(loss_scale, norm)
 
     refresh = ok & (t % period == period - 1)
@@ -277,9 +273,7 @@ def update(group: Group, plan: Plan) -> None:
         v, m = group.exp_avg_sq[chunk], group.delta[chunk]
         p = [p.to(v.dtype) for p, v in zip(group.params[chunk], v, strict=True)]
         g = [
-            torch.zeros_like(v)
-            if g is None
-            else torch.where(plan.ok, g.to(v.dtype), 0.0).mul_(plan.grad_scale)
+            torch.zeros_like(v) if g is None else torch.where(plan.ok, g.to(v.dtype), 0.0).mul_(plan.grad_scale)
             for g, v in zip(group.grads[chunk], v, strict=True)
         ]
         torch._foreach_mul_(v, keep2)

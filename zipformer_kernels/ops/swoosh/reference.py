@@ -29,9 +29,7 @@ def forward(x: Tensor, kind: str) -> tuple[Tensor]:
     return (swoosh(x, kind),)
 
 
-def backward(
-    needs: tuple[bool], grads: tuple[Tensor], saved: tuple[()], x: Tensor, kind: str
-) -> tuple[Tensor]:
+def backward(needs: tuple[bool], grads: tuple[Tensor], saved: tuple[()], x: Tensor, kind: str) -> tuple[Tensor]:
     """dx = dy * derivative(x)."""
     return ((grads[0] * derivative(x, kind)).to(x.dtype),)
 

@@ -31,9 +31,7 @@ _op = Op(
         **triton_launchers(__name__),
     },
     saves=("x", "weight", "bias", "mask"),
-    fake=lambda x, weight, bias, mask, kind, dtype: (
-        x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype),
-    ),
+    fake=lambda x, weight, bias, mask, kind, dtype: (x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype),),
 )
 
 
@@ -92,9 +90,7 @@ def swoosh_linear(
         return _op(x, weight, bias, mask, kind, torch.get_autocast_dtype(x.device.type), backend=backend)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
-            raise TypeError(
-                f"{name} must be of the dtype of x, {x.dtype}, without autocast, got {tensor.dtype}"
-            )
+            raise TypeError(f"{name} must be of the dtype of x, {x.dtype}, without autocast, got {tensor.dtype}")
     return _op(x, weight, bias, mask, kind, x.dtype, backend=backend)
 
 

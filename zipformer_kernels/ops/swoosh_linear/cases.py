@@ -49,9 +49,7 @@ def _case(
     return Case(name, inputs, moved, flops, large)
 
 
-def _feed_forward(
-    preset: str, frames: int, batch: int, dims: tuple[int, ...], hidden: tuple[int, ...]
-) -> list[Case]:
+def _feed_forward(preset: str, frames: int, batch: int, dims: tuple[int, ...], hidden: tuple[int, ...]) -> list[Case]:
     """The second feed-forward module of each stack, at the stack's frame rate."""
     return [
         _case(f"{preset} stack {i}, 30 s x {batch}", "l", (-(-frames // factor), batch, h), d, large=True)

@@ -16,9 +16,7 @@ from zipformer_kernels.ops.swoosh_linear.product import around_product, unsuppor
 KINDS = {"l": 0, "r": 1}
 
 
-def _activate(
-    call: Callable[..., None], x: Tensor, mask: Tensor | None, kind: str, dtype: torch.dtype
-) -> Tensor:
+def _activate(call: Callable[..., None], x: Tensor, mask: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
     x = x.contiguous()
     a = torch.empty_like(x, dtype=dtype)
     mask, *sizes = layout(x, mask)
@@ -45,9 +43,7 @@ def _pointer(x: Tensor | None) -> int:
 
 
 def _launchers(call: Callable[..., None], dtypes: tuple[torch.dtype, ...]) -> Launchers:
-    return around_product(
-        partial(_activate, call), partial(_differentiate, call), partial(unsupported, dtypes)
-    )
+    return around_product(partial(_activate, call), partial(_differentiate, call), partial(unsupported, dtypes))
 
 
 cpu = _launchers(call_cpu, CPU_DTYPES)

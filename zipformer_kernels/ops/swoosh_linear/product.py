@@ -26,9 +26,7 @@ def around_product(
         supports: as of `Launchers`.
     """
 
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, dtype: torch.dtype
-    ):
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, dtype: torch.dtype):
         a = activate(x, mask, kind, dtype)
         return (F.linear(a, weight.to(dtype), None if bias is None else bias.to(dtype)),)
 

@@ -24,9 +24,7 @@ def activate(x: Tensor, mask: Tensor | None, kind: str, dtype: torch.dtype) -> T
     return (a if mask is None else a * _widened(mask)).to(dtype)
 
 
-def differentiate(
-    da: Tensor, x: Tensor, mask: Tensor | None, kind: str, with_a: bool
-) -> tuple[Tensor, Tensor | None]:
+def differentiate(da: Tensor, x: Tensor, mask: Tensor | None, kind: str, with_a: bool) -> tuple[Tensor, Tensor | None]:
     """dx from the gradient of a = activate(x, ...); and a itself, of the dtype of its gradient."""
     slope = derivative(x, kind)
     dx = da * (slope if mask is None else slope * _widened(mask))

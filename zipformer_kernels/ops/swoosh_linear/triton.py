@@ -25,9 +25,7 @@ WARPS = 4
 
 
 @triton.jit
-def place(
-    mask_ptr, shared, inner, across, down, MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+def place(mask_ptr, shared, inner, across, down, MASKED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The program's tile: its elements, which of them exist, and their mask, of one row."""
     block = tl.program_id(0) // across
     c = (tl.program_id(0) % across).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
@@ -117,9 +115,7 @@ def _activate(x: Tensor, mask: Tensor | None, kind: str, dtype: torch.dtype) -> 
     return a
 
 
-def _differentiate(
-    da: Tensor, x: Tensor, mask: Tensor | None, kind: str, with_a: bool
-) -> tuple[Tensor, Tensor | None]:
+def _differentiate(da: Tensor, x: Tensor, mask: Tensor | None, kind: str, with_a: bool) -> tuple[Tensor, Tensor | None]:
     given, x = x, x.contiguous()
     dx = torch.empty_like(x)
     a = torch.empty_like(da) if with_a else None
