@@ -36,11 +36,13 @@ class Launchers:
             are wanted; `grads` has one tensor per output, of any strides; `saved` are the op's saved outputs followed
             by the extras; tensor arguments that the op does not save arrive as None. Gradients are allocated as
             `torch.empty_like` would. None where the op's results carry no gradient.
+        worthwhile: ``(*args)`` -> whether ``auto`` should choose this backend for the call, as far as measured.
     """
 
     supports: Callable[..., str | None]
     forward: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor | None, ...]] | None
+    worthwhile: Callable[..., bool] = lambda *_: True
 
 
 def triton_launchers(package: str, name: str = "launchers") -> dict[str, Launchers]:
@@ -108,7 +110,7 @@ class Op:
             if _exporting():  # what is exported must not need this package
                 return "eager"
             order = backends.PREFERENCE.get(args[self.tensors[0]].device.type, ("eager",))
-            return next(name for name in order if self.unsupported(name, *args) is None)
+            return next(name for name in order if self._serves_well(name, *args))
         reasons = []
         for name in request.split(","):
             reason = self.unsupported(name, *args)
@@ -116,6 +118,9 @@ class Op:
                 return name
             reasons.append(f"backend {name!r} cannot serve this call: {reason}")
         raise backends.BackendError(f"{self.name}: {'; '.join(reasons)}")
+
+    def _serves_well(self, name: str, *args: Any) -> bool:
+        return self.unsupported(name, *args) is None and self.backends[name].worthwhile(*args)
 
     def explain(self, *args: Any, backend: str | None = None) -> str:
         """Says which backend a call gets, and why each other one would not serve it."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.library import gradient_hook
+from zipformer_kernels.ops.attention.weights import penalized
 from zipformer_kernels.training.randomness import logging_draw
 
 
@@ -51,8 +52,7 @@ def penalize_abs_values_gt(x: Tensor, limit: float, penalty: float, name: str | 
         name: accepted for upstream's signature; upstream's random line of log about the loss is not written.
     """
     logging_draw(0.002)
-    over = (x > limit).to(torch.int8) - (x < -limit).to(torch.int8)
-    return gradient_hook(x, lambda grad, over: torch.add(grad, over, alpha=penalty), over)
+    return penalized(x, penalty, limit)
 
 
 def scale_grad(x: Tensor, alpha: float) -> Tensor:

@@ -151,10 +151,8 @@ class AttentionWeights:
         """W itself, (H, B, T, S), differentiable; under autocast in the autocast dtype, as upstream keeps it."""
         if self._dense is None:
             raw = reference.scores(*self.scores)
-            penalty, limit = self._penalty
-            if penalty != 0.0:
-                over = (raw > limit).to(torch.int8) - (raw < -limit).to(torch.int8)
-                raw = gradient_hook(raw, lambda grad, over: torch.add(grad, over, alpha=penalty), over)
+            if self._penalty[0] != 0.0:
+                raw = penalized(raw, *self._penalty)
             mask = reference.forbidden(self.shape[1:], *self.masks, self.device)
             masked = raw if mask is None else raw.masked_fill(mask, reference.MASKED_SCORE)
             self._dense = _softmax(masked)
@@ -167,6 +165,12 @@ class AttentionWeights:
 
     def __repr__(self) -> str:
         return f"AttentionWeights(shape={tuple(self.shape)}, dtype={self.dtype}, backend={self.backend!r})"
+
+
+def penalized(scores: Tensor, penalty: float, limit: float) -> Tensor:
+    """Returns the scores; their gradient gains that of the loss ``penalty * relu(abs(scores) - limit).sum()``."""
+    over = (scores > limit).to(torch.int8) - (scores < -limit).to(torch.int8)
+    return gradient_hook(scores, lambda grad, over: torch.add(grad, over, alpha=penalty), over)
 
 
 def _softmax(scores: Tensor) -> Tensor:
