@@ -1,21 +1,39 @@
 """Fused Triton, CUDA and CPU kernels for the Zipformer speech encoder, behind upstream's modules and arguments."""
 
 from zipformer_kernels.backend import BackendError, use_backend
+from zipformer_kernels.checkpoint import load_checkpoint
 from zipformer_kernels.convert import convert, revert
-from zipformer_kernels.modules.swoosh import SwooshL, SwooshR
+from zipformer_kernels.encoder import Zipformer, Zipformer2
+from zipformer_kernels.modules import *  # noqa: F403
+from zipformer_kernels.modules import __all__ as _modules
 from zipformer_kernels.ops import explain
+from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask
+from zipformer_kernels.ops.bias_norm import bias_norm
+from zipformer_kernels.ops.nonlin_attention import nonlin_attention
 from zipformer_kernels.ops.swoosh import swoosh_l, swoosh_r
+from zipformer_kernels.ops.swoosh_linear import swoosh_linear
+from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionWeights",
     "BackendError",
-    "SwooshL",
-    "SwooshR",
+    "Balancer",
+    "ChunkMask",
+    "ScheduledFloat",
+    "Whiten",
+    "Zipformer",
+    "Zipformer2",
+    "bias_norm",
     "convert",
     "explain",
+    "load_checkpoint",
+    "nonlin_attention",
     "revert",
     "swoosh_l",
+    "swoosh_linear",
     "swoosh_r",
     "use_backend",
+    *_modules,
 ]
