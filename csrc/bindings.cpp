@@ -8,6 +8,7 @@
 namespace zk {
 
 void bind_bias_norm(pybind11::module_& m);
+void bind_scaled_adam(pybind11::module_& m);
 void bind_swoosh(pybind11::module_& m);
 void bind_swoosh_linear(pybind11::module_& m);
 
@@ -35,6 +36,7 @@ PYBIND11_MODULE(ZK_MODULE_NAME, m) {
   m.def("set_isa", [](const std::string& name) { set_isa(isa_named(name)); });
 
   bind_bias_norm(m);
+  bind_scaled_adam(m);
   bind_swoosh(m);
   bind_swoosh_linear(m);
 }

@@ -6,9 +6,8 @@ The mathematics of the step is in `zipformer_kernels.ops.scaled_adam.reference`,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,34 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from zipformer_kernels.ops import scaled_adam
+from zipformer_kernels.optim.diagnostics import GroupDiagnostics, PendingDiagnostics
+from zipformer_kernels.optim.shards import is_sharded, local, placed_like, reducer
 from zipformer_kernels.optim.state import Packed, gather
-
-
-@dataclass(frozen=True)
-class GroupDiagnostics:
-    """What clipping has been doing in one parameter group.
-
-    Attributes:
-        steps: steps applied so far.
-        skipped: steps skipped so far because a gradient norm was not finite.
-        norm_quartiles: minimum, quartiles and maximum of the recorded gradient norms, at most the last
-            `clipping_update_period`; None if none is recorded.
-        threshold: the norm above which gradients are scaled down; infinite until first estimated.
-        percent_clipped: percentage of steps clipped since the threshold was last estimated.
-        dominant_name: the parameter that contributed most to the square of the last norm, or one that made it
-            not finite; None if that norm is zero or unknown.
-        dominant_proportion: its share of that square, from 0 to 1; NaN if the norm was not finite.
-        dominant_rms: its root mean square, as last measured.
-    """
-
-    steps: int
-    skipped: int
-    norm_quartiles: tuple[float, float, float, float, float] | None
-    threshold: float
-    percent_clipped: float
-    dominant_name: str | None
-    dominant_proportion: float
-    dominant_rms: float
 
 
 class ScaledAdam(Optimizer):
@@ -118,7 +92,7 @@ class ScaledAdam(Optimizer):
             "size_update_period": size_update_period,
             "clipping_update_period": clipping_update_period,
         }
-        self._packed: dict[int, Packed] = {}  # by position in param_groups, made at the first step
+        self._forget()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -149,19 +123,31 @@ class ScaledAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        before = list(self._packed.values())
         groups = [self._bind(i) for i, group in enumerate(self.param_groups) if group["params"]]
+        if before != list(self._packed.values()):
+            self._memory.clear()
+            self._reduce = self._reducer()
         found_inf = getattr(self, "found_inf", None)  # GradScaler's sum over no gradients is a plain 0
         if groups:
             scaled_adam.step(
                 groups,
                 loss_scale=getattr(self, "grad_scale", None),
-                found_inf=found_inf if isinstance(found_inf, Tensor) else None,
+                found_inf=local(found_inf) if isinstance(found_inf, Tensor) else None,
+                reduce=self._reduce,
+                memory=self._memory,
             )
         return loss
 
     def diagnostics(self) -> list[GroupDiagnostics]:
         """How clipping has been doing, for each group that has stepped. Waits for the device."""
-        return [_diagnose(packed[-1], self.param_groups[i]) for i, packed in sorted(self._packed.items())]
+        return self.start_diagnostics().result()
+
+    def start_diagnostics(self) -> PendingDiagnostics:
+        """Starts to read how clipping has been doing as of now, without waiting for the device."""
+        return PendingDiagnostics(
+            [(packed.statistics, self.param_groups[i]) for i, packed in sorted(self._packed.items())]
+        )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned, copying it, onto the parameters' devices.
@@ -185,28 +171,57 @@ class ScaledAdam(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._packed = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drops what is only a faster way to the state and the parameters; the next step makes it again."""
+        self._packed: dict[int, Packed] = {}  # by position in param_groups
+        self._memory: dict[Any, Any] = {}  # the backends'
+        self._reduce: Callable[[Tensor], None] | None = None
+
+    def _reducer(self) -> Callable[[Tensor], None] | None:
+        groups = [group for group in self.param_groups if group["params"]]
+        return reducer(
+            [p for group in groups for p in group["params"]],
+            [name for group in groups for name in group["param_names"]],
+        )
 
     def _bind(self, index: int) -> scaled_adam.Group:
         """One group as the step takes it: its state, made if there is none, its gradients and options."""
         group = self.param_groups[index]
-        params, names = group["params"], group["param_names"]
-        for p, name in zip(params, names, strict=True):
-            if p.grad is not None and p.grad.layout != torch.strided:
-                raise TypeError(f"the gradient of {name!r} must be dense, got {p.grad.layout}")
-        grads = [p.grad for p in params]
-        hyper = scaled_adam.Hyper(**{option.name: group[option.name] for option in fields(scaled_adam.Hyper)})
-
+        params = group["params"]
         packed = self._packed.get(index)
-        if packed is None or packed[-1].step is not self.state[params[0]].get("step"):
+        if packed is None or packed.statistics.step is not self.state[params[0]].get("step"):
             packed = self._packed[index] = gather(group, self.state)
         for option, vector in (
-            ("size_update_period", packed[-1].scale_grads),
-            ("clipping_update_period", packed[-1].norms),
+            ("size_update_period", packed.statistics.scale_grads),
+            ("clipping_update_period", packed.statistics.norms),
         ):
             if group[option] != len(vector):
                 raise ValueError(f"{option} is fixed once a group has stepped: got {group[option]} after {len(vector)}")
-        return scaled_adam.Group(params, grads, *packed, hyper)
+        hyper = scaled_adam.Hyper(**{name: group[name] for name in _HYPER})
+        return scaled_adam.Group(
+            [local(p) for p in params],
+            [_gradient(p, name) for p, name in zip(params, group["param_names"], strict=True)],
+            packed.exp_avg_sq,
+            packed.delta,
+            packed.single,
+            packed.statistics,
+            hyper,
+        )
+
+
+_HYPER = tuple(option.name for option in fields(scaled_adam.Hyper))
+
+
+def _gradient(p: Tensor, name: str) -> Tensor | None:
+    """The gradient of p, or this process's shard of it."""
+    g = p.grad
+    if g is None:
+        return None
+    if g.layout != torch.strided:
+        raise TypeError(f"the gradient of {name!r} must be dense, got {g.layout}")
+    return local(placed_like(g, p)) if is_sharded(p) else g
 
 
 def _check_parameters(params: list[Tensor], names: list[str]) -> None:
@@ -242,32 +257,3 @@ def _check_options(options: dict[str, Any]) -> None:
         require(name, options[name] >= 0, "at least 0")
     for name in ("size_update_period", "clipping_update_period"):
         require(name, isinstance(options[name], int) and options[name] >= 1, "an integer of at least 1")
-
-
-def _diagnose(state: scaled_adam.Statistics, group: dict[str, Any]) -> GroupDiagnostics:
-    scalars = torch.stack([x.double() for x in (state.step, state.skipped, state.clipped, state.threshold)])
-    read = torch.cat([x.double() for x in (scalars, state.norms, state.contributions, state.rms)]).tolist()
-    steps, skipped, clipped, threshold = read[:4]
-    norms, rest = read[4 : 4 + len(state.norms)], read[4 + len(state.norms) :]
-    contributions, rms = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-
-    period = len(norms)
-    recorded = 0 if group["clipping_scale"] is None else min(max(int(steps) - 1, 0), period)
-    norms = sorted(norms)[period - recorded :]
-    quartiles = tuple(norms[min(recorded - 1, recorded // 4 * n)] for n in range(5)) if recorded else None
-    estimates = [t for t in scaled_adam.EARLY_ESTIMATES if t < min(period, steps)]
-    last_estimate = max([*estimates, (int(steps) - 1) // period * period])
-
-    total = sum(contributions)
-    weights = [x if math.isfinite(x) else math.inf for x in contributions]
-    dominant = weights.index(max(weights))
-    return GroupDiagnostics(
-        steps=int(steps),
-        skipped=int(skipped),
-        norm_quartiles=quartiles,
-        threshold=threshold,
-        percent_clipped=100.0 * clipped / (steps - last_estimate) if steps else 0.0,
-        dominant_name=group["param_names"][dominant] if weights[dominant] > 0 else None,
-        dominant_proportion=contributions[dominant] / total if total else math.nan,
-        dominant_rms=rms[dominant],
-    )

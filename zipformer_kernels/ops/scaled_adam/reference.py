@@ -69,7 +69,7 @@ waits for the device. Upstream also keeps float32 state for float64 parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -139,13 +139,15 @@ class Group:
     """One group of tensors: lists of equal length, all on one device.
 
     `exp_avg_sq` and `delta` are v and m; a gradient is None where it is missing, and may have any floating
-    dtype and strides.
+    dtype and strides. Of a tensor that is spread over processes these are this process's shards; `single`
+    speaks of whole tensors.
     """
 
     params: list[Tensor]
     grads: list[Tensor | None]
     exp_avg_sq: list[Tensor]
     delta: list[Tensor]
+    single: list[bool]
     statistics: Statistics
     hyper: Hyper
 
@@ -170,16 +172,25 @@ class Plan:
 
 
 @torch.no_grad()
-def step(groups: Sequence[Group], loss_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+def step(
+    groups: Sequence[Group],
+    loss_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    reduce: Callable[[Tensor], None] | None = None,
+) -> None:
     """One optimizer step: updates parameters, moments and statistics of all groups in place, or of none.
 
     Args:
         groups: the groups with at least one tensor.
         loss_scale: () K, by which all gradients are too large.
         found_inf: () positive where somebody already knows that a gradient is not finite.
+        reduce: adds the sums of other processes, in place, to the (3, N) sums over the tensors of all groups.
     """
     all_sums = [tensor_sums(group.params, group.grads, group.statistics.rms.dtype) for group in groups]
-    # Sums over the shards of distributed tensors belong here.
+    if reduce is not None:
+        packed = torch.cat(all_sums, dim=1)
+        reduce(packed)
+        all_sums = packed.split([len(group.params) for group in groups], dim=1)
     norms = [
         measure(sums, group.statistics, group.hyper.scalar_lr_scale, loss_scale)
         for sums, group in zip(all_sums, groups, strict=True)
@@ -287,8 +298,8 @@ def update(group: Group, plan: Plan) -> None:
         torch._foreach_mul_(m, keep1)
         torch._foreach_add_(m, g, alpha=1 - beta1)
         torch._foreach_addcmul_(p, m, [taken] * len(p))
-        for old, new in zip(group.params[chunk], p, strict=True):
-            if new.numel() == 1:
+        for old, new, single in zip(group.params[chunk], p, group.single[chunk], strict=True):
+            if single:
                 new.clamp_(-bound, bound)
             if new is not old:
                 old.copy_(new)

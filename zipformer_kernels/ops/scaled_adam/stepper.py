@@ -1,0 +1,90 @@
+"""What a backend of the optimizer step is, and the choice among them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zipformer_kernels import backend as backends
+from zipformer_kernels.library import Op
+from zipformer_kernels.ops.scaled_adam.reference import Group
+
+Reduce = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Stepper:
+    """One backend of the step.
+
+    Attributes:
+        dtypes: of the parameters and gradients that it takes; None: all.
+        step: ``(groups, loss_scale, found_inf, reduce, memory)``, see `zipformer_kernels.ops.scaled_adam.step`.
+    """
+
+    dtypes: tuple[torch.dtype, ...] | None
+    step: Callable[[Sequence[Group], Tensor | None, Tensor | None, Reduce | None, dict], None]
+
+    def supports(self, groups: Sequence[Group]) -> str | None:
+        """Why this backend cannot take a step of these groups, or None if it can."""
+        if self.dtypes is None:
+            return None
+        devices = {p.device for group in groups for p in (group.statistics.rms, *group.params)}
+        if len(devices) > 1:
+            return f"it takes tensors on one device, got {', '.join(sorted(map(str, devices)))}"
+        found = {p.dtype for group in groups for p in group.params}
+        found |= {g.dtype for group in groups for g in group.grads if g is not None}
+        for dtype in sorted(found.difference(self.dtypes), key=str):
+            wanted = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
+            return f"it takes {wanted}, got {dtype}"
+        return None
+
+
+class StepOp:
+    """The optimizer step as an op: what chooses its backend. It mutates, so it is no `library.Op`.
+
+    Attributes:
+        name: for messages.
+        backends: steppers by backend name; ``eager`` among them.
+    """
+
+    def __init__(self, name: str, steppers: dict[str, Stepper]) -> None:
+        self.name = name
+        self.backends = steppers
+
+    def unsupported(self, name: str, groups: Sequence[Group]) -> str | None:
+        """Why backend `name` cannot take a step of these groups, or None if it can."""
+        if name not in self.backends:
+            return backends.missing[name] or f"{self.name} has no {name} kernels"
+        device = groups[0].statistics.rms.device.type
+        return backends.unserved_device(name, device) or self.backends[name].supports(groups)
+
+    def select(self, backend: str | None, groups: Sequence[Group]) -> str:
+        """The name of the backend that steps these groups. Raises `BackendError`."""
+        request = backends.requested(backend)
+        device = groups[0].statistics.rms.device.type
+        reasons = []
+        for name in backends.PREFERENCE.get(device, ("eager",)) if request == "auto" else request.split(","):
+            reason = self.unsupported(name, groups)
+            if reason is None:
+                return name
+            reasons.append(f"backend {name!r} cannot serve this call: {reason}")
+        raise backends.BackendError(f"{self.name}: {'; '.join(reasons)}")
+
+    explain: Callable[..., str] = Op.explain
+
+    def __call__(
+        self,
+        groups: Sequence[Group],
+        loss_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+        *,
+        reduce: Reduce | None = None,
+        memory: dict[Any, Any] | None = None,
+    ) -> None:
+        """Takes a step; see `zipformer_kernels.ops.scaled_adam.step`."""
+        name = self.select(None, groups)
+        self.backends[name].step(groups, loss_scale, found_inf, reduce, {} if memory is None else memory)

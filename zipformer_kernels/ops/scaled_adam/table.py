@@ -1,0 +1,277 @@
+"""The tensors of a step as kernels read them: a table of 64-bit words, one row a tensor and one a group.
+
+Its layout is that of ``AdamTensor`` and ``AdamGroup`` in ``csrc/scaled_adam/scaled_adam.h``. Rows point at where
+parameters, gradients and state lie; a tensor's elements are taken in chunks, numbered through all tensors, and
+one block or thread works on one chunk.
+
+On a GPU the table lies in device memory. It is sent there from pinned memory whenever a word of it changed, as
+gradients move and learning rates fall: a copy that nobody waits for. In a captured CUDA graph the copy is part of
+the graph, and what it copies from and to is kept for as long as the table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from zipformer_kernels.launch import DTYPE_CODES
+from zipformer_kernels.ops.scaled_adam.reference import Group, Statistics
+
+TENSOR_COLUMNS = ("p", "g", "v", "m", "numel", "first_chunk", "group", "p_dtype", "g_dtype")
+GROUP_COUNTS = ("dtype", "first_tensor", "count", "size_period", "clipping_period")
+GROUP_POINTERS = (
+    "step",
+    "skipped",
+    "clipped",
+    "norms",
+    "threshold",
+    "rms",
+    "scale_exp_avg_sq",
+    "scale_grads",
+    "contributions",
+    "numel",
+    "single",
+    "lr_tensor",
+)
+GROUP_OPTIONS = (
+    "lr",
+    "clipping_scale",
+    "beta1",
+    "beta2",
+    "scalar_lr_scale",
+    "eps",
+    "param_min_rms",
+    "param_max_rms",
+    "scalar_max",
+)
+GROUP_COLUMNS = (*GROUP_COUNTS, *GROUP_POINTERS, *GROUP_OPTIONS)
+SUMS = 3  # of p^2, p g, g^2
+TENSOR_PLAN = 2  # numbers that pass 2 hands to pass 3 of each tensor ...
+GROUP_PLAN = 3  # ... and of each group
+
+_GROUP_ROW = np.dtype([(name, np.float64 if name in GROUP_OPTIONS else np.int64) for name in GROUP_COLUMNS], align=True)
+
+
+def first_chunks(sizes: Sequence[int], chunk_elements: int) -> tuple[np.ndarray, int]:
+    """The number of each tensor's first chunk, and the number of chunks; an empty tensor has none."""
+    counts = -(-np.asarray(sizes, dtype=np.int64) // chunk_elements)
+    ends = np.cumsum(counts)
+    return ends - counts, int(ends[-1])
+
+
+class Table:
+    """The table of one list of groups, and the memory that their steps need besides.
+
+    Args:
+        groups: the groups of a step, all on one device.
+        chunk_elements: elements of a chunk.
+        real: dtype of sums and plans.
+
+    Attributes:
+        tensors, groups, chunks: how many there are.
+        partials: (3 chunks,) sums of p^2, p g, g^2 over chunks.
+        sums: (3, tensors), the same over tensors.
+        plans: what pass 2 tells pass 3: of each tensor a and move, of each group ok, c / K and k.
+    """
+
+    def __init__(self, groups: Sequence[Group], chunk_elements: int, real: torch.dtype) -> None:
+        self.device = groups[0].statistics.rms.device
+        self.chunk_elements = chunk_elements
+        self.tensors = sum(len(group.params) for group in groups)
+        self.groups = len(groups)
+        self._statistics = [group.statistics for group in groups]
+        self._moments = [v for group in groups for v in group.exp_avg_sq]
+        self._layouts = [(v.stride(), v.is_contiguous()) for v in self._moments]
+        self._sizes = [v.numel() for v in self._moments]
+
+        split = self.tensors * len(TENSOR_COLUMNS)
+        self._words = np.zeros(split + self.groups * len(GROUP_COLUMNS), np.int64)
+        self._rows = self._words[:split].reshape(self.tensors, -1)
+        self._group_rows = self._words[split:].view(_GROUP_ROW)
+        starts, self.chunks = first_chunks(self._sizes, chunk_elements)
+        self._column("v", [v.data_ptr() for v in self._moments])
+        self._column("m", [m.data_ptr() for group in groups for m in group.delta])
+        self._column("numel", self._sizes)
+        self._column("first_chunk", starts)
+        self._column("group", [k for k, group in enumerate(groups) for _ in group.params])
+        first = 0
+        for row, group in zip(self._group_rows, groups, strict=True):
+            _describe(row, group.statistics, first)
+            first += len(group.params)
+
+        floats = {"dtype": real, "device": self.device}
+        self.sums = torch.empty(SUMS, self.tensors, **floats)
+        self.partials = torch.empty(SUMS * self.chunks, **floats)
+        self.plans = torch.empty(TENSOR_PLAN * self.tensors + GROUP_PLAN * self.groups, **floats)
+        self._sent: np.ndarray | None = None
+        self._sent_to: Tensor | None = None
+        self._spare: Tensor | None = None
+        self._captured: list[tuple[Tensor, Tensor]] = []
+
+    def fits(self, groups: Sequence[Group]) -> bool:
+        """Whether these are the groups that the table was made for."""
+        return len(groups) == len(self._statistics) and all(
+            group.statistics is statistics for group, statistics in zip(groups, self._statistics, strict=True)
+        )
+
+    def enter(self, groups: Sequence[Group]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Enters where parameters and gradients lie now, and the options of the groups.
+
+        Returns:
+            Tensors to keep until the step is launched, and pairs of parameters with other strides than their
+            moments and the copies that the step moves in their stead.
+        Raises:
+            ValueError: a parameter has another size than its moments.
+        """
+        sizes = [p.numel() for group in groups for p in group.params]
+        if sizes != self._sizes:
+            raise ValueError(f"params must keep their sizes {self._sizes}, got {sizes}")
+        kept: list[Tensor] = []
+        copies: list[tuple[Tensor, Tensor]] = []
+        pointers: dict[str, list[int]] = {"p": [], "g": [], "p_dtype": [], "g_dtype": []}
+        add_p, add_g, add_p_dtype, add_g_dtype = (column.append for column in pointers.values())
+        moments = zip(self._moments, self._layouts, strict=True)
+        for group in groups:
+            # Not strict: the moments of the next group follow.
+            for p, g, (v, (stride, contiguous)) in zip(group.params, group.grads, moments):  # noqa: B905
+                if p.stride() != stride and not (contiguous and p.is_contiguous()):
+                    copy = torch.empty_like(v, dtype=p.dtype).copy_(p)
+                    copies.append((p, copy))
+                    p = copy
+                add_p(p.data_ptr())
+                add_p_dtype(DTYPE_CODES[p.dtype])
+                if g is None:
+                    add_g(0)
+                    add_g_dtype(0)
+                    continue
+                if g.stride() != stride and not (contiguous and g.is_contiguous()):
+                    g = torch.empty_like(v, dtype=g.dtype).copy_(g)
+                    kept.append(g)
+                add_g(g.data_ptr())
+                add_g_dtype(DTYPE_CODES[g.dtype])
+        for name, column in pointers.items():
+            self._column(name, column)
+        for row, group in zip(self._group_rows, groups, strict=True):
+            kept.extend(_enter_options(row, group))
+        return kept, copies
+
+    def arguments(self) -> tuple[int, ...]:
+        """What compiled kernels are given first: addresses and counts of the rows of tensors and of groups, chunks and
+        their size, partials, sums, plans. Sends the table to its device if need be.
+        """
+        words = self.words()
+        tensors = words.data_ptr()
+        return (
+            tensors,
+            self.tensors,
+            tensors + self._rows.nbytes,
+            self.groups,
+            self.chunks,
+            self.chunk_elements,
+            self.partials.data_ptr(),
+            self.sums.data_ptr(),
+            self.plans.data_ptr(),
+        )
+
+    def words(self) -> Tensor:
+        """The table on its device: the rows of the tensors, then those of the groups."""
+        host = torch.from_numpy(self._words)
+        if self.device.type != "cuda":
+            return host
+        if torch.cuda.is_current_stream_capturing():
+            return self._captured_words(host)
+        if self._spare is None:
+            self._spare = torch.empty_like(host, pin_memory=True)
+        if self._sent is None or not np.array_equal(self._sent, self._words):
+            self._sent = self._words.copy()
+            # The pinned copy may go at once: torch reuses its memory only after the transfer.
+            self._sent_to = host.pin_memory().to(self.device, non_blocking=True)
+        return self._sent_to
+
+    def _captured_words(self, host: Tensor) -> Tensor:
+        if self._spare is None:
+            raise RuntimeError("step must run once outside of CUDA graphs before each capture of it")
+        pinned, self._spare = self._spare, None
+        pinned.copy_(host)
+        words = torch.empty_like(host, device=self.device)
+        words.copy_(pinned, non_blocking=True)
+        self._captured.append((pinned, words))
+        return words
+
+    def _column(self, name: str, values: Sequence[int] | np.ndarray) -> None:
+        self._rows[:, TENSOR_COLUMNS.index(name)] = values
+
+
+def run(
+    groups: Sequence[Group],
+    reduce: Callable[[Tensor], None] | None,
+    loss_scale: Tensor | None,
+    found_inf: Tensor | None,
+    tables: dict[tuple, Table],
+    chunk_elements: int,
+    real: torch.dtype,
+    launch: Callable[[str, Table, Tensor | None, Tensor | None], None],
+) -> None:
+    """One step of a backend whose kernels read a `Table`.
+
+    Args:
+        groups: all on one device.
+        reduce, loss_scale, found_inf: see `zipformer_kernels.ops.scaled_adam.step`.
+        tables: tables of earlier steps, by `chunk_elements` and `real`; kept up to date.
+        chunk_elements, real: see `Table`.
+        launch: ``(pass, table, loss_scale, found_inf)`` launches one pass: ``partials`` (sums over chunks),
+            ``sums`` (of those, over tensors), ``plan``, ``sums_and_plan`` (both in one), ``update``.
+    """
+    table = tables.get((chunk_elements, real))
+    if table is None or not table.fits(groups):
+        table = tables[chunk_elements, real] = Table(groups, chunk_elements, real)
+    kept, copies = table.enter(groups)
+    loss_scale, found_inf = (
+        None if x is None else x.reshape(()).to(table.device, torch.float32, non_blocking=True)
+        for x in (loss_scale, found_inf)
+    )
+    passes = ("partials", "sums_and_plan") if reduce is None else ("partials", "sums", "reduce", "plan")
+    for name in (*passes, "update"):
+        if name == "reduce":
+            reduce(table.sums)
+        else:
+            launch(name, table, loss_scale, found_inf)
+    for p, copy in copies:
+        p.copy_(copy)
+    torch.autograd.graph.increment_version([p for group in groups for p in group.params])
+    del kept  # the launches are on the stream: memory may be reused behind them
+
+
+def _describe(row: np.void, statistics: Statistics, first_tensor: int) -> None:
+    """Enters what stays of one group."""
+    row["dtype"] = DTYPE_CODES[statistics.rms.dtype]
+    row["first_tensor"] = first_tensor
+    row["count"] = len(statistics.rms)
+    row["size_period"] = len(statistics.scale_grads)
+    row["clipping_period"] = len(statistics.norms)
+    for name in GROUP_POINTERS[:-1]:
+        row[name] = getattr(statistics, name).data_ptr()
+
+
+def _enter_options(row: np.void, group: Group) -> list[Tensor]:
+    """Enters what may change of one group; returns what the row points at."""
+    hyper, kept = group.hyper, []
+    row["lr_tensor"] = 0
+    rms = group.statistics.rms
+    if not isinstance(hyper.lr, Tensor):
+        row["lr"] = hyper.lr
+    elif hyper.lr.device.type == "cpu" and rms.is_cuda:
+        row["lr"] = float(hyper.lr)
+    else:
+        lr = hyper.lr.to(rms.device, rms.dtype, non_blocking=True)
+        row["lr"], row["lr_tensor"] = math.nan, lr.data_ptr()
+        kept.append(lr)
+    row["clipping_scale"] = hyper.clipping_scale or 0.0
+    row["beta1"], row["beta2"] = hyper.betas
+    for name in GROUP_OPTIONS[4:]:
+        row[name] = getattr(hyper, name)
+    return kept
