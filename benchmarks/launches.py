@@ -1,9 +1,9 @@
 """Counts the kernel launches of one encoder layer, upstream's and ours, without a GPU.
 
-``python benchmarks/launches.py [--output FILE]`` runs a layer forward in eval mode, and forward and backward in training
-under one seed, and counts two things: PyTorch operations that compute something (views and allocations do not; each of
-the others is at least one launch on a GPU), and launches of Triton kernels, which run interpreted here. Both models take
-the same random decisions, so that the difference is the kernels'. Prints a table and writes JSON.
+``python benchmarks/launches.py [--output FILE]`` runs a layer forward in eval mode, and forward and backward in
+training under one seed, and counts two things: PyTorch operations that compute something (views and allocations do not;
+each of the others is at least one launch on a GPU), and launches of Triton kernels, which run interpreted here. Both
+models take the same random decisions, so that the difference is the kernels'. Prints a table and writes JSON.
 """
 
 import argparse
@@ -50,7 +50,9 @@ class Launches(TorchDispatchMode):
         self.kernels = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        view = any(result.alias_info is not None and not result.alias_info.is_write for result in operation._schema.returns)
+        view = any(
+            result.alias_info is not None and not result.alias_info.is_write for result in operation._schema.returns
+        )
         if not view and "empty" not in operation._schema.name:
             self.operations += 1
         return operation(*args, **(kwargs or {}))
