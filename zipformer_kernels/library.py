@@ -100,6 +100,8 @@ class Op:
         """Why backend `name` cannot serve a call with these arguments, or None if it can."""
         if name not in self.backends:
             return backends.missing[name] or f"{self.name} has no {name} kernels"
+        if name != "eager" and _transformed():
+            return "it cannot be transformed by torch.func (vmap, grad, jvp, ...); only eager can"
         device = next(args[i] for i in self.tensors if args[i] is not None).device.type
         return backends.unserved_device(name, device) or self.backends[name].supports(*args)
 
@@ -135,7 +137,7 @@ class Op:
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Runs the op. Arguments as in its schema."""
         name = self.select(backend, *args)
-        if torch.compiler.is_compiling() or _exporting():
+        if torch.compiler.is_compiling() or _exporting() or _transformed():
             if name == "eager":
                 return self.reference(*args)
             results = getattr(torch.ops.zipformer_kernels, self.name)(*args, name)
@@ -262,6 +264,11 @@ def _exporting() -> bool:
     return recording or getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
+def _transformed() -> bool:
+    """Whether a transform of torch.func (vmap, grad, jvp, ...) is around the call."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def _one_or_all(results: tuple[Tensor, ...]) -> Any:
     return results[0] if len(results) == 1 else results
 
@@ -318,5 +325,14 @@ def gradient_hook(x: Tensor, function: Callable[..., Tensor], *saved: Tensor) ->
         function: from the gradient of the result, and `saved`, to the gradient of x, of the same shape and dtype.
             It runs with autocast off and without grad mode.
         saved: tensors that `function` reads, kept as autograd keeps tensors (checked against in-place changes).
+    Raises:
+        NotImplementedError: a transform of torch.func is around the call.
     """
+    if _transformed():
+        raise NotImplementedError(
+            "balancers, whitening and limits change the backward pass and cannot be transformed by torch.func "
+            "(vmap, grad, jvp, ...): use zipformer_kernels.training.without_draws()"
+        )
+    if torch.compiler.is_compiling():  # the compiler takes no tensor twice
+        saved = tuple(tensor.detach() for tensor in saved)
     return _GradientHook.apply(x, function, *saved)

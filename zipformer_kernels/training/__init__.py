@@ -8,6 +8,7 @@ from zipformer_kernels.training.gradients import (
     penalize_abs_values_gt,
     scale_grad,
 )
+from zipformer_kernels.training.randomness import checkpoint_contexts, without_draws
 from zipformer_kernels.training.schedule import FloatLike, PiecewiseLinear, ScheduledFloat
 from zipformer_kernels.training.whiten import Whiten, whitening_schedule
 
@@ -20,8 +21,10 @@ __all__ = [
     "ScaleGrad",
     "ScheduledFloat",
     "Whiten",
+    "checkpoint_contexts",
     "limit_param_value",
     "penalize_abs_values_gt",
     "scale_grad",
     "whitening_schedule",
+    "without_draws",
 ]

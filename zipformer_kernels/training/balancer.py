@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-import random
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.library import gradient_hook
-from zipformer_kernels.training.randomness import being_traced
+from zipformer_kernels.training.randomness import being_traced, happens
 from zipformer_kernels.training.schedule import FloatLike, ScheduledFloat
 
 TINY = 1.0e-20  # below this a variance or mean square counts as constant and gets no gradient
@@ -64,8 +63,7 @@ class Balancer(nn.Module):
         """Returns x, of any shape with `num_channels` along `channel_dim`."""
         if not x.requires_grad or (being_traced() and not self.training):
             return x
-        prob = float(self.prob)
-        if random.random() >= prob:
+        if not happens(float(self.prob)):
             return x
         if x.shape[self.channel_dim] != self.num_channels:
             raise ValueError(

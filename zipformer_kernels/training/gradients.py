@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import random
-
 import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.library import gradient_hook
 from zipformer_kernels.ops.attention.weights import penalized
-from zipformer_kernels.training.randomness import logging_draw
+from zipformer_kernels.training.randomness import happens, logging_draw
 
 
 def limit_param_value(x: Tensor, min: float, max: float, prob: float = 0.6, training: bool = True) -> Tensor:
@@ -27,7 +25,7 @@ def limit_param_value(x: Tensor, min: float, max: float, prob: float = 0.6, trai
     Raises:
         ValueError: min > max.
     """
-    if not training or random.random() >= prob:
+    if not training or not happens(prob):
         return x
     if min > max:
         raise ValueError(f"min must not exceed max, got min={min} and max={max}")

@@ -1,10 +1,55 @@
-"""When Zipformer's modules draw from Python's ``random``, and when they must not."""
+"""What Zipformer's modules decide by Python's ``random``, and when they must not draw.
+
+Layer skips, balancers, whitening, limits and penalties are drawn from Python's generator, dropout masks from
+torch's. The latter is known to torch.compile and torch.utils.checkpoint; the former is not, hence this file.
+"""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
+
+_drawing = True
+
+
+@contextmanager
+def without_draws() -> Iterator[None]:
+    """Within the block, what Python's ``random`` would decide does not happen, unless its probability is 1.
+
+    A training step then is a function of the weights, the batch and torch's generator, and ``torch.compile`` with
+    ``fullgraph=True`` records a layer whole. Dropout and the skipping of sequences go on: their rates are
+    attributes of the modules. It holds for the whole process, not for one thread.
+    """
+    global _drawing
+    previous = _drawing
+    _drawing = False
+    try:
+        yield
+    finally:
+        _drawing = previous
+
+
+def happens(probability: float) -> bool:
+    """Draws whether an event of a probability happens: one draw of Python's ``random``.
+
+    While a graph is recorded, no number is drawn for what is certain: drawing one ends the graph.
+    """
+    if not _drawing or (being_traced() and not 0.0 < probability < 1.0):
+        return probability >= 1.0
+    return random.random() < probability
+
+
+def logging_draw(probability: float) -> bool:
+    """Draws the number by which upstream decides, with `probability`, to write a line of log.
+
+    The draw is kept because the sequence of draws decides which dropouts, skips and penalties a training step
+    gets: under the same seed a run here and a run of upstream then take the same decisions. While a graph is
+    recorded there is no draw and no log.
+    """
+    return not being_traced() and happens(probability)
 
 
 def being_traced() -> bool:
@@ -16,10 +61,32 @@ def being_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
-def logging_draw(probability: float) -> bool:
-    """Draws the number by which upstream decides, with `probability`, to write a line of log.
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Lets activation checkpointing draw from Python's ``random`` again what the forward pass drew.
 
-    The draw is kept because the sequence of draws decides which dropouts, skips and penalties a training step
-    gets: under the same seed a run here and a run of upstream then take the same decisions.
+    ``torch.utils.checkpoint.checkpoint`` restores torch's generators before it computes again, but not Python's: the
+    second pass would skip and penalise otherwise than the first, and gradients would belong to neither. Pass
+    this function to it::
+
+        checkpoint(layer, src, pos_emb, use_reentrant=False, context_fn=checkpoint_contexts)
+
+    Returns:
+        The contexts of the forward pass and of its repetition.
     """
-    return random.random() < probability
+    drawn_from = []
+
+    @contextmanager
+    def forward() -> Iterator[None]:
+        drawn_from.append(random.getstate())
+        yield
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        state = random.getstate()
+        random.setstate(drawn_from[0])
+        try:
+            yield
+        finally:
+            random.setstate(state)
+
+    return forward(), again()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
 from collections.abc import Callable
 
 from torch import nn
@@ -42,8 +41,8 @@ class PiecewiseLinear:
             return first[1]
         if x >= last[0]:
             return last[1]
-        right = bisect_left(self.pairs, x, key=lambda pair: pair[0])
-        (x0, y0), (x1, y1) = self.pairs[right - 1 : right + 1]
+        segments = zip(self.pairs, self.pairs[1:], strict=False)
+        (x0, y0), (x1, y1) = next((here, there) for here, there in segments if x <= there[0])
         return y0 + (y1 - y0) * (x - x0) / (x1 - x0)
 
     def __mul__(self, factor: float) -> PiecewiseLinear:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import random
 
 import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.library import gradient_hook
-from zipformer_kernels.training.randomness import being_traced, logging_draw
+from zipformer_kernels.training.randomness import being_traced, happens, logging_draw
 from zipformer_kernels.training.schedule import FloatLike, ScheduledFloat
 
 logger = logging.getLogger(__name__)
@@ -73,7 +72,7 @@ class Whiten(nn.Module):
         grad_scale = float(self.grad_scale)
         if not x.requires_grad or (being_traced() and not self.training):
             return x
-        if random.random() > self.prob or grad_scale == 0:
+        if not happens(self.prob) or grad_scale == 0:
             return x
         if x.shape[-1] % self.num_groups:
             raise ValueError(f"x: wanted channels in {self.num_groups} equal groups, got {x.shape[-1]} channels")

@@ -16,7 +16,8 @@ def swoosh(x: Tensor, kind: str) -> Tensor:
     """log(1 + exp(x - shift)) - 0.08 x - offset, finite for every finite x; half precision goes through float32."""
     wide = _widened(x)
     zero = torch.zeros((), dtype=wide.dtype, device=x.device)
-    return (torch.logaddexp(zero, wide - SHIFT[kind]) - SLOPE * wide - OFFSET[kind]).to(x.dtype)
+    # Zero comes second: the compiler's model of logaddexp takes the strides of its first argument.
+    return (torch.logaddexp(wide - SHIFT[kind], zero) - SLOPE * wide - OFFSET[kind]).to(x.dtype)
 
 
 def derivative(x: Tensor, kind: str) -> Tensor:

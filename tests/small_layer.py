@@ -1,0 +1,66 @@
+"""One layer and its input, small, for tests of what is put around it."""
+
+import contextlib
+import random
+
+import pytest
+import torch
+from lanes import Lane
+from parity import seed_all, set_batch_count
+from tolerances import rounding
+
+from zipformer_kernels import backend
+from zipformer_kernels.modules import CompactRelPositionalEncoding, ZipformerEncoderLayer
+
+FRAMES, BATCH, CHANNELS = 12, 2, 16
+PADDING = torch.arange(FRAMES) >= torch.tensor([[FRAMES], [9]])
+
+compiled_lanes = pytest.mark.parametrize("lane", ["eager", "cpu"])
+all_lanes = pytest.mark.parametrize("lane", backend.BACKENDS)
+
+
+@pytest.fixture(autouse=True)
+def on_lane(request):
+    """Ops that have no kernels on the test's backend run eagerly."""
+    torch._dynamo.reset()
+    name = request.node.callspec.params.get("lane") if hasattr(request.node, "callspec") else None
+    with contextlib.ExitStack() as stack:
+        if name is not None:
+            stack.enter_context(Lane(name).active())
+            stack.enter_context(backend.use_backend(f"{name},eager"))
+        yield
+
+
+@pytest.fixture(name="layer")
+def fixture_of_layer():
+    seed_all(0)
+    layer = ZipformerEncoderLayer(CHANNELS, 8, 4, 8, 4, 4, 24, cnn_module_kernel=7)
+    set_batch_count(layer, 500.0)  # where everything that is drawn is drawn often
+    return layer.train()
+
+
+@pytest.fixture(name="inputs")
+def fixture_of_inputs():
+    seed_all(1)
+    x = torch.randn(FRAMES, BATCH, CHANNELS)
+    return x, CompactRelPositionalEncoding(8, 0.0)(x)
+
+
+def run(function, layer, inputs, seed=0, dtype=torch.float32):
+    """The output and all gradients by name, and the states of the generators afterwards."""
+    x = inputs[0].clone().requires_grad_()
+    layer.zero_grad()
+    seed_all(seed)
+    y = function(x, inputs[1], src_key_padding_mask=PADDING)
+    y.backward(torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).to(y.dtype))
+    grads = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    return {"output": y.detach(), "x": x.grad} | grads, (random.getstate(), torch.get_rng_state().tolist())
+
+
+def assert_close(actual, expected, tolerance=None):
+    """By default, equal but for a few roundings of float32."""
+    assert actual.keys() == expected.keys()
+    for name, wanted in expected.items():
+        size = max(wanted.abs().max().item(), 1e-3)
+        error = (actual[name] - wanted).abs().max().item() / size
+        assert error <= (tolerance or rounding(torch.float32, FRAMES * CHANNELS)), f"{name}: off by {error:.1e}"

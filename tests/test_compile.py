@@ -1,0 +1,66 @@
+"""A layer under torch.compile: one graph where nothing is drawn from Python's random, and what breaks it."""
+
+import pytest
+import torch
+from small_layer import (  # noqa: F401
+    CHANNELS,
+    PADDING,
+    assert_close,
+    compiled_lanes,
+    fixture_of_inputs,
+    fixture_of_layer,
+    on_lane,
+    run,
+)
+from torch._dynamo.exc import Unsupported
+
+from zipformer_kernels.training import Balancer, Whiten, limit_param_value
+
+
+@compiled_lanes
+def test_compile_in_eval(lane, layer, inputs):
+    layer.eval()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        expected = layer(*inputs, src_key_padding_mask=PADDING)
+        assert_close({"output": compiled(*inputs, src_key_padding_mask=PADDING)}, {"output": expected})
+
+
+def test_draws_break_the_graph(layer, inputs):
+    """Outside of `without_draws`: one graph is impossible, several are not."""
+    with pytest.raises(Unsupported, match=r"Random\.random"):
+        torch.compile(layer, backend="eager", fullgraph=True)(*inputs)
+    output = torch.compile(layer, backend="eager")(*inputs)
+    output.sum().backward()
+    assert output.isfinite().all()
+
+
+CERTAIN = {
+    "balancer": Balancer(CHANNELS, -1, min_positive=0.45, max_positive=0.55, min_abs=1.5, prob=1.0),
+    "limit": lambda x: limit_param_value(x, -0.5, 0.5, prob=1.0),
+}
+
+
+@pytest.mark.parametrize("mechanism", CERTAIN.values(), ids=CERTAIN)
+def test_what_is_certain_is_compiled(mechanism, inputs):
+    grads = []
+    for function in (mechanism, torch.compile(mechanism, backend="aot_eager", fullgraph=True)):
+        x = inputs[0].clone().requires_grad_()
+        function(x * 1.0).square().sum().neg().backward()
+        grads.append({"x": x.grad})
+    assert not torch.allclose(grads[0]["x"], -2 * inputs[0])
+    assert_close(grads[1], grads[0])
+
+
+def test_whitening_breaks_the_graph(inputs):
+    """It looks at its metric to decide what to do, and how often to look again."""
+    whiten = Whiten(1, 1.0, prob=1.0, grad_scale=0.1)
+    x = inputs[0].clone().requires_grad_()
+    with pytest.raises(Unsupported, match="Data-dependent"):
+        torch.compile(whiten, backend="eager", fullgraph=True)(x * 1.0)
+    grads = []
+    for function in (whiten, torch.compile(whiten, backend="eager")):
+        x = inputs[0].clone().requires_grad_()
+        function(x * 1.0).square().sum().backward()
+        grads.append({"x": x.grad})
+    assert_close(grads[1], grads[0])
