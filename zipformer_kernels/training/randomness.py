@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import SupportsFloat
 
 import torch
 
@@ -32,14 +33,21 @@ def without_draws() -> Iterator[None]:
         _drawing = previous
 
 
-def happens(probability: float) -> bool:
+def happens(probability: SupportsFloat) -> bool:
     """Draws whether an event of a probability happens: one draw of Python's ``random``.
 
     While a graph is recorded, no number is drawn for what is certain: drawing one ends the graph.
+
+    Args:
+        probability: a number, or a schedule. A schedule draws when it is read, and is read after the draw; read it
+            with ``float`` where upstream reads it before.
     """
-    if not _drawing or (being_traced() and not 0.0 < probability < 1.0):
-        return probability >= 1.0
-    return random.random() < probability
+    if _drawing and not being_traced():
+        return random.random() < float(probability)
+    probability = float(probability)
+    if _drawing and 0.0 < probability < 1.0:
+        return random.random() < probability
+    return probability >= 1.0
 
 
 def logging_draw(probability: float) -> bool:
