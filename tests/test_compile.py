@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from parity import set_batch_count
 from small_layer import (  # noqa: F401
     CHANNELS,
     PADDING,
@@ -12,9 +13,10 @@ from small_layer import (  # noqa: F401
     on_lane,
     run,
 )
+from tolerances import rounding
 from torch._dynamo.exc import Unsupported
 
-from zipformer_kernels.training import Balancer, Whiten, limit_param_value
+from zipformer_kernels.training import Balancer, Whiten, limit_param_value, without_draws
 
 
 @compiled_lanes
@@ -24,6 +26,36 @@ def test_compile_in_eval(lane, layer, inputs):
     with torch.no_grad():
         expected = layer(*inputs, src_key_padding_mask=PADDING)
         assert_close({"output": compiled(*inputs, src_key_padding_mask=PADDING)}, {"output": expected})
+
+
+@compiled_lanes
+def test_compile_in_training(lane, layer, inputs):
+    """With the dropouts and skips that torch's generator decides."""
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with without_draws():
+        for seed in range(3):
+            actual, expected = (run(f, layer, inputs, seed) for f in (compiled, layer))
+            assert_close(actual[0], expected[0])
+            assert actual[1] == expected[1]
+    assert not torch.equal(expected[0]["output"], layer.eval()(*inputs, src_key_padding_mask=PADDING))
+
+
+@pytest.mark.parametrize("lane", ["cpu"])
+def test_compile_by_inductor(lane, layer, inputs):
+    set_batch_count(layer, None)  # no sequence is skipped: inductor has random numbers of its own
+    for module in (layer.feed_forward1, layer.feed_forward2, layer.feed_forward3):
+        module.out_proj.dropout_p = 0.0
+    with without_draws():
+        actual, expected = (run(f, layer, inputs)[0] for f in (torch.compile(layer, fullgraph=True), layer))
+    assert_close(actual, expected)
+
+
+def test_compile_with_autocast(layer, inputs):
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    with without_draws(), torch.autocast("cpu", torch.bfloat16):
+        actual, expected = (run(f, layer, inputs)[0] for f in (compiled, layer))
+    assert actual["output"].dtype == expected["output"].dtype
+    assert_close(actual, expected, rounding(torch.bfloat16))
 
 
 def test_draws_break_the_graph(layer, inputs):

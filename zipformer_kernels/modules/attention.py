@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import join_cache
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, aggregate
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
-from zipformer_kernels.training.randomness import being_traced, logging_draw
+from zipformer_kernels.training.randomness import happens, logging_draw
 
 # Scores beyond the limit are implausible; in a tenth of the training calls their gradient gains this penalty, which is
 # not scaled by the loss scale of mixed precision.
@@ -107,16 +106,15 @@ class RelPositionMultiheadAttentionWeights(nn.Module):
         q = self.copy_query(q)
         k = self.whiten_keys(self.balance_keys(k))
         p = self.copy_pos_query(p)
-        with_positions = not self.training or random.random() >= float(self.pos_emb_skip_rate)
+        with_positions = not (self.training and happens(self.pos_emb_skip_rate))
         penalty = 0.0
-        if self.training and random.random() < 0.1:
+        if self.training and happens(0.1):
             logging_draw(0.002)
             penalty = SCORE_PENALTY
         weights = self._weights(
             q, k, p, pos_emb if with_positions else None, key_padding_mask, attn_mask, penalty, SCORE_LIMIT
         )
-        if self.training or not being_traced():
-            logging_draw(0.001)
+        logging_draw(0.001)
         if self.training and self.dropout > 0.0:
             return F.dropout(weights.materialize(), p=self.dropout)
         return weights

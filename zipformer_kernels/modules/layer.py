@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import random
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from zipformer_kernels.modules.feedforward import FeedforwardModule
 from zipformer_kernels.modules.nonlin_attention import NonlinAttention
 from zipformer_kernels.ops.attention import ChunkMask, constant_attention
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
+from zipformer_kernels.training.randomness import happens
 
 DYNAMIC_SKIP_RATE = ScheduledFloat((0.0, 0.2), (4000.0, 0.05), (16000, 0.0), default=0)
 CONST_ATTENTION_RATE = ScheduledFloat((0.0, 0.25), (4000.0, 0.025), default=0)
@@ -177,7 +177,7 @@ class ZipformerEncoderLayer(nn.Module):
 
         attention_mask = self.get_sequence_dropout_mask(src, attention_skip_rate)
         first_head = attn_weights[0:1]
-        if self.training and random.random() < float(self.const_attention_rate):
+        if self.training and happens(self.const_attention_rate):
             first_head = constant_attention(first_head)
         src = src + _drop(self.balancer_na(self.nonlin_attention(src, first_head)), attention_mask)
         src = src + _drop(self.self_attn1(src, attn_weights), attention_mask)
