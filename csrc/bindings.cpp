@@ -7,6 +7,7 @@
 
 namespace zk {
 
+void bind_attention(pybind11::module_& m);
 void bind_bias_norm(pybind11::module_& m);
 void bind_scaled_adam(pybind11::module_& m);
 void bind_swoosh(pybind11::module_& m);
@@ -35,6 +36,7 @@ PYBIND11_MODULE(ZK_MODULE_NAME, m) {
   m.def("current_isa", [] { return isa_names[int(current_isa())]; });
   m.def("set_isa", [](const std::string& name) { set_isa(isa_named(name)); });
 
+  bind_attention(m);
   bind_bias_norm(m);
   bind_scaled_adam(m);
   bind_swoosh(m);

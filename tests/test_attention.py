@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lanes import lanes
 
+from zipformer_kernels import backend
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask
-from zipformer_kernels.ops.attention.cases import CASES
+from zipformer_kernels.ops.attention.cases import CASES, padding, weights_inputs
 
 OP = attention._op
 SMALL = [case for case in CASES if not case.large]
@@ -246,6 +247,127 @@ def test_compiles_without_graph_breaks(lane):
         got = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
         expected = torch.autograd.grad(layer(*inputs).square().sum(), inputs)
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set_agrees(isa):
+    """On sizes that end tiles, registers and blocks of rows in every way; narrow and wide values."""
+    if backend.missing["cpu"]:
+        pytest.skip(backend.missing["cpu"])
+    before = backend.native.current_isa()
+    try:
+        backend.native.set_isa(isa)
+    except ValueError:
+        pytest.skip(f"a processor with {isa} would run this")
+    try:
+        for dtype in TOLERANCE:
+            for targets, sources, channels in ((1, 1, 1), (45, 400, 12), (33, 767, 61), (64, 385, 16)):
+                torch.manual_seed(0)
+                q, k, p, e = weights_inputs(targets, sources, 2, 2, 19, 5, dtype, "cpu")
+                v = torch.randn(sources, 2, 2, channels).to(dtype).requires_grad_()
+                masks = padding(2, sources, "cpu"), None, -1, -1
+                with backend.use_backend("cpu"):
+                    lse = attention._log_sum_exp(*(x.detach() for x in (q, k, p, e)), *masks)
+                    args = [q, k, p, e, v, lse, *masks, 0.01, 2.0]
+                    out = OP(*args)
+                    grad = torch.randn_like(out)
+                    grads = torch.autograd.grad(out, args[:5], grad)
+                check(args, out, grad, grads, TOLERANCE[dtype])
+    finally:
+        backend.native.set_isa(before)
+
+
+@pytest.mark.parametrize("lane", lanes(OP, "triton", "cuda"))
+def test_long_chunked_sequences(lane):
+    """Whole tiles are out of a target's sight, and some targets see only padding, so that all count for them."""
+    torch.manual_seed(7)
+    frames, rule = 900, ChunkMask(50, 1)
+    q, k = (torch.randn(frames, 2, 2, 8, requires_grad=True) for _ in range(2))
+    p, e = torch.randn(frames, 2, 2, 4), torch.randn(2 * frames - 1, 2, 4)
+    v = torch.randn(frames, 2, 2, 6)
+    hidden = torch.zeros(2, frames, dtype=torch.bool)
+    hidden[1, 200:450] = True
+    masks = hidden, None, rule.chunk, rule.left_chunks
+    with lane.active():
+        lse = attention._log_sum_exp(q.detach(), k.detach(), p, e, *masks)
+        assert torch.equal(lse.isneginf()[0, 1].nonzero()[:, 0], torch.arange(250, 450))
+        args = [x.requires_grad_() for x in (q, k, p, e, v)] + [lse, *masks, 0.0, 0.0]
+        out = OP(*args)
+        grad = torch.randn_like(out)
+        grads = torch.autograd.grad(out, args[:5], grad)
+    check(args, out, grad, grads, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("lane", lanes(OP))
+def test_any_strides(lane):
+    """Every second channel, frame or byte of larger tensors, in an order of dimensions of their own."""
+    torch.manual_seed(10)
+    shapes = [(4, 40, 2, 32), (4, 40, 2, 32), (4, 40, 2, 8), (4, 79, 8), (4, 40, 2, 16)]
+    whole = [torch.randn(shape, device=lane.device) for shape in shapes]
+    halves = [x[:2].transpose(0, 1).transpose(1, -2 if x.ndim == 4 else 1)[..., ::2] for x in whole]
+    leaves = [x.detach().requires_grad_() for x in halves]
+    padding = torch.rand(2, 80, device=lane.device)[:, ::2] > 0.7
+    mask = torch.rand(40, 80, device=lane.device)[:, ::2] > 0.9
+    with lane.active():
+        lse = attention._log_sum_exp(*(x.detach() for x in leaves[:4]), padding, mask, -1, -1)
+        args = [*leaves, lse, padding, mask, -1, -1, 0.0, 0.0]
+        out = OP(*args)
+        grad = torch.randn(1, device=lane.device).expand(out.shape)
+        grads = torch.autograd.grad(out, leaves, grad)
+    check(args, out, grad, grads, TOLERANCE[torch.float32])
+
+
+@pytest.mark.parametrize("lane", lanes(OP, "triton", "cuda"))
+def test_projections_for_each_sequence(lane):
+    torch.manual_seed(8)
+    shapes = [(30, 2, 3, 8), (30, 2, 3, 8), (30, 2, 3, 4), (2, 59, 3, 4)]
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    values = torch.randn(30, 2, 15, requires_grad=True)
+    with lane.active():
+        out = AttentionWeights(*leaves).aggregate(values)
+        grad = torch.randn_like(out)
+        grads = torch.autograd.grad(out, [*leaves, values], grad)
+    args = [*leaves, values.detach().unflatten(2, (3, 5)), None, None, None, -1, -1, 0.0, 0.0]
+    expected, expected_grads = exact(args, grad.unflatten(2, (3, 5)))
+    for actual, wanted in zip((out, *grads), (expected, *expected_grads), strict=True):
+        assert relative(actual, wanted.reshape(actual.shape)) < 3 * TOLERANCE[torch.float32]
+
+
+def test_results_do_not_depend_on_the_threads():
+    if backend.missing["cpu"]:
+        pytest.skip(backend.missing["cpu"])
+    threads, runs = torch.get_num_threads(), []
+    try:
+        with backend.use_backend("cpu"):
+            torch.manual_seed(9)
+            q, k, p, e = weights_inputs(300, 300, 2, 2, 16, 4, torch.float32, "cpu")
+            v = torch.randn(300, 2, 2, 12, requires_grad=True)
+            lse = attention._log_sum_exp(*(x.detach() for x in (q, k, p, e)), None, None, -1, -1)
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                out = OP(q, k, p, e, v, lse, None, None, -1, -1, 0.0, 0.0)
+                runs.append([out, *torch.autograd.grad(out.square().sum(), (q, k, p, e, v))])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+def test_auto_takes_the_kernels_where_they_pay():
+    if backend.missing["cpu"]:
+        pytest.skip(backend.missing["cpu"])
+    with backend.use_backend("auto"):
+        chosen = [AttentionWeights(x, x).backend for x in (torch.randn(n, 1, 1, 4) for n in (20, 400))]
+    assert chosen == ["eager", "cpu"]
+
+
+@pytest.mark.skipif(backend.missing["cpu"] is not None, reason=str(backend.missing["cpu"]))
+def test_mixed_dtypes_are_refused():
+    q, v = torch.randn(5, 1, 1, 4), torch.randn(5, 1, 4)
+    with backend.use_backend("cpu"):
+        with pytest.raises(backend.BackendError, match="tensors of one dtype"):
+            AttentionWeights(q, q.double())
+        with pytest.raises(backend.BackendError, match="tensors of one dtype"):
+            AttentionWeights(q, q).aggregate(v.double())
 
 
 def allocations(function):

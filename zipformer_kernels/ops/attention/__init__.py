@@ -16,7 +16,7 @@ Source: section 3.2 of the Zipformer paper (arXiv:2310.11230); ``RelPositionMult
 from __future__ import annotations
 
 from zipformer_kernels.library import Op, triton_launchers
-from zipformer_kernels.ops.attention import reference
+from zipformer_kernels.ops.attention import native, reference
 
 _log_sum_exp = Op(
     "attention_log_sum_exp",
@@ -24,6 +24,7 @@ _log_sum_exp = Op(
     reference=reference.log_sum_exp,
     backends={
         "eager": reference.eager_log_sum_exp,
+        "cpu": native.cpu_log_sum_exp,
         **triton_launchers(__name__, "log_sum_exp_launchers"),
     },
     saves=(),
@@ -35,7 +36,7 @@ _op = Op(
     "Tensor q, Tensor k, Tensor? p, Tensor? e, Tensor v, Tensor lse, Tensor? key_padding_mask, Tensor? attn_mask, "
     "int chunk, int left_chunks, float penalty, float limit",
     reference=reference.attention,
-    backends={"eager": reference.eager, **triton_launchers(__name__)},
+    backends={"eager": reference.eager, "cpu": native.cpu, **triton_launchers(__name__)},
     saves=("q", "k", "p", "e", "v", "lse", "key_padding_mask", "attn_mask"),
     saves_outputs=(0,),
     fake=lambda q, k, p, e, v, *_: (v.new_empty(q.shape[0], *v.shape[1:]),),

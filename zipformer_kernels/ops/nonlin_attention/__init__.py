@@ -17,14 +17,14 @@ from torch import Tensor
 
 from zipformer_kernels.library import Op, triton_launchers
 from zipformer_kernels.ops.attention import AttentionWeights
-from zipformer_kernels.ops.nonlin_attention import reference
+from zipformer_kernels.ops.nonlin_attention import native, reference
 
 _op = Op(
     "nonlin_attention",
     "Tensor q, Tensor k, Tensor? p, Tensor? e, Tensor gate, Tensor x, Tensor y, Tensor lse, "
     "Tensor? key_padding_mask, Tensor? attn_mask, int chunk, int left_chunks",
     reference=reference.nonlin_attention,
-    backends={"eager": reference.eager, **triton_launchers(__name__)},
+    backends={"eager": reference.eager, "cpu": native.cpu, **triton_launchers(__name__)},
     saves=("q", "k", "p", "e", "gate", "x", "y", "lse", "key_padding_mask", "attn_mask"),
     extras=1,
     fake=lambda q, k, p, e, gate, x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),

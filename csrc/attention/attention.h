@@ -1,0 +1,53 @@
+// Arguments of the attention kernels, and their entry points. The maths: zipformer_kernels/ops/attention/reference.py.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtypes.h"
+#include "common/isa.h"
+
+namespace zk {
+
+// A tensor (frames, sequences, heads, channels): its strides in elements, channels next to each other.
+struct AttentionRows {
+  void* data;  // null: not given, or not wanted
+  int64_t frame, sequence, head;
+};
+
+// The weights: queries against keys, with relative positions and masks. Of position projections there are
+// targets + sources - 1 "frames"; their sequence stride is 0 where all sequences share them.
+struct AttentionWeights {
+  AttentionRows q, k, p, e;
+  void* lse;  // (heads, sequences, targets) of the wide type of the dtype, -inf where every source is masked
+  const uint8_t* padding;  // (sequences, sources), nonzero where masked; or null
+  const uint8_t* mask;     // (targets, sources) of these strides, nonzero where masked; or null
+  int64_t mask_frame, mask_sequence;
+  int64_t targets, sources, sequences, heads, query_channels, position_channels;
+  int64_t chunk, left_chunks;  // chunk <= 0: no rule; left_chunks < 0: all
+  DType dtype;
+  int threads;
+};
+
+// out = W v. `out` is contiguous.
+struct AttentionForward {
+  AttentionWeights weights;
+  AttentionRows v;
+  void* out;
+  int64_t channels;
+};
+
+// Gradients from that of out; contiguous, null where not wanted. dp and de come together. The gradient of the scores gains
+// penalty sign(s) where |s| > limit.
+struct AttentionBackward {
+  AttentionWeights weights;
+  AttentionRows v, out, grad;
+  void *dq, *dk, *dp, *de, *dv;
+  int64_t channels;
+  double penalty, limit;
+};
+
+ZK_DECLARE_CPU(attention_log_sum_exp, AttentionWeights)
+ZK_DECLARE_CPU(attention_forward, AttentionForward)
+ZK_DECLARE_CPU(attention_backward, AttentionBackward)
+
+}  // namespace zk

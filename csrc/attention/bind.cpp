@@ -1,0 +1,53 @@
+// Python's entry points to the attention kernels; zipformer_kernels/ops/attention/native.py calls them.
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "attention/attention.h"
+#include "common/bind.h"
+
+namespace zk {
+
+using Rows = std::array<int64_t, 4>;   // address and strides of frames, sequences, heads
+using Masks = std::array<int64_t, 4>;  // addresses of padding and mask, the mask's strides of frames, sequences
+using Sizes = std::array<int64_t, 8>;  // targets ... position_channels, chunk, left_chunks
+
+static AttentionRows rows(const Rows& x) { return {pointer(x[0]), x[1], x[2], x[3]}; }
+
+static AttentionWeights weights(const std::array<Rows, 4>& scores, uintptr_t lse, const Masks& masks,
+                                const Sizes& sizes, int dtype, int threads) {
+  auto bytes = [](int64_t address) { return static_cast<const uint8_t*>(pointer(address)); };
+  return {rows(scores[0]), rows(scores[1]), rows(scores[2]), rows(scores[3]), pointer(lse),
+          bytes(masks[0]), bytes(masks[1]), masks[2],        masks[3],        sizes[0],
+          sizes[1],        sizes[2],        sizes[3],        sizes[4],        sizes[5],
+          sizes[6],        sizes[7],        DType(dtype),    threads};
+}
+
+void bind_attention(pybind11::module_& m) {
+  using Scores = std::array<Rows, 4>;
+  m.def(
+      "attention_log_sum_exp_cpu",
+      [](const Scores& scores, uintptr_t lse, const Masks& masks, const Sizes& sizes, int dtype, int threads) {
+        attention_log_sum_exp_cpu(weights(scores, lse, masks, sizes, dtype, threads));
+      },
+      release_gil());
+  m.def(
+      "attention_forward_cpu",
+      [](const Scores& scores, uintptr_t lse, const Masks& masks, const Sizes& sizes, int dtype, const Rows& v,
+         uintptr_t out, int64_t channels, int threads) {
+        attention_forward_cpu({weights(scores, lse, masks, sizes, dtype, threads), rows(v), pointer(out), channels});
+      },
+      release_gil());
+  m.def(
+      "attention_backward_cpu",
+      [](const Scores& scores, uintptr_t lse, const Masks& masks, const Sizes& sizes, int dtype, const Rows& v,
+         const Rows& out, const Rows& grad, const std::array<uintptr_t, 5>& gradients, int64_t channels,
+         double penalty, double limit, int threads) {
+        attention_backward_cpu({weights(scores, lse, masks, sizes, dtype, threads), rows(v), rows(out), rows(grad),
+                                pointer(gradients[0]), pointer(gradients[1]), pointer(gradients[2]),
+                                pointer(gradients[3]), pointer(gradients[4]), channels, penalty, limit});
+      },
+      release_gil());
+}
+
+}  // namespace zk

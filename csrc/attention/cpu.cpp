@@ -1,0 +1,141 @@
+// Attention on the CPU, forward: a block of targets walks over the sources, a tile in cache at a time.
+#include <cmath>
+
+#include "attention/tiles.h"
+
+namespace zk::ZK_ISA {
+
+namespace {
+
+// Memory of one thread that works on a block of targets.
+template <class W>
+struct Block {
+  Block(W* scratch, const AttentionWeights& args)
+      : q(scratch), p(q + tile_rows * args.query_channels), tile(p + tile_rows * args.position_channels) {}
+
+  static int64_t size(const AttentionWeights& args) {
+    return tile_rows * (args.query_channels + args.position_channels) + tile_size;
+  }
+
+  template <class T>
+  void load(const Scores<T>& scores, int64_t pair, int64_t block) {
+    const AttentionWeights& args = scores.args;
+    int64_t first = block * tile_rows, rows = scores.rows_of(block);
+    int64_t b = scores.sequence_of(pair), h = scores.head_of(pair);
+    load_rows<T>(args.q, first, rows, b, h, args.query_channels, q, args.query_channels);
+    if (args.p.data) load_rows<T>(args.p, first, rows, b, h, args.position_channels, p, args.position_channels);
+  }
+
+  W *q, *p, *tile;
+};
+
+// Running log-sum-exp of a target: sum = total exp(largest).
+template <class W>
+struct Sum {
+  W largest = -W(HUGE_VAL), total = 0;
+
+  __attribute__((noinline)) void add(const W* __restrict s, int64_t n) {
+    W top = largest;
+#pragma omp simd reduction(max : top)
+    for (int64_t j = 0; j < n; ++j) top = s[j] > top ? s[j] : top;
+    W sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) sum += exp_nonpositive(s[j] - top);
+    total = total * exp_nonpositive(largest - top) + sum;
+    largest = top;
+  }
+};
+
+// Log-sum-exp of a block over some sources, in whole tiles.
+template <class T, class W = Wide<T>>
+void sum_block(const Scores<T>& scores, int64_t pair, int64_t block, Range sources, const Block<W>& memory) {
+  int64_t first = block * tile_rows, rows = scores.rows_of(block);
+  Sum<W> sums[tile_rows];
+  for (int64_t source = sources.begin; source < sources.end; source += tile_columns) {
+    int64_t columns = scores.columns_from(source, sources.end), width = whole_lanes<W>(columns);
+    scores.fill(pair, block, source, columns, memory.q, memory.p, memory.tile);
+    for (int64_t i = 0; i < rows; ++i) {
+      W* row = memory.tile + tile_skew + i * tile_step;
+      scores.mask(pair, first + i, source, columns, masked_score<W>, row);
+      for (int64_t j = columns; j < width; ++j) row[j] = -W(HUGE_VAL);  // exp is next to nothing: 1e-38
+      sums[i].add(row, width);
+    }
+  }
+  W* lse = scores.lse(pair) + first;
+  for (int64_t i = 0; i < rows; ++i) {
+    W masked = masked_score<W>;
+    lse[i] = sums[i].largest == masked ? -W(HUGE_VAL) : sums[i].largest + std::log(sums[i].total);
+  }
+}
+
+// out = w v for a block.
+template <class T, class W = Wide<T>>
+void average_block(const Scores<T>& scores, int64_t pair, int64_t block, const W* values, int64_t pitch, W* out,
+                   const Block<W>& memory) {
+  int64_t first = block * tile_rows, rows = scores.rows_of(block);
+  Range sources = scores.sees(pair, block) ? scores.visible_to_block(block) : scores.all_sources();
+  for (int64_t n = 0; n < rows * pitch; ++n) out[n] = 0;
+  for (int64_t source = sources.begin; source < sources.end; source += tile_columns) {
+    int64_t columns = scores.columns_from(source, sources.end);
+    scores.fill(pair, block, source, columns, memory.q, memory.p, memory.tile);
+    W* tile = memory.tile + tile_skew;
+    for (int64_t i = 0; i < rows; ++i) scores.weigh(pair, first + i, source, columns, tile + i * tile_step);
+    gemm<true>(rows, pitch, columns, tile, tile_step, 1, values + source * pitch, pitch, out, pitch);
+  }
+}
+
+}  // namespace
+
+void attention_log_sum_exp(const AttentionWeights& args) {
+  dispatch_cpu(args.dtype, [&](auto element) {
+    using T = decltype(element);
+    using W = Wide<T>;
+    Scores<T> scores(args);
+    int64_t blocks = scores.row_blocks;
+    int threads = scores.threads_for(scores.pairs * args.targets * args.sources);
+    for_each_item<W>(scores.pairs * blocks, threads, Block<W>::size(args), [&](int64_t item, W* scratch) {
+      int64_t pair = item / blocks, block = item % blocks;
+      Block<W> memory(scratch, args);
+      memory.load(scores, pair, block);
+      Range seen = scores.visible_to_block(block), all = scores.all_sources();
+      sum_block(scores, pair, block, seen, memory);
+      bool partial = seen.begin > 0 || seen.end < all.end;
+      if (partial && !scores.sees(pair, block)) sum_block(scores, pair, block, all, memory);
+    });
+  });
+}
+
+void attention_forward(const AttentionForward& args) {
+  const AttentionWeights& weights = args.weights;
+  dispatch_cpu(weights.dtype, [&](auto element) {
+    using T = decltype(element);
+    using W = Wide<T>;
+    Scores<T> scores(weights);
+    int64_t blocks = scores.row_blocks, sources = weights.sources, channels = args.channels;
+    int64_t pitch = whole_lanes<W>(channels);
+    Buffer<W> values(scores.pairs * sources * pitch);
+    parallel_for(scores.pairs, 1, scores.threads_for(scores.pairs * sources * pitch), [&](int64_t begin, int64_t end) {
+      for (int64_t pair = begin; pair < end; ++pair) {
+        W* to = values + pair * sources * pitch;
+        load_rows<T>(args.v, 0, sources, scores.sequence_of(pair), scores.head_of(pair), channels, to, pitch);
+      }
+    });
+    auto out = static_cast<T*>(args.out);
+    int threads = scores.threads_for(scores.pairs * weights.targets * sources);
+    int64_t size = tile_rows * pitch + Block<W>::size(weights);
+    for_each_item<W>(scores.pairs * blocks, threads, size, [&](int64_t item, W* scratch) {
+      int64_t pair = item / blocks, block = item % blocks;
+      Block<W> memory(scratch + tile_rows * pitch, weights);
+      memory.load(scores, pair, block);
+      average_block(scores, pair, block, values + pair * sources * pitch, pitch, scratch, memory);
+      for (int64_t i = 0; i < scores.rows_of(block); ++i) {
+        int64_t frame = (block * tile_rows + i) * weights.sequences + scores.sequence_of(pair);
+        T* to = out + (frame * weights.heads + scores.head_of(pair)) * channels;
+        const W* from = scratch + i * pitch;
+        for (int64_t c = 0; c < channels; ++c) to[c] = narrow<T>(from[c]);
+      }
+    });
+  });
+}
+
+}  // namespace zk::ZK_ISA

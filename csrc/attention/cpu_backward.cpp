@@ -1,0 +1,266 @@
+// Attention on the CPU, backward: weights once more, tile by tile, and every gradient from the tile while it is in cache.
+//
+// With g the gradient of the result, dw = g v^T and delta[i] = g[i] . out[i], the scores' gradient is ds = w (dw - delta).
+// The targets of a sequence and head are cut into parts. Each part sums what it adds to the gradients of keys, values and
+// position projections in memory of its own, and the parts are added up in order: results do not depend on the threads.
+#include <cmath>
+#include <utility>
+
+#include "attention/tiles.h"
+
+namespace zk::ZK_ISA {
+
+namespace {
+
+constexpr int64_t least_items = 16;  // parts of all sequences and heads: enough for many threads to share evenly
+
+template <class T>
+class Backward {
+ public:
+  using W = Wide<T>;
+
+  explicit Backward(const AttentionBackward& args)
+      : args_(args),
+        weights_(args.weights),
+        scores_(args.weights),
+        depth_(weights_.query_channels),
+        positions_(weights_.p.data ? weights_.position_channels : 0),
+        query_pitch_(whole_lanes<W>(depth_)),
+        pitch_(scores_.pitch),
+        parts_(parts()),
+        items_(scores_.pairs * parts_),
+        key_rows_(args.dq ? scores_.pairs * weights_.sources * query_pitch_ : 0),
+        value_columns_(scores_.pairs * args.channels * pitch_),
+        dkeys_(args.dk ? items_ * depth_ * pitch_ : 0),
+        dvalues_(args.dv ? items_ * args.channels * pitch_ : 0),
+        doffsets_(args.de ? items_ * positions_ * scores_.offset_pitch : 0) {}
+
+  void run() {
+    int64_t pairs = scores_.pairs, sources = weights_.sources;
+    parallel_for(pairs, 1, scores_.threads_for(pairs * sources * depth_), [&](int64_t begin, int64_t end) {
+      for (int64_t pair = begin; pair < end; ++pair) pack(pair);
+    });
+    for_each_item<W>(items_, scores_.threads_for(pairs * weights_.targets * sources), Memory::size(*this),
+                     [&](int64_t item, W* scratch) {
+                       Memory memory(*this, scratch);
+                       gather(item, memory);
+                     });
+    if (args_.dk) scatter(dkeys_, depth_, static_cast<T*>(args_.dk));
+    if (args_.dv) scatter(dvalues_, args_.channels, static_cast<T*>(args_.dv));
+    if (args_.de) scatter_offsets();
+  }
+
+ private:
+  // Memory of one thread: rows of its block of targets, and tiles.
+  struct Memory {
+    Memory(const Backward& b, W* scratch) {
+      auto take = [&](int64_t size) { return std::exchange(scratch, scratch + size); };
+      q = take(tile_rows * b.depth_);
+      p = take(tile_rows * b.positions_);
+      g = take(tile_rows * b.args_.channels);
+      out = take(tile_rows * b.args_.channels);
+      dq = take(tile_rows * b.query_pitch_);
+      dp = take(tile_rows * b.positions_);
+      delta = take(tile_rows);
+      w = take(tile_size);
+      ds = take(tile_size);
+      dw = take(tile_rows * tile_columns);
+      extra = take(tile_rows * tile_columns);
+    }
+
+    static int64_t size(const Backward& b) {
+      int64_t rows = b.depth_ + 2 * b.positions_ + 2 * b.args_.channels + b.query_pitch_ + 1 + 2 * tile_columns;
+      return tile_rows * rows + 2 * tile_size;
+    }
+
+    W *q, *p, *g, *out, *dq, *dp, *delta;
+    W *w, *ds;          // skewed; outside of its rows ds stays zero
+    W *dw, *extra;      // rectangular
+  };
+
+  int64_t parts() const {
+    int64_t wanted = (least_items + scores_.pairs - 1) / scores_.pairs;
+    return wanted < scores_.row_blocks ? wanted : scores_.row_blocks;
+  }
+
+  void pack(int64_t pair) {
+    int64_t sources = weights_.sources, b = scores_.sequence_of(pair), h = scores_.head_of(pair);
+    W* values = value_columns_ + pair * args_.channels * pitch_;
+    for (int64_t c = 0; c < args_.channels; ++c) {
+      for (int64_t j = sources; j < pitch_; ++j) values[c * pitch_ + j] = 0;
+    }
+    load_columns<T>(args_.v, 0, sources, b, h, args_.channels, values, pitch_);
+    if (!args_.dq) return;
+    load_rows<T>(weights_.k, 0, sources, b, h, depth_, key_rows_ + pair * sources * query_pitch_, query_pitch_);
+  }
+
+  static void clear(W* from, int64_t size) {
+    for (int64_t n = 0; n < size; ++n) from[n] = 0;
+  }
+
+  void gather(int64_t item, const Memory& memory) {
+    int64_t pair = item / parts_, part = item % parts_;
+    if (args_.dk) clear(dkeys_ + item * depth_ * pitch_, depth_ * pitch_);
+    if (args_.dv) clear(dvalues_ + item * args_.channels * pitch_, args_.channels * pitch_);
+    if (args_.de) clear(doffsets_ + item * positions_ * scores_.offset_pitch, positions_ * scores_.offset_pitch);
+    int64_t blocks = scores_.row_blocks;
+    for (int64_t block = blocks * part / parts_; block < blocks * (part + 1) / parts_; ++block) {
+      load(pair, block, memory);
+      bool partial = args_.penalty == 0 && scores_.sees(pair, block);
+      Range sources = partial ? scores_.visible_to_block(block) : scores_.all_sources();
+      for (int64_t source = sources.begin; source < sources.end; source += tile_columns) {
+        int64_t columns = scores_.columns_from(source, sources.end);
+        fill(pair, block, source, columns, memory);
+        spread(item, pair, block, source, columns, memory);
+      }
+      if (args_.dq) store(memory.dq, query_pitch_, depth_, pair, block, static_cast<T*>(args_.dq));
+      if (args_.dp) store(memory.dp, positions_, positions_, pair, block, static_cast<T*>(args_.dp));
+    }
+  }
+
+  void load(int64_t pair, int64_t block, const Memory& m) const {
+    int64_t first = block * tile_rows, rows = scores_.rows_of(block), channels = args_.channels;
+    int64_t b = scores_.sequence_of(pair), h = scores_.head_of(pair);
+    load_rows<T>(weights_.q, first, rows, b, h, depth_, m.q, depth_);
+    if (positions_) load_rows<T>(weights_.p, first, rows, b, h, positions_, m.p, positions_);
+    load_rows<T>(args_.grad, first, rows, b, h, channels, m.g, channels);
+    load_rows<T>(args_.out, first, rows, b, h, channels, m.out, channels);
+    for (int64_t i = 0; i < rows; ++i) {
+      W sum = 0;
+      for (int64_t c = 0; c < channels; ++c) sum += m.g[i * channels + c] * m.out[i * channels + c];
+      m.delta[i] = sum;
+    }
+    clear(m.dq, rows * query_pitch_);
+    clear(m.dp, rows * positions_);
+  }
+
+  // Weights and the scores' gradient of one tile.
+  void fill(int64_t pair, int64_t block, int64_t source, int64_t columns, const Memory& m) const {
+    int64_t rows = scores_.rows_of(block), width = whole_lanes<W>(columns), channels = args_.channels;
+    scores_.fill(pair, block, source, columns, m.q, m.p, m.w);
+    const W* values = value_columns_ + pair * channels * pitch_ + source;
+    gemm<false>(rows, width, channels, m.g, channels, 1, values, pitch_, m.dw, tile_columns);
+    int64_t left = width + 2 * tile_rows;  // of what an earlier tile left to the right, more is not read
+    for (int64_t i = 0; i < rows; ++i) {
+      int64_t target = block * tile_rows + i;
+      W* w = m.w + tile_skew + i * tile_step;
+      W* ds = m.ds + tile_skew + i * tile_step;
+      if (args_.penalty != 0) penalize(w, columns, m.extra + i * tile_columns);
+      scores_.weigh(pair, target, source, columns, w);
+      W lse = scores_.lse(pair)[target];
+      differentiate(w, m.dw + i * tile_columns, m.delta[i], width, ds);
+      if (lse == -W(HUGE_VAL)) {
+        clear(ds, columns);
+      } else if (!(lse > visible_limit<W>)) {
+        scores_.mask(pair, target, source, columns, 0, ds);
+      }
+      if (args_.penalty != 0) add(m.extra + i * tile_columns, columns, ds);
+      clear(ds + width, (left < tile_columns ? left : tile_columns) - width);
+    }
+  }
+
+  static void differentiate(const W* __restrict w, const W* __restrict dw, W delta, int64_t columns, W* __restrict ds) {
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) ds[j] = w[j] * (dw[j] - delta);
+  }
+
+  void penalize(const W* __restrict s, int64_t columns, W* __restrict extra) const {
+    W penalty = W(args_.penalty), limit = W(args_.limit);
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) extra[j] = s[j] > limit ? penalty : s[j] < -limit ? -penalty : W(0);
+  }
+
+  static void add(const W* __restrict from, int64_t columns, W* __restrict to) {
+#pragma omp simd
+    for (int64_t j = 0; j < columns; ++j) to[j] += from[j];
+  }
+
+  // Adds what one tile gives to every gradient.
+  void spread(int64_t item, int64_t pair, int64_t block, int64_t source, int64_t columns, const Memory& m) {
+    int64_t rows = scores_.rows_of(block), width = whole_lanes<W>(columns), channels = args_.channels;
+    const W *w = m.w + tile_skew, *ds = m.ds + tile_skew;
+    if (args_.dv) {
+      W* dv = dvalues_ + item * channels * pitch_ + source;
+      gemm<true>(channels, width, rows, m.g, 1, channels, w, tile_step, dv, pitch_);
+    }
+    if (args_.dk) {
+      W* dk = dkeys_ + item * depth_ * pitch_ + source;
+      gemm<true>(depth_, width, rows, m.q, 1, depth_, ds, tile_step, dk, pitch_);
+    }
+    if (args_.dq) {
+      const W* k = key_rows_ + (pair * weights_.sources + source) * query_pitch_;
+      gemm<true>(rows, query_pitch_, columns, ds, tile_step, 1, k, query_pitch_, m.dq, query_pitch_);
+    }
+    int64_t offset = scores_.offset_of(block, source), pitch = scores_.offset_pitch, reach = scores_.reach(width);
+    if (args_.dp) {
+      gemm_dots(rows, positions_, reach, m.ds, tile_pitch, scores_.offsets(pair) + offset, pitch, m.dp,
+                positions_);
+    }
+    if (args_.de) {
+      W* de = doffsets_ + item * positions_ * pitch + offset;
+      gemm<true>(positions_, reach, rows, m.p, 1, positions_, m.ds, tile_pitch, de, pitch);
+    }
+  }
+
+  void store(const W* from, int64_t pitch, int64_t channels, int64_t pair, int64_t block, T* to) const {
+    for (int64_t i = 0; i < scores_.rows_of(block); ++i) {
+      T* row = to + row_index(block * tile_rows + i, pair) * channels;
+      for (int64_t c = 0; c < channels; ++c) row[c] = narrow<T>(from[i * pitch + c]);
+    }
+  }
+
+  int64_t row_index(int64_t frame, int64_t pair) const {
+    return (frame * weights_.sequences + scores_.sequence_of(pair)) * weights_.heads + scores_.head_of(pair);
+  }
+
+  // Adds up `parts` matrices of `rows` rows and `columns` columns, `step` apart, in the first.
+  static void add_parts(W* sums, int64_t parts, int64_t step, int64_t rows, int64_t pitch, int64_t columns) {
+    for (int64_t part = 1; part < parts; ++part) {
+      for (int64_t c = 0; c < rows; ++c) add(sums + part * step + c * pitch, columns, sums + c * pitch);
+    }
+  }
+
+  // Adds up the parts of (channels, sources), to (sources, sequences, heads, channels).
+  void scatter(W* sums, int64_t channels, T* to) const {
+    int64_t blocks = scores_.column_blocks, row = weights_.sequences * weights_.heads * channels;
+    int threads = scores_.threads_for(items_ * channels * weights_.sources);
+    parallel_for(scores_.pairs * blocks, 1, threads, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        int64_t pair = n / blocks, first = n % blocks * tile_columns;
+        int64_t columns = scores_.columns_from(first, weights_.sources);
+        W* from = sums + pair * parts_ * channels * pitch_ + first;
+        add_parts(from, parts_, channels * pitch_, channels, pitch_, columns);
+        transpose(from, pitch_, channels, columns, to + row_index(first, pair) * channels, row);
+      }
+    });
+  }
+
+  // Adds up the parts of every sequence that shares the position projections, to (offsets, heads, channels), behind
+  // one another for sequences that do not share them.
+  void scatter_offsets() {
+    bool own = weights_.e.sequence != 0;
+    int64_t parts = own ? parts_ : parts_ * weights_.sequences, pitch = scores_.offset_pitch;
+    int64_t offsets = weights_.targets + weights_.sources - 1, row = weights_.heads * positions_;
+    auto to = static_cast<T*>(args_.de);
+    for (int64_t set = 0; set < scores_.offset_sets; ++set) {
+      W* from = doffsets_ + set * parts * positions_ * pitch - scores_.first_offset();
+      add_parts(from, parts, positions_ * pitch, positions_, pitch, offsets);
+      int64_t first = own ? scores_.sequence_of(set) * offsets * row + scores_.head_of(set) * positions_ : set * positions_;
+      transpose(from, pitch, positions_, offsets, to + first, row);
+    }
+  }
+
+  const AttentionBackward& args_;
+  const AttentionWeights& weights_;
+  const Scores<T> scores_;
+  const int64_t depth_, positions_, query_pitch_, pitch_, parts_, items_;
+  Buffer<W> key_rows_, value_columns_, dkeys_, dvalues_, doffsets_;
+};
+
+}  // namespace
+
+void attention_backward(const AttentionBackward& args) {
+  dispatch_cpu(args.weights.dtype, [&](auto element) { Backward<decltype(element)>(args).run(); });
+}
+
+}  // namespace zk::ZK_ISA

@@ -1,0 +1,141 @@
+// Products of small matrices that lie in cache, blocked for registers. Compiled once for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "common/macros.h"
+
+namespace zk::ZK_ISA {
+
+#if defined(__AVX512F__)
+#define ZK_VECTOR_BYTES 64
+constexpr int row_block = 8;
+#elif defined(__AVX__)
+#define ZK_VECTOR_BYTES 32
+constexpr int row_block = 4;
+#else
+#define ZK_VECTOR_BYTES 16
+constexpr int row_block = 4;
+#endif
+
+// A register of W, loaded from any address.
+template <class W>
+struct Register;
+template <>
+struct Register<float> {
+  typedef float type __attribute__((vector_size(ZK_VECTOR_BYTES), aligned(4), may_alias));
+};
+template <>
+struct Register<double> {
+  typedef double type __attribute__((vector_size(ZK_VECTOR_BYTES), aligned(8), may_alias));
+};
+
+template <class W>
+constexpr int lanes = ZK_VECTOR_BYTES / int(sizeof(W));
+
+template <class W>
+constexpr int64_t whole_lanes(int64_t n) {
+  return (n + lanes<W> - 1) / lanes<W> * lanes<W>;
+}
+
+// c (MR rows, NV registers wide) = or += a b, with the sums in registers.
+template <int MR, int NV, bool add, class W>
+void gemm_block(int64_t depth, const W* a, int64_t a_row, int64_t a_column, const W* b, int64_t b_row, W* c,
+                int64_t c_row) {
+  using V = typename Register<W>::type;
+  V sum[MR][NV];
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) sum[m][n] = add ? *reinterpret_cast<V*>(c + m * c_row + n * lanes<W>) : V{};
+  }
+  for (int64_t k = 0; k < depth; ++k, a += a_column, b += b_row) {
+    V right[NV];
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) right[n] = *reinterpret_cast<const V*>(b + n * lanes<W>);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m) {
+      W left = a[m * a_row];
+#pragma GCC unroll 4
+      for (int n = 0; n < NV; ++n) sum[m][n] += left * right[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < MR; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < NV; ++n) *reinterpret_cast<V*>(c + m * c_row + n * lanes<W>) = sum[m][n];
+  }
+}
+
+template <int MR, int NV, bool add, class W>
+void gemm_rows(int64_t rows, int64_t depth, const W* a, int64_t a_row, int64_t a_column, const W* b, int64_t b_row,
+               W* c, int64_t c_row) {
+  int64_t m = 0;
+  for (; m + MR <= rows; m += MR) {
+    gemm_block<MR, NV, add>(depth, a + m * a_row, a_row, a_column, b, b_row, c + m * c_row, c_row);
+  }
+  if constexpr (MR > 1) {
+    gemm_rows<MR / 2, NV, add>(rows - m, depth, a + m * a_row, a_row, a_column, b, b_row, c + m * c_row, c_row);
+  }
+}
+
+// c = a b, or c += a b: c (rows, columns), a (rows, depth) of any strides, b (depth, columns). `columns` is a multiple of
+// lanes<W>; the columns of b and of c are contiguous.
+template <bool add, class W>
+void gemm(int64_t rows, int64_t columns, int64_t depth, const W* a, int64_t a_row, int64_t a_column, const W* b,
+          int64_t b_row, W* c, int64_t c_row) {
+  constexpr int64_t width = lanes<W>;
+  int64_t n = 0;
+  for (; n + 3 * width <= columns; n += 3 * width) {
+    gemm_rows<row_block, 3, add>(rows, depth, a, a_row, a_column, b + n, b_row, c + n, c_row);
+  }
+  if (n + 2 * width <= columns) {
+    gemm_rows<row_block, 2, add>(rows, depth, a, a_row, a_column, b + n, b_row, c + n, c_row);
+  } else if (n + width <= columns) {
+    gemm_rows<row_block, 1, add>(rows, depth, a, a_row, a_column, b + n, b_row, c + n, c_row);
+  }
+}
+
+template <int MR, int NR, class W>
+void dots_block(int64_t depth, const W* a, int64_t a_row, const W* b, int64_t b_row, W* c, int64_t c_row) {
+  using V = typename Register<W>::type;
+  V sum[MR][NR] = {};
+  for (int64_t k = 0; k < depth; k += lanes<W>) {
+    V right[NR];
+#pragma GCC unroll 4
+    for (int n = 0; n < NR; ++n) right[n] = *reinterpret_cast<const V*>(b + n * b_row + k);
+#pragma GCC unroll 4
+    for (int m = 0; m < MR; ++m) {
+      V left = *reinterpret_cast<const V*>(a + m * a_row + k);
+#pragma GCC unroll 4
+      for (int n = 0; n < NR; ++n) sum[m][n] += left * right[n];
+    }
+  }
+  for (int m = 0; m < MR; ++m) {
+    for (int n = 0; n < NR; ++n) {
+      W total = 0;
+      for (int lane = 0; lane < lanes<W>; ++lane) total += sum[m][n][lane];
+      c[m * c_row + n] += total;
+    }
+  }
+}
+
+// c += a b^T for few columns of c: a (rows, depth), b (columns, depth), both contiguous along `depth`, which is a multiple of
+// lanes<W>.
+template <class W>
+void gemm_dots(int64_t rows, int64_t columns, int64_t depth, const W* a, int64_t a_row, const W* b, int64_t b_row, W* c,
+               int64_t c_row) {
+  for (int64_t n = 0; n < columns;) {
+    bool four = n + 4 <= columns;
+    for (int64_t m = 0; m < rows;) {
+      bool pair = m + 2 <= rows;
+      auto block = pair ? (four ? dots_block<2, 4, W> : dots_block<2, 1, W>)
+                        : (four ? dots_block<1, 4, W> : dots_block<1, 1, W>);
+      block(depth, a + m * a_row, a_row, b + n * b_row, b_row, c + m * c_row + n, c_row);
+      m += pair ? 2 : 1;
+    }
+    n += four ? 4 : 1;
+  }
+}
+
+}  // namespace zk::ZK_ISA

@@ -1,0 +1,130 @@
+"""Shared-weight attention through the compiled module: ``csrc/attention/cpu.cpp`` and ``cpu_backward.cpp``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, call_cpu, unsupported_dtype
+from zipformer_kernels.library import Launchers
+from zipformer_kernels.ops.attention.reference import wide_dtype
+
+Rows = tuple[int, int, int, int]
+
+LEAST_SCORES = {torch.float32: 200 * 200, torch.float16: 100 * 100, torch.float64: 500 * 500}
+"""Targets times sources from which on a layer with three uses of its weights measured faster than on eager."""
+
+LEAST_WEIGHTS_BFLOAT16 = 1 << 24
+"""Elements of the weights from which on eager loses in bfloat16, for which processors may have instructions."""
+
+
+def _unit_stride(x: Tensor | None) -> Tensor | None:
+    """x if its last dimension is contiguous, else a copy."""
+    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def _rows(x: Tensor | None) -> Rows:
+    """The address and strides of a tensor (frames, B, H, channels)."""
+    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+
+
+def _projections(e: Tensor | None) -> Rows:
+    """The address and strides of position projections, by offset, sequence and head; 0 if sequences share them."""
+    if e is None:
+        return (0, 0, 0, 0)
+    offset, head = e.stride()[-3:-1]
+    return e.data_ptr(), offset, e.stride(0) if e.ndim == 4 else 0, head
+
+
+class _Weights:
+    """The weights' side of every call, with the tensors that it points to."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        p: Tensor | None,
+        e: Tensor | None,
+        lse: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        chunk: int,
+        left_chunks: int,
+    ) -> None:
+        self.q, self.k, self.p, self.e = (_unit_stride(x) for x in (q, k, p, e))
+        self.lse = lse.contiguous()
+        self.padding = None if key_padding_mask is None else key_padding_mask.contiguous()
+        self.mask = _unit_stride(attn_mask)
+        self.rule = chunk, left_chunks
+
+    def arguments(self) -> tuple:
+        """What every function of the compiled module takes first."""
+        q, k, p, mask = self.q, self.k, self.p, self.mask
+        scores = _rows(q), _rows(k), _rows(p), _projections(self.e)
+        masks = (0 if self.padding is None else self.padding.data_ptr(), 0 if mask is None else mask.data_ptr())
+        strides = (0, 0) if mask is None else (mask.stride(-2), mask.stride(0) if mask.ndim == 3 else 0)
+        sizes = (q.shape[0], k.shape[0], *q.shape[1:], 0 if p is None else p.shape[3], *self.rule)
+        return scores, self.lse.data_ptr(), (*masks, *strides), sizes, DTYPE_CODES[q.dtype]
+
+
+def _log_sum_exp(*args: Tensor | int | None) -> tuple[Tensor]:
+    q, k, p, e, *masks = args
+    lse = torch.empty(q.shape[2], q.shape[1], q.shape[0], dtype=wide_dtype(q.dtype), device=q.device)
+    if lse.numel() > 0:
+        weights = _Weights(q, k, p, e, lse, *masks)  # keeps copies alive until the call is over
+        call_cpu("attention_log_sum_exp", q, *weights.arguments())
+    return (lse,)
+
+
+def forward(*args: Tensor | int | float | None) -> tuple[Tensor]:
+    """Launchers' forward."""
+    q, k, p, e, v, lse, *masks, _, _ = args
+    out = v.new_empty(q.shape[0], *v.shape[1:])
+    if out.numel() > 0:
+        weights = _Weights(q, k, p, e, lse, *masks)
+        v = _unit_stride(v)
+        call_cpu("attention_forward", v, *weights.arguments(), _rows(v), out.data_ptr(), v.shape[3])
+    return (out,)
+
+
+def backward(
+    needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | float | None
+) -> tuple[Tensor | None, ...]:
+    """Launchers' backward. Gradients of p and e are computed together."""
+    q, k, p, e, v, lse, *masks, penalty, limit = args
+    (out,), (grad,) = saved, grads
+    wanted = needs[0], needs[1], needs[2] or needs[3], needs[2] or needs[3], needs[4]
+    make = torch.empty_like if out.numel() > 0 else torch.zeros_like
+    gradients = [make(x) if want else None for x, want in zip((q, k, p, e, v), wanted, strict=True)]
+    if out.numel() > 0:
+        weights = _Weights(q, k, p, e, lse, *masks)
+        v, out, grad = (_unit_stride(x) for x in (v, out, grad.to(v.dtype)))
+        written = [None if x is None else x.contiguous() for x in gradients]
+        addresses = [0 if x is None else x.data_ptr() for x in written]
+        rows = _rows(v), _rows(out), _rows(grad)
+        call_cpu("attention_backward", v, *weights.arguments(), *rows, addresses, v.shape[3], penalty, limit)
+        gradients = [x if x is y else x.copy_(y) for x, y in zip(gradients, written, strict=True)]
+    return *gradients, None, None, None
+
+
+def unsupported(
+    q: Tensor, k: Tensor, p: Tensor | None, e: Tensor | None, *rest: Tensor | int | float | None
+) -> str | None:
+    """Why the kernels cannot take these arguments, or None if they can."""
+    values = [x for x in rest if isinstance(x, Tensor) and x.is_floating_point()][:-1]  # the last is the log-sum-exp
+    dtypes = [x.dtype for x in (q, k, p, e, *values) if x is not None]
+    if len(set(dtypes)) > 1:
+        return f"it takes tensors of one dtype, got {', '.join(map(str, dtypes))}"
+    return unsupported_dtype(q, CPU_DTYPES)
+
+
+def worthwhile(q: Tensor, k: Tensor, *rest: object) -> bool:
+    """Whether a call is large enough. Below, dense weights lie in cache, where torch's products are as fast."""
+    scores = q.shape[0] * k.shape[0]
+    if q.dtype == torch.bfloat16:
+        return scores * q.shape[1] * q.shape[2] >= LEAST_WEIGHTS_BFLOAT16
+    return scores >= LEAST_SCORES[q.dtype]
+
+
+cpu = Launchers(unsupported, forward, backward, worthwhile)
+cpu_log_sum_exp = Launchers(unsupported, _log_sum_exp, None, worthwhile)
