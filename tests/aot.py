@@ -2,8 +2,8 @@
 
 ``python tests/aot.py OP TARGET`` runs the op's launchers, forward and backward, on CPU tensors of the op's small cases,
 for each dtype, with a driver that reports TARGET and compiles instead of launching. So kernels are compiled with just
-the specialisations that a launch would give them. Prints one JSON line per compiled kernel: name, registers and spills, as
-read from the binary.
+the specialisations that a launch would give them. An optimizer step is run in place of forward and backward. Prints one
+JSON line per compiled kernel: name, registers and spills, as read from the binary.
 """
 
 import importlib
@@ -19,6 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from zipformer_kernels.library import Launchers, Op
+from zipformer_kernels.ops.scaled_adam.stepper import Stepper
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -60,6 +63,21 @@ def usage(kernel: object, target: str) -> dict:
     return {"registers": number["REG"], "spills": number["STACK"] + number["LOCAL"]}
 
 
+def launch_both_ways(op: Op, launchers: Launchers, args: tuple) -> None:
+    """Forward and backward of an op."""
+    results = launchers.forward(*args)
+    saved = op._keep(args, results)[len(op.saved) :]
+    kept = op._arguments([args[i] for i in op.saved], op._values(args))
+    needs = tuple(args[i] is not None and args[i].requires_grad for i in op.tensors)
+    launchers.backward(needs, results[: op.outputs], saved, *kept)
+
+
+def launch_step(stepper: Stepper, groups: list) -> None:
+    """An optimizer step, of this process alone, and with a loss scale and other processes."""
+    stepper.step(groups, None, None, None, {})
+    stepper.step(groups, torch.ones(()), torch.zeros(()), lambda sums: None, {})
+
+
 def compile_op(name: str, target: str) -> list[dict]:
     """Compiles the kernels of op `name` for a target of `TARGETS`; returns what `usage` says of each."""
     driver.set_active(CompileOnly(TARGETS[target]))
@@ -85,11 +103,10 @@ def compile_op(name: str, target: str) -> list[dict]:
             if launchers.supports(*args) is not None:
                 continue
             with torch.no_grad():
-                results = launchers.forward(*args)
-                saved = op._keep(args, results)[len(op.saved) :]
-                kept = op._arguments([args[i] for i in op.saved], op._values(args))
-                needs = tuple(args[i] is not None and args[i].requires_grad for i in op.tensors)
-                launchers.backward(needs, results[: op.outputs], saved, *kept)
+                if hasattr(launchers, "step"):
+                    launch_step(launchers, *args)
+                else:
+                    launch_both_ways(op, launchers, args)
     return [{"kernel": kernel, "target": target, **usage(built, target)} for kernel, built in compiled.values()]
 
 

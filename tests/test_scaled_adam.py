@@ -5,11 +5,23 @@ import weakref
 
 import pytest
 import torch
-from optim_steps import assert_same, make_params, set_grads, state_tensors, train
+from optim_steps import (
+    assert_same,
+    full_speed,
+    in_float64,
+    make_params,
+    once,
+    run_on_lanes,  # noqa: F401
+    set_grads,
+    state_tensors,
+    train,
+)
+from tolerances import relative_error
 
 from zipformer_kernels.optim import ScaledAdam
 
 
+@in_float64
 def test_first_steps_by_hand():
     """One tensor, P = 2: its scale moves at the second and fourth step, by the last two sums of p g."""
     p0 = torch.tensor([3.0, -4.0], dtype=torch.float64)
@@ -36,6 +48,7 @@ def test_first_steps_by_hand():
     assert (p - p0).abs().min() > 1e-3
 
 
+@full_speed
 def test_one_element_is_clamped_and_takes_small_steps():
     p = torch.nn.Parameter(torch.tensor([[9.9999]]))
     optimizer = ScaledAdam([p], lr=0.1)
@@ -49,6 +62,7 @@ def test_one_element_is_clamped_and_takes_small_steps():
     assert 9.0 < p.item() < 9.5  # a hundred steps of lr / 10 at most, less what the momentum has to turn
 
 
+@full_speed
 def test_learns():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
@@ -92,6 +106,7 @@ def test_every_form_of_params_trains_alike():
         assert_same(params, expected)
 
 
+@once
 def test_names_are_kept_and_made_up():
     a, b, c = make_params([(2,), (3,), (4,)])
     groups = [{"named_params": [("a", a)], "lr": 0.1}, {"params": b}]
@@ -180,7 +195,7 @@ def test_any_strides_of_parameters_and_gradients():
         for adam in adams:
             adam.step()
     for p, q in zip(plain, strided, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=0)
+        assert relative_error(p, q) <= 1e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -221,6 +236,7 @@ def test_half_gradients_of_wide_parameters(dtype):
     assert_same(mixed, wide)
 
 
+@in_float64
 def test_mixed_dtypes_in_one_group():
     params = [make_params([(3, 4)], dtype)[0] for dtype in (torch.float32, torch.float64, torch.bfloat16)]
     optimizer = ScaledAdam(params, clipping_scale=2.0)
@@ -240,6 +256,7 @@ def test_gradients_are_not_kept_alive():
     assert watched() is None
 
 
+@once
 @pytest.mark.parametrize(
     ("error", "message", "group"),
     [
@@ -278,6 +295,7 @@ def test_bad_arguments(error, message, group):
         ScaledAdam([{"params": torch.zeros(2), **group}])
 
 
+@once
 def test_a_parameter_in_two_groups():
     (p,) = make_params([(2,)])
     with pytest.raises(ValueError, match="more than one parameter group"):

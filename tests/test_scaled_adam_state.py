@@ -7,7 +7,17 @@ import pickle
 
 import pytest
 import torch
-from optim_steps import SHAPES, assert_same, make_params, set_grads, state_tensors, train
+from optim_steps import (
+    SHAPES,
+    assert_same,
+    dtypes_on_lanes,
+    make_params,
+    once,
+    run_on_lanes,  # noqa: F401
+    set_grads,
+    state_tensors,
+    train,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zipformer_kernels.optim import ScaledAdam
@@ -78,6 +88,7 @@ def test_no_operation_of_a_step_waits():
     assert [d.steps for d in optimizer.diagnostics()] == [24, 24]
 
 
+@once
 def test_a_step_depends_on_no_value():
     """Meta tensors have no values: a step on them decides nothing on the host, nor leaves their device."""
     params = [torch.nn.Parameter(p.to("meta")) for p in make_params()]
@@ -166,7 +177,7 @@ def resume_by_pickle(optimizer, params):
     return pickle.loads(pickle.dumps((optimizer, params)))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@dtypes_on_lanes("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("resume", [resume_by_state_dict, resume_by_deepcopy, resume_by_pickle])
 @pytest.mark.parametrize("steps", [0, 1, 14])
 def test_resuming_equals_not_stopping(resume, steps, dtype):
@@ -182,6 +193,28 @@ def test_resuming_equals_not_stopping(resume, steps, dtype):
     assert any(not torch.equal(p, q) for p, q in zip(halfway, copies, strict=True))
     assert_same(state_tensors(resumed), state_tensors(optimizer))
     assert resumed.diagnostics() == optimizer.diagnostics()
+
+
+def test_resuming_on_every_backend():
+    params = make_params()
+    optimizer = ScaledAdam([{"params": params[:3], "lr": 0.02}, {"params": params[3:]}], clipping_scale=1.0)
+    train(optimizer, params, 9)
+    resumed, copies = resume_by_state_dict(optimizer, params)
+    train(optimizer, params, 4, start=9)
+    train(resumed, copies, 4, start=9)
+    assert_same(copies, params)
+    assert_same(state_tensors(resumed), state_tensors(optimizer))
+
+
+def test_diagnostics_are_of_the_moment_they_were_asked_for():
+    params = make_params()
+    optimizer = ScaledAdam(params, clipping_scale=2.0)
+    train(optimizer, params, 3)
+    now, pending = optimizer.diagnostics(), optimizer.start_diagnostics()
+    train(optimizer, params, 2, start=3)
+    assert pending.result() == now
+    assert pending.ready()
+    assert [d.steps for d in optimizer.diagnostics()] == [5]
 
 
 def test_loading_copies_the_state():

@@ -11,6 +11,7 @@ import torch
 import upstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from optim_steps import dtypes_on_lanes, full_speed, in_float64, on_lanes, once, run_on_lanes  # noqa: F401
 
 from zipformer_kernels.optim import ScaledAdam, load_upstream_state_dict, upstream_state_dict
 
@@ -77,9 +78,9 @@ def upstream_in(dtype):
 
 def make_params(dtype, shapes=tuple(SHAPES), rms=tuple(RMS), seed=0):
     generator = torch.Generator().manual_seed(seed)
-    noise = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    noise = [torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") for shape in shapes]
     values = [r * (x if x.numel() > 1 else torch.ones_like(x)) for x, r in zip(noise, rms, strict=True)]
-    return [torch.nn.Parameter(x.to(dtype)) for x in values]
+    return [torch.nn.Parameter(x.to(torch.get_default_device(), dtype)) for x in values]
 
 
 def make_batches(dtype, steps, shapes=tuple(SHAPES), seed=1):
@@ -87,7 +88,7 @@ def make_batches(dtype, steps, shapes=tuple(SHAPES), seed=1):
     generator = torch.Generator().manual_seed(seed)
 
     def randn(shape=()):
-        return torch.randn(shape, generator=generator, dtype=torch.float64)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
 
     drift = [2.0 * randn(shape) for shape in shapes]
     batches = []
@@ -96,8 +97,10 @@ def make_batches(dtype, steps, shapes=tuple(SHAPES), seed=1):
         batch = []
         for k, shape in enumerate(shapes):
             g = loudness * 10.0 ** (k % 5 - 3) * (randn(shape) + drift[k])
-            luck = float(torch.rand((), generator=generator))
-            batch.append(None if luck < 0.1 or i % 37 == 36 else (g * (luck > 0.15)).to(dtype))
+            luck = float(torch.rand((), generator=generator, device="cpu"))
+            batch.append(
+                None if luck < 0.1 or i % 37 == 36 else (g * (luck > 0.15)).to(torch.get_default_device(), dtype)
+            )
         batches.append(batch)
     return batches
 
@@ -152,7 +155,7 @@ def in_groups(params):
     ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@dtypes_on_lanes("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_agrees_over_300_steps(options, grouped, dtype):
@@ -172,6 +175,17 @@ def test_agrees_over_300_steps(options, grouped, dtype):
     )
 
 
+@on_lanes(lambda lane: lane.backend in ("triton", "cuda"))
+def test_gpu_kernels_agree_over_300_steps():
+    options = OPTIONS["clipping"]
+    with upstream_in(torch.float32):
+        ours, theirs = make_params(torch.float32), make_params(torch.float32)
+        adams = ScaledAdam(in_groups(ours), **options), upstream_adam(in_groups(theirs), **options)
+        error = compare(*adams, make_batches(torch.float32, 300), ours, theirs, {100: 0.5, 200: 3.0})
+    assert error <= TOLERANCE[torch.float32]
+
+
+@once
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -199,6 +213,7 @@ def test_every_option_is_noticed(wrong):
     assert error > 20 * TOLERANCE[torch.float32]
 
 
+@in_float64
 @settings(max_examples=20)
 @given(
     shapes=st.lists(st.lists(st.integers(1, 5), max_size=4).map(tuple), min_size=1, max_size=8),
@@ -219,6 +234,7 @@ def test_agrees_for_any_shapes_and_options(shapes, seed, beta2, **options):
     assert error <= TOLERANCE[torch.float64]
 
 
+@once
 def test_named_and_grouped_forms_of_upstream():
     model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2, bias=False))
     named = list(model.named_parameters())
@@ -236,6 +252,7 @@ def test_named_and_grouped_forms_of_upstream():
             assert {name: value for name, value in our_group.items() if name != "param_names"} == their_group
 
 
+@full_speed
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
 def test_a_batch_that_is_not_finite_counts_as_never_seen(poison):
     """Ours with three bad batches is upstream without them: in all groups, for one bad gradient."""
@@ -260,6 +277,7 @@ def test_a_batch_that_is_not_finite_counts_as_never_seen(poison):
     assert [d.steps for d in our_adam.diagnostics()] == [80, 80, 80]
 
 
+@full_speed
 def test_upstream_lets_nan_into_every_parameter():
     batches = make_batches(torch.float32, 50)
     batches[45][8][3, 4] = math.nan
@@ -272,6 +290,7 @@ def test_upstream_lets_nan_into_every_parameter():
     assert all(p.isfinite().all() for p in ours)
 
 
+@full_speed
 @pytest.mark.parametrize("steps", [1, 17, 100])
 @pytest.mark.parametrize("direction", ["from upstream", "to upstream"])
 def test_training_moves_between_upstream_and_here(direction, steps):
@@ -299,6 +318,7 @@ def test_training_moves_between_upstream_and_here(direction, steps):
     assert largest_error(split, whole, [abs(rms) for rms in RMS]) <= TOLERANCE[dtype]
 
 
+@full_speed
 def test_an_upstream_checkpoint_comes_back_as_it_was():
     with upstream_in(torch.float32):
         params = make_params(torch.float32)
@@ -322,6 +342,7 @@ def test_an_upstream_checkpoint_comes_back_as_it_was():
                 assert torch.equal(actual["state"][index][name], value), (index, name)
 
 
+@once
 def test_upstream_checkpoints_of_optimizers_that_never_stepped():
     ours, theirs = ScaledAdam(make_params(torch.float32)), upstream_adam(make_params(torch.float32))
     load_upstream_state_dict(ours, theirs.state_dict())
@@ -329,6 +350,7 @@ def test_upstream_checkpoints_of_optimizers_that_never_stepped():
     assert not upstream_state_dict(ours)["state"]
 
 
+@once
 def test_upstream_checkpoints_that_do_not_fit():
     with upstream_in(torch.float32):
         params = make_params(torch.float32)

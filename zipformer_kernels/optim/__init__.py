@@ -1,5 +1,6 @@
 """The optimizer and the learning-rate schedules that Zipformer recipes train with."""
 
+from zipformer_kernels.optim.averaging import average_model, update_averaged_model
 from zipformer_kernels.optim.checkpoint import load_upstream_state_dict, upstream_state_dict
 from zipformer_kernels.optim.diagnostics import GroupDiagnostics, PendingDiagnostics
 from zipformer_kernels.optim.eden import Eden, Eden2
@@ -11,6 +12,8 @@ __all__ = [
     "GroupDiagnostics",
     "PendingDiagnostics",
     "ScaledAdam",
+    "average_model",
     "load_upstream_state_dict",
+    "update_averaged_model",
     "upstream_state_dict",
 ]

@@ -109,9 +109,8 @@ def load_wide(address, dtype, i, inside):
 
 
 @triton.jit
-def find_chunk(words, tensors, CHUNK: tl.constexpr):
-    """This program's chunk: the row of its tensor, the tensor's number, first and last element."""
-    index = tl.program_id(0).to(tl.int64)
+def find_chunk(words, tensors, index, CHUNK: tl.constexpr):
+    """Where chunk `index` lies: the row of its tensor, the tensor's number, its first element and its end."""
     low = tl.full((), 0, tl.int64)
     high = low + tensors - 1
     while low < high:
@@ -126,7 +125,7 @@ def find_chunk(words, tensors, CHUNK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tensors", "chunks"])
 def partials_kernel(words, partials_ptr, tensors, chunks, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    row, _, begin, end = find_chunk(words, tensors, CHUNK)
+    row, _, begin, end = find_chunk(words, tensors, tl.program_id(0).to(tl.int64), CHUNK)
     p_address, p_dtype = tl.load(row + P), tl.load(row + P_DTYPE)
     g_address, g_dtype = tl.load(row + G), tl.load(row + G_DTYPE)
     pp = tl.zeros((BLOCK,), tl.float32)
@@ -327,7 +326,7 @@ def plan_kernel(
 
 @triton.jit(do_not_specialize=["tensors"])
 def update_kernel(words, plans_ptr, tensors, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    row, index, begin, end = find_chunk(words, tensors, CHUNK)
+    row, index, begin, end = find_chunk(words, tensors, tl.program_id(0).to(tl.int64), CHUNK)
     number = tl.load(row + GROUP)
     plan_ptr = plans_ptr + tensors * PLAN + number * PLAN_OF_GROUP
     if tl.load(plan_ptr) != 0:
