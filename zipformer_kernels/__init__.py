@@ -12,6 +12,7 @@ from zipformer_kernels.ops.bias_norm import bias_norm
 from zipformer_kernels.ops.nonlin_attention import nonlin_attention
 from zipformer_kernels.ops.swoosh import swoosh_l, swoosh_r
 from zipformer_kernels.ops.swoosh_linear import swoosh_linear
+from zipformer_kernels.optim import Eden, Eden2, ScaledAdam
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten
 
 __version__ = "0.1.0"
@@ -21,6 +22,9 @@ __all__ = [
     "BackendError",
     "Balancer",
     "ChunkMask",
+    "Eden",
+    "Eden2",
+    "ScaledAdam",
     "ScheduledFloat",
     "Whiten",
     "Zipformer",
