@@ -36,8 +36,8 @@ struct AttentionForward {
   int64_t channels;
 };
 
-// Gradients from that of out; contiguous, null where not wanted. dp and de come together. The gradient of the scores gains
-// penalty sign(s) where |s| > limit.
+// Gradients from that of out; contiguous, null where not wanted. dp and de come together. The gradient of the scores
+// gains penalty sign(s) where |s| > limit.
 struct AttentionBackward {
   AttentionWeights weights;
   AttentionRows v, out, grad;

@@ -41,8 +41,8 @@ void bind_attention(pybind11::module_& m) {
   m.def(
       "attention_backward_cpu",
       [](const Scores& scores, uintptr_t lse, const Masks& masks, const Sizes& sizes, int dtype, const Rows& v,
-         const Rows& out, const Rows& grad, const std::array<uintptr_t, 5>& gradients, int64_t channels,
-         double penalty, double limit, int threads) {
+         const Rows& out, const Rows& grad, const std::array<uintptr_t, 5>& gradients, int64_t channels, double penalty,
+         double limit, int threads) {
         attention_backward_cpu({weights(scores, lse, masks, sizes, dtype, threads), rows(v), rows(out), rows(grad),
                                 pointer(gradients[0]), pointer(gradients[1]), pointer(gradients[2]),
                                 pointer(gradients[3]), pointer(gradients[4]), channels, penalty, limit});

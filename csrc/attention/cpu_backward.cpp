@@ -1,8 +1,10 @@
-// Attention on the CPU, backward: weights once more, tile by tile, and every gradient from the tile while it is in cache.
+// Attention on the CPU, backward: weights once more, tile by tile, and every gradient from the tile while it is in
+// cache.
 //
-// With g the gradient of the result, dw = g v^T and delta[i] = g[i] . out[i], the scores' gradient is ds = w (dw - delta).
-// The targets of a sequence and head are cut into parts. Each part sums what it adds to the gradients of keys, values and
-// position projections in memory of its own, and the parts are added up in order: results do not depend on the threads.
+// With g the gradient of the result, dw = g v^T and delta[i] = g[i] . out[i], the scores' gradient is ds = w (dw -
+// delta). The targets of a sequence and head are cut into parts. Each part sums what it adds to the gradients of keys,
+// values and position projections in memory of its own, and the parts are added up in order: results do not depend on
+// the threads.
 #include <cmath>
 #include <utility>
 
@@ -74,8 +76,8 @@ class Backward {
     }
 
     W *q, *p, *g, *out, *dq, *dp, *delta;
-    W *w, *ds;          // skewed; outside of its rows ds stays zero
-    W *dw, *extra;      // rectangular
+    W *w, *ds;      // skewed; outside of its rows ds stays zero
+    W *dw, *extra;  // rectangular
   };
 
   int64_t parts() const {
@@ -193,8 +195,7 @@ class Backward {
     }
     int64_t offset = scores_.offset_of(block, source), pitch = scores_.offset_pitch, reach = scores_.reach(width);
     if (args_.dp) {
-      gemm_dots(rows, positions_, reach, m.ds, tile_pitch, scores_.offsets(pair) + offset, pitch, m.dp,
-                positions_);
+      gemm_dots(rows, positions_, reach, m.ds, tile_pitch, scores_.offsets(pair) + offset, pitch, m.dp, positions_);
     }
     if (args_.de) {
       W* de = doffsets_ + item * positions_ * pitch + offset;
@@ -245,7 +246,8 @@ class Backward {
     for (int64_t set = 0; set < scores_.offset_sets; ++set) {
       W* from = doffsets_ + set * parts * positions_ * pitch - scores_.first_offset();
       add_parts(from, parts, positions_ * pitch, positions_, pitch, offsets);
-      int64_t first = own ? scores_.sequence_of(set) * offsets * row + scores_.head_of(set) * positions_ : set * positions_;
+      int64_t first =
+          own ? scores_.sequence_of(set) * offsets * row + scores_.head_of(set) * positions_ : set * positions_;
       transpose(from, pitch, positions_, offsets, to + first, row);
     }
   }

@@ -79,8 +79,8 @@ void gemm_rows(int64_t rows, int64_t depth, const W* a, int64_t a_row, int64_t a
   }
 }
 
-// c = a b, or c += a b: c (rows, columns), a (rows, depth) of any strides, b (depth, columns). `columns` is a multiple of
-// lanes<W>; the columns of b and of c are contiguous.
+// c = a b, or c += a b: c (rows, columns), a (rows, depth) of any strides, b (depth, columns). `columns` is a multiple
+// of lanes<W>; the columns of b and of c are contiguous.
 template <bool add, class W>
 void gemm(int64_t rows, int64_t columns, int64_t depth, const W* a, int64_t a_row, int64_t a_column, const W* b,
           int64_t b_row, W* c, int64_t c_row) {
@@ -120,8 +120,8 @@ void dots_block(int64_t depth, const W* a, int64_t a_row, const W* b, int64_t b_
   }
 }
 
-// c += a b^T for few columns of c: a (rows, depth), b (columns, depth), both contiguous along `depth`, which is a multiple of
-// lanes<W>.
+// c += a b^T for few columns of c: a (rows, depth), b (columns, depth), both contiguous along `depth`, which is a
+// multiple of lanes<W>.
 template <class W>
 void gemm_dots(int64_t rows, int64_t columns, int64_t depth, const W* a, int64_t a_row, const W* b, int64_t b_row, W* c,
                int64_t c_row) {

@@ -1,12 +1,13 @@
 // Tiles of scores: what forward and backward share. Compiled once for each instruction set.
 //
-// A tile holds the scores of `tile_rows` targets against `tile_columns` sources and stays in cache. It is stored skewed:
-// row i, whose columns count sources j, begins one element before where a rectangle of row length `tile_pitch` has it:
+// A tile holds the scores of `tile_rows` targets against `tile_columns` sources and stays in cache. It is stored
+// skewed: row i, whose columns count sources j, begins one element before where a rectangle of row length `tile_pitch`
+// has it:
 //
 //     address of (i, j) = tile_rows - 1 + i (tile_pitch - 1) + j
 //
-// Read as that rectangle, column n of every row is the same offset j - i. So the positional term, p_i . e[T - 1 - i + j], is
-// an ordinary product of the block's p with consecutive columns of e, and so are its gradients.
+// Read as that rectangle, column n of every row is the same offset j - i. So the positional term, p_i . e[T - 1 - i +
+// j], is an ordinary product of the block's p with consecutive columns of e, and so are its gradients.
 #pragma once
 
 #include <omp.h>
@@ -57,7 +58,8 @@ class Buffer {
   W* data_;
 };
 
-// Calls f(item, scratch) for every item, in any order; each thread has `scratch_size` elements of its own, zero at first.
+// Calls f(item, scratch) for every item, in any order; each thread has `scratch_size` elements of its own, zero at
+// first.
 template <class W, class F>
 void for_each_item(int64_t items, int threads, int64_t scratch_size, F&& f) {
   scratch_size = (scratch_size + 63) / 64 * 64;
@@ -165,9 +167,7 @@ class Scores {
   // Their column 0 belongs to the last row of a whole last block: T - 1 - (row_blocks tile_rows - 1), not positive.
   int64_t first_offset() const { return args.targets - row_blocks * tile_rows; }
   int64_t offset_set(int64_t pair) const { return args.e.sequence ? pair : head_of(pair); }
-  const W* offsets(int64_t pair) const {
-    return offsets_ + offset_set(pair) * args.position_channels * offset_pitch;
-  }
+  const W* offsets(int64_t pair) const { return offsets_ + offset_set(pair) * args.position_channels * offset_pitch; }
 
   // Scores before masking; `q` and `p` are the block's rows.
   void fill(int64_t pair, int64_t block, int64_t source, int64_t columns, const W* q, const W* p, W* tile) const {

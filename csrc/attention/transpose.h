@@ -26,8 +26,8 @@ ZK_HD void interleave(const V& a, const V& b, V& low, V& high) {
 #endif
 }
 
-// to (columns, rows) = the transpose of from (rows, columns); both have at most lanes<W> of each. Interleaving the first
-// half of all rows with the second doubles the runs of lanes that lie right, until all do.
+// to (columns, rows) = the transpose of from (rows, columns); both have at most lanes<W> of each. Interleaving the
+// first half of all rows with the second doubles the runs of lanes that lie right, until all do.
 template <class From, class To, class W = Wide<From>>
 void transpose_block(const From* from, int64_t from_pitch, int64_t rows, int64_t columns, To* to, int64_t to_pitch) {
   using V = typename Register<W>::type;
