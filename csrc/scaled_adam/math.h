@@ -12,6 +12,10 @@ constexpr double adam_max_scale_move = 0.1;
 constexpr double adam_corrected_below = 0.99;
 constexpr double adam_early_slack = 2.0;
 
+// Plain sqrt may be the one of doubles only.
+ZK_HD float adam_sqrt(float x) { return sqrtf(x); }
+ZK_HD double adam_sqrt(double x) { return sqrt(x); }
+
 ZK_HD bool adam_finite(float x) { return fabsf(x) <= 3.402823466e38f; }
 ZK_HD bool adam_finite(double x) { return fabs(x) <= 1.7976931348623157e308; }
 
@@ -82,7 +86,7 @@ ZK_HD AdamTensorPlan<S> adam_plan_tensor(const AdamGroup& group, int64_t i, int6
 
   S move = 0;
   if (t % period == period - 1) {
-    rms = sqrt(sum_p_squared / static_cast<const S*>(group.numel)[i]);
+    rms = adam_sqrt(sum_p_squared / static_cast<const S*>(group.numel)[i]);
     if (t > 0) {
       S sum = 0, squares = 0;
       for (int64_t k = 0; k < period; ++k) {
@@ -95,8 +99,8 @@ ZK_HD AdamTensorPlan<S> adam_plan_tensor(const AdamGroup& group, int64_t i, int6
       S& u = static_cast<S*>(group.scale_exp_avg_sq)[i];
       u = (S(1) - fresh) * u + fresh * (squares / S(period));
       if (!single) {
-        S correction = sqrt(adam_one_minus_power(log_decay, (t + 1) / period));
-        move = -lr * S(group.scalar_lr_scale) * correction * sum / (sqrt(u) + S(group.eps));
+        S correction = adam_sqrt(adam_one_minus_power(log_decay, (t + 1) / period));
+        move = -lr * S(group.scalar_lr_scale) * correction * sum / (adam_sqrt(u) + S(group.eps));
         if (rms < S(group.param_min_rms)) move = 0;
         move = adam_max(adam_min(move, S(adam_max_scale_move)), -S(adam_max_scale_move));
         move = adam_min(move, (S(group.param_max_rms) - rms) / rms);
@@ -132,7 +136,7 @@ struct AdamUpdate {
   ZK_HD void operator()(W& p, W g, W& v, W& m) const {
     g *= grad_scale;
     v = beta2 * v + new2 * (g * g);
-    W d = step_size * (g / (sqrt(variance_scale * v) + eps)) + scale_move * p;
+    W d = step_size * (g / (adam_sqrt(variance_scale * v) + eps)) + scale_move * p;
     m = beta1 * m + new1 * d;
     p = p + m;
     p = p > bound ? bound : p;
