@@ -9,6 +9,7 @@ import argparse
 import datetime
 import json
 import logging
+import os
 import platform
 import statistics
 import subprocess
@@ -117,9 +118,11 @@ def report(preset, samples):
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "load_average_at_the_end": os.getloadavg()[0],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit.stdout.strip() + ("" if not changed.stdout.strip() else " and changes"),
         "median_seconds": medians,
+        "fastest_seconds": {name: min(values) for name, values in samples.items()},
         "times_as_fast_as_upstream": {name: medians["upstream"] / median for name, median in medians.items()},
         "times_as_long_as_fused_adamw": {
             name: median / medians["AdamW(fused=True)"] for name, median in medians.items()
