@@ -154,7 +154,6 @@ def build(output: Path, work: Path, *, cuda: bool = False, emulator: bool = Fals
     definitions = [
         f"-DZK_MODULE_NAME={output.name.split('.')[0]}",
         f"-DZK_WITH_CUDA={int(cuda or emulator)}",
-        f"-DZK_EMULATED={int(emulator)}",
         f"-DZK_CUDA_TARGETS='\"{' '.join(targets)}\"'",
     ]
     objects: list[str] = []
@@ -165,7 +164,8 @@ def build(output: Path, work: Path, *, cuda: bool = False, emulator: bool = Fals
         objects.append(target)
         edges.append(f"build {target}: {rule} {source}\n  flags = {' '.join(flags)}\n")
 
-    isas = ISAS if platform.machine() in ("x86_64", "AMD64") else {"baseline": []}
+    many = platform.machine() in ("x86_64", "AMD64") and not emulator
+    isas = ISAS if many else {"baseline": []}
     emulate = [f"-I{CSRC / 'emulator'}", "-Wno-unknown-pragmas", "-x c++"]
     compile_file(CSRC / "bindings.cpp", "cxx", [*definitions, *python_flags()])
     compile_file(CSRC / "common/isa.cpp", "cxx", [])
@@ -187,7 +187,7 @@ def build(output: Path, work: Path, *, cuda: bool = False, emulator: bool = Fals
     work.mkdir(parents=True, exist_ok=True)
     (work / "build.ninja").write_text(
         f"""rule cxx
-  command = {cxx()} {" ".join(COMMON_FLAGS)} $flags -MMD -MF $out.d -c $in -o $out
+  command = {cxx()} {" ".join(COMMON_FLAGS)} -DZK_EMULATED={int(emulator)} $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule nvcc
