@@ -39,6 +39,10 @@ class ScaledAdam(Optimizer):
     state is two tensors a parameter, in its shape, in float32, and a few numbers. Under
     `torch.amp.GradScaler` gradients are unscaled on the fly, and overflow is handled without waiting.
 
+    The step runs on the backend that `zipformer_kernels.use_backend` or the environment asks for, by default on the best
+    one for the parameters' device. Parameters may be DTensors (`fully_shard`, tensor parallelism): each process then
+    steps its shards, and one all-reduce adds up the sums over tensors. Every process must call `step` together.
+
     Args:
         params: parameters; (name, parameter) pairs; or dicts with either under "params", or pairs under
             "named_params", and any of the options below, which then hold for that group. Names serve
