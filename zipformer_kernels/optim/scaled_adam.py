@@ -39,7 +39,7 @@ class ScaledAdam(Optimizer):
     state is two tensors a parameter, in its shape, in float32, and a few numbers. Under
     `torch.amp.GradScaler` gradients are unscaled on the fly, and overflow is handled without waiting.
 
-    The step runs on the backend that `zipformer_kernels.use_backend` or the environment asks for, by default on the best
+    The step runs on the backend that `zipformer_kernels.use_backend` or the environment asks for, by default the best
     one for the parameters' device. Parameters may be DTensors (`fully_shard`, tensor parallelism): each process then
     steps its shards, and one all-reduce adds up the sums over tensors. Every process must call `step` together.
 
