@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
+#include "bias_norm/math.h"
 #include "common/dtypes.h"
 #include "common/isa.h"
-#include "bias_norm/math.h"
 
 namespace zk {
 
@@ -23,8 +23,8 @@ struct BiasNormForward {
 };
 
 // Null outputs are not computed. `partials` is (parts, channels + 1) of the wide type, and is null if neither dbias nor
-// dlog_scale is wanted: each of `parts` groups of rows leaves its share of dbias there, and in the last column its share of
-// dlog_scale; then the groups are added up in order. So results do not depend on the number of threads.
+// dlog_scale is wanted: each of `parts` groups of rows leaves its share of dbias there, and in the last column its
+// share of dlog_scale; then the groups are added up in order. So results do not depend on the number of threads.
 struct BiasNormBackward {
   const void* dy;  // of y's dtype
   const void* x;

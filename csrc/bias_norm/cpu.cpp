@@ -1,5 +1,5 @@
-// BiasNorm on the CPU: rows split over threads, loops over channels that vectorise. A row stays in the first-level cache
-// between its two readings.
+// BiasNorm on the CPU: rows split over threads, loops over channels that vectorise. A row stays in the first-level
+// cache between its two readings.
 #include <algorithm>
 
 #include "bias_norm/bias_norm.h"
@@ -43,7 +43,7 @@ ZK_ROW W projection(const Y* __restrict dy, const X* __restrict x, W r, int64_t 
 
 template <class X, class Y, class W = Wide<X>>
 ZK_ROW void backward_row(const Y* __restrict dy, const X* __restrict x, const W* __restrict bias, BiasNormRow<W> row,
-                  X* __restrict dx, int64_t channels) {
+                         X* __restrict dx, int64_t channels) {
 #pragma omp simd
   for (int64_t c = 0; c < channels; ++c) {
     W wide = widen(x[c]);
@@ -53,7 +53,7 @@ ZK_ROW void backward_row(const Y* __restrict dy, const X* __restrict x, const W*
 
 template <class X, class W = Wide<X>>
 ZK_ROW void add_bias_row(const X* __restrict x, const W* __restrict bias, BiasNormRow<W> row, W* __restrict dbias,
-                  int64_t channels) {
+                         int64_t channels) {
 #pragma omp simd
   for (int64_t c = 0; c < channels; ++c) dbias[c] += row.through_rms(widen(x[c]), bias[c]);
 }

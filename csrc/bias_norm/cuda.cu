@@ -191,7 +191,7 @@ __global__ void __launch_bounds__(max_threads, 1)
 constexpr int sum_columns = 32, sum_groups = 16;
 
 // The sums of 32 columns of partials per block: dbias, and dlog_scale in the last column.
-__global__ void __launch_bounds__(sum_columns * sum_groups)
+__global__ void __launch_bounds__(sum_columns* sum_groups)
     add_parts(const float* partials, float* dbias, float* dlog_scale, int64_t parts, int64_t channels) {
   __shared__ float sums[sum_groups][sum_columns];
   int column = threadIdx.x % sum_columns, group = threadIdx.x / sum_columns;
@@ -210,15 +210,19 @@ __global__ void __launch_bounds__(sum_columns * sum_groups)
 
 // ---- the choice between them ----
 
-// Calls run(packs) with the least number of packs of N per lane, as a constant, that hold a row in one warp's registers;
-// returns whether there is one.
+// Calls run(packs) with the least number of packs of N per lane, as a constant, that hold a row in one warp's
+// registers; returns whether there is one.
 template <int N, class Run>
 bool in_registers(int64_t channels, Run run) {
   if (channels % N != 0 || channels > 1024) return false;
-  if (channels <= 256) run(std::integral_constant<int, 8 / N>{});
-  else if (channels <= 512) run(std::integral_constant<int, 16 / N>{});
-  else if (channels <= 768) run(std::integral_constant<int, 24 / N>{});
-  else run(std::integral_constant<int, 32 / N>{});
+  if (channels <= 256)
+    run(std::integral_constant<int, 8 / N>{});
+  else if (channels <= 512)
+    run(std::integral_constant<int, 16 / N>{});
+  else if (channels <= 768)
+    run(std::integral_constant<int, 24 / N>{});
+  else
+    run(std::integral_constant<int, 32 / N>{});
   return true;
 }
 
@@ -230,8 +234,10 @@ unsigned threads_for(int64_t packs) {
 // Calls run(N) with the elements per access, as a constant: 16 bytes of x where rows are `aligned`, else one element.
 template <class X, class Run>
 void in_blocks(int64_t channels, bool aligned, Run run) {
-  if (aligned && channels % width<X> == 0) run(std::integral_constant<int, width<X>>{});
-  else run(std::integral_constant<int, 1>{});
+  if (aligned && channels % width<X> == 0)
+    run(std::integral_constant<int, width<X>>{});
+  else
+    run(std::integral_constant<int, 1>{});
 }
 
 const auto dispatch = [](DType dtype, auto&& f) { dispatch_gpu(dtype, f); };
@@ -249,10 +255,10 @@ void bias_norm_forward_cuda(const BiasNormForward& args, void* stream) {
     auto inverse = static_cast<float*>(args.inverse_rms);
     bool aligned = aligned16(x) && aligned16(y) && aligned16(bias);
     bool done = aligned && in_registers<width<X>>(args.channels, [&](auto packs) {
-      launch("bias_norm forward", forward_in_registers<X, Y, width<X>, packs.value>,
-             grid_size(ceil_div(args.rows, warps)), warps * 32, 0, stream, x, bias, log_scale, y, inverse, args.rows,
-             int(args.channels));
-    });
+                  launch("bias_norm forward", forward_in_registers<X, Y, width<X>, packs.value>,
+                         grid_size(ceil_div(args.rows, warps)), warps * 32, 0, stream, x, bias, log_scale, y, inverse,
+                         args.rows, int(args.channels));
+                });
     if (done) return;
     in_blocks<X>(args.channels, aligned, [&](auto n) {
       launch("bias_norm forward", forward_in_blocks<X, Y, n.value>, grid_size(args.rows),
@@ -275,9 +281,9 @@ void bias_norm_backward_cuda(const BiasNormBackward& args, void* stream) {
     bool aligned = aligned16(dy) && aligned16(x) && aligned16(dx) && aligned16(bias);
     unsigned blocks = grid_size(args.parts);
     bool done = aligned && in_registers<width<X>>(args.channels, [&](auto packs) {
-      launch("bias_norm backward", backward_in_registers<X, Y, width<X>, packs.value>, blocks, warps * 32, 0, stream,
-             dy, x, bias, log_scale, inverse, dx, partials, args.rows, int(args.channels));
-    });
+                  launch("bias_norm backward", backward_in_registers<X, Y, width<X>, packs.value>, blocks, warps * 32,
+                         0, stream, dy, x, bias, log_scale, inverse, dx, partials, args.rows, int(args.channels));
+                });
     if (done) return;
     in_blocks<X>(args.channels, aligned, [&](auto n) {
       launch("bias_norm backward", backward_in_blocks<X, Y, n.value>, blocks, threads_for(args.channels / n.value), 0,
@@ -286,8 +292,8 @@ void bias_norm_backward_cuda(const BiasNormBackward& args, void* stream) {
   });
   if (!partials) return;
   launch("bias_norm backward, sums", add_parts, grid_size(ceil_div(args.channels + 1, sum_columns)),
-         sum_columns * sum_groups, 0, stream, static_cast<const float*>(partials),
-         static_cast<float*>(args.dbias), static_cast<float*>(args.dlog_scale), args.parts, args.channels);
+         sum_columns * sum_groups, 0, stream, static_cast<const float*>(partials), static_cast<float*>(args.dbias),
+         static_cast<float*>(args.dlog_scale), args.parts, args.channels);
 }
 
 }  // namespace zk

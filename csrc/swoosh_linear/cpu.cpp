@@ -47,8 +47,10 @@ template <class F>
 void with_constants(SwooshKind kind, bool flag, F f) {
   using L = std::integral_constant<SwooshKind, SwooshKind::l>;
   using R = std::integral_constant<SwooshKind, SwooshKind::r>;
-  if (kind == SwooshKind::l) flag ? f(L{}, std::true_type{}) : f(L{}, std::false_type{});
-  else flag ? f(R{}, std::true_type{}) : f(R{}, std::false_type{});
+  if (kind == SwooshKind::l)
+    flag ? f(L{}, std::true_type{}) : f(L{}, std::false_type{});
+  else
+    flag ? f(R{}, std::true_type{}) : f(R{}, std::false_type{});
 }
 
 const auto dispatch = [](DType dtype, auto&& f) { dispatch_cpu(dtype, f); };
@@ -83,8 +85,10 @@ void swoosh_linear_backward(const SwooshLinearBackward& args) {
     auto a = static_cast<A*>(args.a);
     with_constants(args.kind, mask != nullptr, [&](auto kind, auto masked) {
       for_each_stretch(args.shape, mask, args.threads, [&](int64_t i, const W* stretch, int64_t count) {
-        if (a) backward<kind(), masked(), true>(da + i, x + i, stretch, dx + i, a + i, count);
-        else backward<kind(), masked(), false>(da + i, x + i, stretch, dx + i, a, count);
+        if (a)
+          backward<kind(), masked(), true>(da + i, x + i, stretch, dx + i, a + i, count);
+        else
+          backward<kind(), masked(), false>(da + i, x + i, stretch, dx + i, a, count);
       });
     });
   });

@@ -111,8 +111,10 @@ void in_tiles(const MaskedShape& shape, bool aligned, int rows, Run run) {
     run(n, Tiles{shape.shared, shape.inner, unsigned(across), unsigned(down)}, blocks, dim3(x, y));
   };
   if (shape.size() == 0) return;
-  if (aligned && shape.inner % width<X, A> == 0) launch_with(std::integral_constant<int, width<X, A>>{});
-  else launch_with(std::integral_constant<int, 1>{});
+  if (aligned && shape.inner % width<X, A> == 0)
+    launch_with(std::integral_constant<int, width<X, A>>{});
+  else
+    launch_with(std::integral_constant<int, 1>{});
 }
 
 const auto dispatch = [](DType dtype, auto&& f) { dispatch_gpu(dtype, f); };
@@ -128,8 +130,8 @@ void swoosh_linear_forward_cuda(const SwooshLinearForward& args, void* stream) {
     auto a = static_cast<A*>(args.a);
     bool aligned = aligned16(x) && aligned16(mask) && aligned16(a);
     in_tiles<X, A>(args.shape, aligned, forward_rows, [&](auto n, Tiles tiles, unsigned blocks, dim3 block) {
-      auto kernel = args.kind == SwooshKind::l ? forward<SwooshKind::l, X, A, n.value>
-                                               : forward<SwooshKind::r, X, A, n.value>;
+      auto kernel =
+          args.kind == SwooshKind::l ? forward<SwooshKind::l, X, A, n.value> : forward<SwooshKind::r, X, A, n.value>;
       launch("swoosh_linear forward", kernel, blocks, block, 0, stream, x, mask, a, tiles);
     });
   });
@@ -146,8 +148,8 @@ void swoosh_linear_backward_cuda(const SwooshLinearBackward& args, void* stream)
     auto a = static_cast<A*>(args.a);
     bool aligned = aligned16(da) && aligned16(x) && aligned16(mask) && aligned16(dx) && aligned16(a);
     in_tiles<X, A>(args.shape, aligned, backward_rows, [&](auto n, Tiles tiles, unsigned blocks, dim3 block) {
-      auto kernel = args.kind == SwooshKind::l ? backward<SwooshKind::l, X, A, n.value>
-                                               : backward<SwooshKind::r, X, A, n.value>;
+      auto kernel =
+          args.kind == SwooshKind::l ? backward<SwooshKind::l, X, A, n.value> : backward<SwooshKind::r, X, A, n.value>;
       launch("swoosh_linear backward", kernel, blocks, block, 0, stream, da, x, mask, dx, a, tiles);
     });
   });

@@ -10,8 +10,8 @@
 
 namespace zk {
 
-// x and everything of its shape is (outer, shared, inner), dense. The mask is (outer, inner), in float64 for float64 and
-// in float32 for the others; null stands for ones.
+// x and everything of its shape is (outer, shared, inner), dense. The mask is (outer, inner), in float64 for float64
+// and in float32 for the others; null stands for ones.
 struct MaskedShape {
   int64_t outer, shared, inner;
 
@@ -42,8 +42,8 @@ struct SwooshLinearBackward {
   int threads;  // on the CPU
 };
 
-// Calls f with a value of x's element type and one of a's, which is the same or, for float32, half precision; `dispatch`
-// is dispatch_cpu or dispatch_gpu.
+// Calls f with a value of x's element type and one of a's, which is the same or, for float32, half precision;
+// `dispatch` is dispatch_cpu or dispatch_gpu.
 template <class Dispatch, class F>
 void dispatch_swoosh_linear(Dispatch dispatch, DType x_dtype, DType a_dtype, F&& f) {
   dispatch(x_dtype, [&](auto x) {
