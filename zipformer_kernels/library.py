@@ -273,6 +273,14 @@ def _one_or_all(results: tuple[Tensor, ...]) -> Any:
     return results[0] if len(results) == 1 else results
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast computes products in on the device of x, or None where it is off."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def _without_autocast(launch: Callable[..., Any], *args: Any) -> Any:
     """Launchers state their dtypes; torch functions inside them must not cast once more."""
     for device in ("cpu", "cuda"):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.library import gradient_hook
+from zipformer_kernels.library import autocast_dtype, gradient_hook
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import reference
 
@@ -175,10 +175,7 @@ def penalized(scores: Tensor, penalty: float, limit: float) -> Tensor:
 
 def _softmax(scores: Tensor) -> Tensor:
     weights = scores.softmax(dim=-1)
-    device = scores.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return weights
-    return weights.to(torch.get_autocast_dtype(device))
+    return weights.to(autocast_dtype(scores) or weights.dtype)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

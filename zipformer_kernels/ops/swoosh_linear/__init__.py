@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.library import Op, triton_launchers
+from zipformer_kernels.library import Op, autocast_dtype, triton_launchers
 from zipformer_kernels.ops.swoosh_linear import native, reference
 
 _op = Op(
@@ -86,8 +86,9 @@ def swoosh_linear(
     if mask is not None:
         _check_mask(mask, x)
     # Float64 passes through autocast as it is.
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
-        return _op(x, weight, bias, mask, kind, torch.get_autocast_dtype(x.device.type), backend=backend)
+    product = autocast_dtype(x)
+    if x.dtype != torch.float64 and product is not None:
+        return _op(x, weight, bias, mask, kind, product, backend=backend)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name} must be of the dtype of x, {x.dtype}, without autocast, got {tensor.dtype}")
