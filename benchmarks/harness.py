@@ -77,7 +77,7 @@ def upstream_peer(op: str) -> Callable[..., Tensor] | None:
         functions = {"l": scaling._swooshl, "r": scaling._swooshr}
         return lambda x, kind: functions[kind](x)
     if op == "bias_norm":
-        return lambda x, bias, log_scale, dim, *rest: scaling.BiasNormFunction.apply(x, bias, log_scale, dim, False)
+        return lambda x, bias, log_scale: scaling.BiasNormFunction.apply(x, bias, log_scale, -1, False)
     return None
 
 
