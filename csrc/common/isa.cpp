@@ -1,3 +1,4 @@
+// Detects the best instruction set of the processor, and keeps the one in use.
 #include "common/isa.h"
 
 #include <atomic>
