@@ -1,0 +1,60 @@
+// Python's entry points to the kernels of conv_module; zipformer_kernels/ops/conv_module/native.py calls them.
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "common/bind.h"
+#include "conv_module/conv_module.h"
+
+namespace zk {
+
+// Addresses of: a, s, padding, weight, bias, causal_weight, causal_bias, edge_scale.
+using Addresses = std::array<uintptr_t, 8>;
+// frames, batch, channels, frame_stride, batch_stride, kernel, chunk.
+using Sizes = std::array<int64_t, 7>;
+
+static ConvModuleInputs inputs(const Addresses& in, const Sizes& n, int x_dtype, int y_dtype, int threads) {
+  return {pointer(in[0]), pointer(in[1]), static_cast<const uint8_t*>(pointer(in[2])),
+          pointer(in[3]), pointer(in[4]), pointer(in[5]),
+          pointer(in[6]), pointer(in[7]), {n[0], n[1], n[2], n[3], n[4], n[5], n[6]},
+          DType(x_dtype), DType(y_dtype), threads};
+}
+
+static ConvModuleForward forward_args(const Addresses& in, uintptr_t y, const Sizes& sizes, int x_dtype, int y_dtype,
+                                      int threads) {
+  return {inputs(in, sizes, x_dtype, y_dtype, threads), pointer(y)};
+}
+
+static ConvModuleBackward backward_args(const Addresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds,
+                                        uintptr_t partials, int64_t parts, const Sizes& sizes, int x_dtype,
+                                        int y_dtype, int threads) {
+  return {inputs(in, sizes, x_dtype, y_dtype, threads), pointer(dy), pointer(da), pointer(ds), pointer(partials),
+          parts};
+}
+
+void bind_conv_module(pybind11::module_& m) {
+  m.def("conv_module_forward_cpu",
+        [](const Addresses& in, uintptr_t y, const Sizes& sizes, int x_dtype, int y_dtype, int threads) {
+          conv_module_forward_cpu(forward_args(in, y, sizes, x_dtype, y_dtype, threads));
+        }, release_gil());
+  m.def("conv_module_backward_cpu",
+        [](const Addresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds, uintptr_t partials, int64_t parts,
+           const Sizes& sizes, int x_dtype, int y_dtype, int threads) {
+          conv_module_backward_cpu(
+              backward_args(in, dy, da, ds, partials, parts, sizes, x_dtype, y_dtype, threads));
+        }, release_gil());
+#if ZK_WITH_CUDA
+  m.def("conv_module_forward_cuda",
+        [](const Addresses& in, uintptr_t y, const Sizes& sizes, int x_dtype, int y_dtype, uintptr_t stream) {
+          conv_module_forward_cuda(forward_args(in, y, sizes, x_dtype, y_dtype, 0), pointer(stream));
+        });
+  m.def("conv_module_backward_cuda",
+        [](const Addresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds, uintptr_t partials, int64_t parts,
+           const Sizes& sizes, int x_dtype, int y_dtype, uintptr_t stream) {
+          conv_module_backward_cuda(backward_args(in, dy, da, ds, partials, parts, sizes, x_dtype, y_dtype, 0),
+                                    pointer(stream));
+        });
+#endif
+}
+
+}  // namespace zk

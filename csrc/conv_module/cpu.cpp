@@ -1,0 +1,337 @@
+// The convolution module on the CPU. A thread takes a tile of frames of one sequence and a block of channels: the gate is
+// computed once into a strip that stays in cache, together with the frames that the kernel reaches on either side.
+#include <algorithm>
+
+#include "common/parallel.h"
+#include "conv_module/conv_module.h"
+#include "conv_module/math.h"
+#include "conv_module/strip.h"
+
+namespace zk::ZK_ISA {
+
+namespace {
+
+constexpr int64_t tile = 128;           // frames
+constexpr int64_t block_channels = 256;
+
+// Tiles are not inlined: compiled once, they give the same bits on one thread and on several.
+#define ZK_TILE __attribute__((noinline))
+
+// One thread's view of the inputs: a block of channels at a time, its parameters laid out in panels.
+template <class X, class W = Wide<X>>
+class Block {
+ public:
+  explicit Block(const ConvModuleInputs& in) : in(in), n(in.shape), half(n.half()) {}
+
+  // Turns to a block of channels.
+  void select(int64_t block) {
+    if (block * block_channels == first && channels > 0) return;
+    first = block * block_channels;
+    channels = std::min(block_channels, n.channels - first);
+    panels = (channels + Lanes<W>::count - 1) / Lanes<W>::count;
+    read_taps(in.weight, n.kernel, weight, flipped_weight);
+    read_row(in.bias, bias);
+    if (!in.chunked()) return;
+    read_taps(in.causal_weight, half + 1, causal_weight, flipped_causal);
+    read_row(in.causal_bias, causal_bias);
+    Strip<W> unused;
+    read_taps(in.edge_scale, n.kernel, left, unused);
+    read_taps(static_cast<const W*>(in.edge_scale) + n.channels * n.kernel, n.kernel, right, unused);
+  }
+
+  // Rows of x: the gated input of frames t0 - H .. t0 + count + H - 1 of sequence b.
+  void load_gated(int64_t b, int64_t t0, int64_t count, Strip<W>& x) const {
+    for (int64_t r = 0; r < count + 2 * half; ++r) {
+      int64_t t = t0 - half + r;
+      if (t < 0 || t >= n.frames || padded(b, t)) {
+        x.clear_row(r);
+        continue;
+      }
+      const X *a = row(in.a, b, t), *s = row(in.s, b, t);
+      x.each_channel(r, channels, [&](int64_t c, W& to) { to = gated(widen(a[c]), widen(s[c])); });
+    }
+  }
+
+  bool padded(int64_t b, int64_t t) const { return in.padding && in.padding[b * n.frames + t]; }
+
+  const X* row(const void* x, int64_t b, int64_t t) const {
+    return static_cast<const X*>(x) + t * n.frame_stride + b * n.batch_stride + first;
+  }
+
+  // Where the block's channels of a frame begin in a dense tensor.
+  int64_t dense(int64_t b, int64_t t) const { return (t * n.batch + b) * n.channels + first; }
+
+  // e_p of frame t and a panel.
+  Lanes<W> factor(int64_t p, int64_t t) {
+    Lanes<W> result{};
+    int64_t at = t % n.chunk;
+    result.v += W(1);
+    if (at < n.kernel) result.v += left.panel(p)[at].v;
+    if (at >= n.chunk - n.kernel) result.v += right.panel(p)[at - n.chunk + n.kernel].v;
+    return result;
+  }
+
+  // Calls f(from, to) with the parts of frames t0 .. t0 + count - 1 that lie in one chunk each.
+  template <class F>
+  void each_chunk(int64_t t0, int64_t count, F f) const {
+    for (int64_t from = t0; from < t0 + count;) {
+      int64_t to = std::min(from / n.chunk * n.chunk + n.chunk, t0 + count);
+      f(from, to);
+      from = to;
+    }
+  }
+
+  // Copies rows from - H .. to + H - 1 of a panel whose first row is frame t0 - H; zero outside of the chunk of `from`.
+  void isolate(const Lanes<W>* rows, int64_t t0, int64_t from, int64_t to, Lanes<W>* copy) const {
+    int64_t begin = from / n.chunk * n.chunk, end = begin + n.chunk;
+    for (int64_t u = from - half; u < to + half; ++u) {
+      *copy++ = u >= begin && u < end ? rows[u - t0 + half] : Lanes<W>{};
+    }
+  }
+
+  const ConvModuleInputs& in;
+  const ConvModuleShape& n;
+  int64_t half, first = 0, channels = 0, panels = 0;
+  Strip<W> weight, flipped_weight, bias, causal_weight, flipped_causal, causal_bias, left, right;
+
+ private:
+  // Parameters of (channels, count), forwards and backwards in time.
+  void read_taps(const void* from, int64_t count, Strip<W>& taps, Strip<W>& flipped) {
+    taps.resize(panels, count);
+    flipped.resize(panels, count);
+    const W* values = static_cast<const W*>(from) + first * count;
+    for (int64_t c = 0; c < channels; ++c) {
+      int64_t p = c / Lanes<W>::count, lane = c % Lanes<W>::count;
+      for (int64_t k = 0; k < count; ++k) {
+        taps.panel(p)[k].data()[lane] = flipped.panel(p)[count - 1 - k].data()[lane] = values[c * count + k];
+      }
+    }
+  }
+
+  void read_row(const void* from, Strip<W>& row) {
+    row.resize(panels, 1);
+    const W* values = static_cast<const W*>(from);
+    if (values) row.each_channel(0, channels, [&](int64_t c, W& to) { to = values[first + c]; });
+  }
+};
+
+template <class X, class Y, class W = Wide<X>>
+class Forward {
+ public:
+  explicit Forward(const ConvModuleForward& args) : block_(args.in), y_(static_cast<Y*>(args.y)) {}
+
+  ZK_TILE void run(int64_t block, int64_t b, int64_t t0) {
+    block_.select(block);
+    const ConvModuleShape& n = block_.n;
+    int64_t count = std::min(tile, n.frames - t0), rows = tile + 2 * block_.half + group;
+    if (sized_ != block_.panels) {
+      sized_ = block_.panels;
+      x_.resize(sized_, rows);
+      result_.resize(sized_, tile);
+      isolated_.resize(2, rows);
+    }
+    block_.load_gated(b, t0, count, x_);
+    for (int64_t p = 0; p < block_.panels; ++p) convolve(p, t0, count);
+    for (int64_t i = 0; i < count; ++i) {
+      Y* y = y_ + block_.dense(b, t0 + i);
+      result_.each_channel(i, block_.channels, [&](int64_t c, W& value) { y[c] = narrow<Y>(value); });
+    }
+  }
+
+ private:
+  void convolve(int64_t p, int64_t t0, int64_t count) {
+    const Lanes<W>*x = x_.panel(p), *weight = block_.weight.panel(p);
+    Lanes<W>* result = result_.panel(p);
+    int64_t kernel = block_.n.kernel;
+    Lanes<W> bias = *block_.bias.panel(p);
+    if (!block_.in.chunked()) return correlate_rows(x, weight, kernel, count, bias, result);
+    correlate_rows(x, block_.causal_weight.panel(p), block_.half + 1, count, *block_.causal_bias.panel(p), result);
+    Lanes<W>*rows = isolated_.panel(0), *within = isolated_.panel(1);
+    block_.each_chunk(t0, count, [&](int64_t from, int64_t to) {
+      block_.isolate(x, t0, from, to, rows);
+      correlate_rows(rows, weight, kernel, to - from, bias, within);
+      for (int64_t t = from; t < to; ++t) result[t - t0].v += block_.factor(p, t).v * within[t - from].v;
+    });
+  }
+
+  Block<X> block_;
+  Y* y_;
+  int64_t sized_ = 0;
+  Strip<W> x_, result_, isolated_;
+};
+
+template <class X, class Y, class W = Wide<X>>
+class Backward {
+ public:
+  explicit Backward(const ConvModuleBackward& args)
+      : args_(args), block_(args.in), offsets_(args.in.shape, args.in.chunked()) {}
+
+  // The share of one part of all tiles.
+  ZK_TILE void run(int64_t block, int64_t part) {
+    block_.select(block);
+    const ConvModuleShape& n = block_.n;
+    int64_t rows = tile + 2 * block_.half + group, taps = round_up(n.kernel, group);
+    if (sized_ != block_.panels) {
+      sized_ = block_.panels;
+      for (Strip<W>* strip : {&x_, &dy_, &scaled_, &dx_}) strip->resize(sized_, rows);
+      isolated_.resize(2, rows);
+    }
+    dweight_.resize(block_.panels, taps);
+    dbias_.resize(block_.panels, 1);
+    if (args_.in.chunked()) {
+      dcausal_.resize(block_.panels, taps);
+      dcausal_bias_.resize(block_.panels, 1);
+      dleft_.resize(block_.panels, n.kernel);
+      dright_.resize(block_.panels, n.kernel);
+    }
+    int64_t across = (n.frames + tile - 1) / tile, tiles = n.batch * across;
+    for (int64_t i = tiles * part / args_.parts; i < tiles * (part + 1) / args_.parts; ++i) {
+      run_tile(i / across, i % across * tile);
+    }
+    if (args_.partials) write(static_cast<W*>(args_.partials) + part * offsets_.total);
+  }
+
+ private:
+  ZK_TILE void run_tile(int64_t b, int64_t t0) {
+    int64_t count = std::min(tile, block_.n.frames - t0), half = block_.half;
+    for (int64_t r = 0; r < count + 2 * half; ++r) {
+      int64_t t = t0 - half + r;
+      if (t < 0 || t >= block_.n.frames) {
+        dy_.clear_row(r);
+        continue;
+      }
+      const Y* dy = static_cast<const Y*>(args_.dy) + block_.dense(b, t);
+      dy_.each_channel(r, block_.channels, [&](int64_t c, W& to) { to = widen(dy[c]); });
+    }
+    if (args_.partials) block_.load_gated(b, t0, count, x_);
+    for (int64_t p = 0; p < block_.panels; ++p) {
+      if (args_.in.chunked()) scale(p, t0, count);
+      if (args_.da) differentiate(p, t0, count);
+      if (args_.partials) add_parameters(p, t0, count);
+    }
+    for (int64_t i = 0; i < count && args_.da; ++i) write_row(b, t0 + i, i);
+  }
+
+  // e dy, on every frame that dy is held of.
+  void scale(int64_t p, int64_t t0, int64_t count) {
+    int64_t begin = std::max<int64_t>(t0 - block_.half, 0);
+    const Lanes<W>* dy = dy_.panel(p);
+    Lanes<W>* scaled = scaled_.panel(p);
+    for (int64_t t = begin; t < t0 + count + block_.half; ++t) {
+      int64_t r = t - t0 + block_.half;
+      scaled[r].v = dy[r].v * block_.factor(p, t).v;
+    }
+  }
+
+  void differentiate(int64_t p, int64_t t0, int64_t count) {
+    const Lanes<W>*dy = dy_.panel(p), *weight = block_.flipped_weight.panel(p);
+    Lanes<W>* dx = dx_.panel(p);
+    int64_t kernel = block_.n.kernel, half = block_.half;
+    if (!args_.in.chunked()) return correlate_rows(dy, weight, kernel, count, Lanes<W>{}, dx);
+    correlate_rows(dy + half, block_.flipped_causal.panel(p), half + 1, count, Lanes<W>{}, dx);
+    Lanes<W>*rows = isolated_.panel(0), *within = isolated_.panel(1);
+    block_.each_chunk(t0, count, [&](int64_t from, int64_t to) {
+      block_.isolate(scaled_.panel(p), t0, from, to, rows);
+      correlate_rows(rows, weight, kernel, to - from, Lanes<W>{}, within);
+      for (int64_t t = from; t < to; ++t) dx[t - t0].v += within[t - from].v;
+    });
+  }
+
+  void add_parameters(int64_t p, int64_t t0, int64_t count) {
+    const Lanes<W>*x = x_.panel(p), *dy = dy_.panel(p) + block_.half;
+    int64_t kernel = block_.n.kernel;
+    if (!args_.in.chunked()) {
+      correlate_taps(x, dy, count, kernel, dweight_.panel(p));
+      return add_rows(dy, count, *dbias_.panel(p));
+    }
+    correlate_taps(x, dy, count, block_.half + 1, dcausal_.panel(p));
+    add_rows(dy, count, *dcausal_bias_.panel(p));
+    const Lanes<W>* scaled = scaled_.panel(p) + block_.half;
+    add_rows(scaled, count, *dbias_.panel(p));
+    Lanes<W>*rows = isolated_.panel(0), *within = isolated_.panel(1);
+    block_.each_chunk(t0, count, [&](int64_t from, int64_t to) {
+      block_.isolate(x, t0, from, to, rows);
+      correlate_taps(rows, scaled + from - t0, to - from, kernel, dweight_.panel(p));
+      correlate_rows(rows, block_.weight.panel(p), kernel, to - from, *block_.bias.panel(p), within);
+      for (int64_t t = from; t < to; ++t) {
+        int64_t at = t % block_.n.chunk, from_right = at - block_.n.chunk + kernel;
+        auto product = dy[t - t0].v * within[t - from].v;
+        if (at < kernel) dleft_.panel(p)[at].v += product;
+        if (from_right >= 0) dright_.panel(p)[from_right].v += product;
+      }
+    });
+  }
+
+  // da and ds of one frame, from row i of dx.
+  void write_row(int64_t b, int64_t t, int64_t i) {
+    X* da = static_cast<X*>(args_.da) + block_.dense(b, t);
+    X* ds = static_cast<X*>(args_.ds) + block_.dense(b, t);
+    if (block_.padded(b, t)) {
+      std::fill_n(da, block_.channels, X{});
+      std::fill_n(ds, block_.channels, X{});
+      return;
+    }
+    const X *a = block_.row(args_.in.a, b, t), *s = block_.row(args_.in.s, b, t);
+    dx_.each_channel(i, block_.channels, [&](int64_t c, W& dx) {
+      W wide_da, wide_ds;
+      gate_gradients(widen(a[c]), widen(s[c]), dx, wide_da, wide_ds);
+      da[c] = narrow<X>(wide_da);
+      ds[c] = narrow<X>(wide_ds);
+    });
+  }
+
+  void write(W* share) {
+    const ConvModuleShape& n = block_.n;
+    write_taps(dweight_, n.kernel, share);
+    write_taps(dbias_, 1, share + offsets_.bias);
+    if (!args_.in.chunked()) return;
+    write_taps(dcausal_, block_.half + 1, share + offsets_.causal_weight);
+    write_taps(dcausal_bias_, 1, share + offsets_.causal_bias);
+    write_taps(dleft_, n.kernel, share + offsets_.edge_scale);
+    write_taps(dright_, n.kernel, share + offsets_.edge_scale + n.channels * n.kernel);
+  }
+
+  // To (channels, count).
+  void write_taps(Strip<W>& from, int64_t count, W* to) {
+    to += block_.first * count;
+    for (int64_t c = 0; c < block_.channels; ++c) {
+      Lanes<W>* panel = from.panel(c / Lanes<W>::count);
+      for (int64_t k = 0; k < count; ++k) to[c * count + k] = panel[k].data()[c % Lanes<W>::count];
+    }
+  }
+
+  const ConvModuleBackward& args_;
+  Block<X> block_;
+  ParameterOffsets offsets_;
+  int64_t sized_ = 0;
+  Strip<W> x_, dy_, scaled_, dx_, isolated_;
+  Strip<W> dweight_, dbias_, dcausal_, dcausal_bias_, dleft_, dright_;
+};
+
+int64_t blocks_of(const ConvModuleShape& n) { return (n.channels + block_channels - 1) / block_channels; }
+
+const auto dispatch = [](DType dtype, auto&& f) { dispatch_cpu(dtype, f); };
+
+}  // namespace
+
+void conv_module_forward(const ConvModuleForward& args) {
+  const ConvModuleShape& n = args.in.shape;
+  int64_t across = (n.frames + tile - 1) / tile, tiles = n.batch * across;
+  dispatch_conv_module(dispatch, args.in.x_dtype, args.in.y_dtype, [&](auto x, auto y) {
+    parallel_for(blocks_of(n) * tiles, 1, args.in.threads, [&](int64_t begin, int64_t end) {
+      Forward<decltype(x), decltype(y)> forward(args);
+      for (int64_t i = begin; i < end; ++i) forward.run(i / tiles, i % tiles / across, i % across * tile);
+    });
+  });
+}
+
+void conv_module_backward(const ConvModuleBackward& args) {
+  dispatch_conv_module(dispatch, args.in.x_dtype, args.in.y_dtype, [&](auto x, auto y) {
+    parallel_for(blocks_of(args.in.shape) * args.parts, 1, args.in.threads, [&](int64_t begin, int64_t end) {
+      Backward<decltype(x), decltype(y)> backward(args);
+      for (int64_t i = begin; i < end; ++i) backward.run(i / args.parts, i % args.parts);
+    });
+  });
+}
+
+}  // namespace zk::ZK_ISA

@@ -1,0 +1,77 @@
+"""conv_module through the compiled module: ``cpu.cpp`` and ``cuda.cu`` of ``csrc/conv_module/``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, GPU_DTYPES, call_cpu, call_cuda, multiprocessors
+from zipformer_kernels.library import Launchers
+from zipformer_kernels.ops.conv_module.arguments import Arguments, Gradients, unsupported
+
+TILE = 128  # frames that kernels take at a time
+BLOCKS_PER_MULTIPROCESSOR = 2
+WIDEST = {False: 127, True: 47}  # kernels whose strips fit into the shared memory of every GPU; in chunks
+
+
+def _forward(call: Callable[..., None], *args: Any) -> tuple[Tensor]:
+    arguments = Arguments(*args)
+    y = arguments.result()
+    if y.numel() > 0:
+        call("conv_module_forward", y, _inputs(arguments), y.data_ptr(), arguments.sizes, *_dtypes(arguments))
+    return (y,)
+
+
+def _backward(
+    call: Callable[..., None],
+    most_parts: Callable[[Arguments], int],
+    needs: tuple[bool, ...],
+    grads: tuple[Tensor],
+    saved: tuple[()],
+    *args: Any,
+) -> tuple[Tensor | None, ...]:
+    arguments = Arguments(*args)
+    dy = grads[0].contiguous()
+    out = Gradients(arguments, needs, arguments.parts(TILE, most_parts(arguments)))
+    if dy.numel() > 0:
+        outputs = (_pointer(t) for t in (out.da, out.ds, out.partials))
+        pointers = _inputs(arguments), dy.data_ptr(), *outputs
+        call("conv_module_backward", dy, *pointers, out.parts, arguments.sizes, *_dtypes(arguments))
+    return out.returned()
+
+
+def _inputs(arguments: Arguments) -> tuple[int, ...]:
+    tensors = arguments.a, arguments.s, arguments.padding, *arguments.parameters
+    return tuple(_pointer(t) for t in tensors)
+
+
+def _dtypes(arguments: Arguments) -> tuple[int, int]:
+    return DTYPE_CODES[arguments.a.dtype], DTYPE_CODES[arguments.dtype]
+
+
+def _pointer(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _unsupported_cuda(a: Tensor, s: Tensor, weight: Tensor, *rest: Any) -> str | None:
+    widest = WIDEST[rest[1] is not None]
+    if weight.shape[2] > widest:
+        return f"it takes kernels of up to {widest} frames, got {weight.shape[2]}"
+    return unsupported(GPU_DTYPES, a, s, weight, *rest)
+
+
+def _launchers(
+    call: Callable[..., None], supports: Callable[..., str | None], most_parts: Callable[[Arguments], int]
+) -> Launchers:
+    return Launchers(supports, partial(_forward, call), partial(_backward, call, most_parts))
+
+
+# Groups of frames whose gradients of parameters are summed apart: on the CPU so many that threads share them out
+# evenly, on the GPU one for each block.
+cpu = _launchers(call_cpu, partial(unsupported, CPU_DTYPES), lambda _: 64)
+cuda = _launchers(
+    call_cuda, _unsupported_cuda, lambda arguments: BLOCKS_PER_MULTIPROCESSOR * multiprocessors(arguments.a)
+)

@@ -1,0 +1,98 @@
+"""conv_module in plain PyTorch: what every backend is tested against, what exporters trace, and the eager backend."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zipformer_kernels.library import Launchers
+
+
+def conv_module(
+    a: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    causal_weight: Tensor | None,
+    causal_bias: Tensor | None,
+    edge_scale: Tensor | None,
+    padding: Tensor | None,
+    chunk_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The convolution of a * sigmoid(s), zero on padding: (T, batch, channels) in `dtype`."""
+    if a.numel() == 0:  # convolutions of no frames are errors
+        return (a * torch.sigmoid(s)).to(dtype)
+    x = (a * torch.sigmoid(s)).permute(1, 2, 0).to(dtype)
+    if padding is not None:
+        x = x.masked_fill(padding.unsqueeze(1), 0.0)
+    weight, bias, causal_weight, causal_bias, edge_scale = (
+        None if p is None else p.to(dtype) for p in (weight, bias, causal_weight, causal_bias, edge_scale)
+    )
+    if causal_weight is None:
+        y = F.conv1d(x, weight, bias, padding=weight.shape[2] // 2, groups=weight.shape[0])
+    else:
+        y = chunk_convolution(x, weight, bias, causal_weight, causal_bias, edge_scale, chunk_size)
+    return y.permute(2, 0, 1)
+
+
+def chunk_convolution(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    causal_weight: Tensor,
+    causal_bias: Tensor | None,
+    edge_scale: Tensor,
+    chunk_size: int,
+) -> Tensor:
+    """The causal convolution, plus the one inside chunks of `chunk_size` frames times its scale.
+
+    Args:
+        x: (batch, channels, T).
+        weight, bias, causal_weight, causal_bias, edge_scale: as of `chunk_conv_module` of the package.
+        chunk_size: at least 1; need not divide T.
+    """
+    channels, _, kernel = weight.shape
+    frames = x.shape[2]
+    past = F.conv1d(F.pad(x, (kernel // 2, 0)), causal_weight, causal_bias, groups=channels)
+    chunks = F.pad(x, (0, -frames % chunk_size)).unflatten(2, (-1, chunk_size))
+    chunks = chunks.transpose(1, 2)  # (batch, chunks, channels, chunk_size)
+    within = F.conv1d(chunks.flatten(0, 1), weight, bias, padding=kernel // 2, groups=channels)
+    within = within * chunk_factors(edge_scale, chunk_size)
+    within = within.unflatten(0, chunks.shape[:2]).transpose(1, 2).flatten(2)
+    return within[..., :frames] + past
+
+
+def chunk_factors(edge_scale: Tensor, chunk_size: int) -> Tensor:
+    """The factor on the convolution inside a chunk at each of its frames: (channels, chunk_size).
+
+    Args:
+        edge_scale: (2, channels, K), corrections to 1 from the left edge on, and up to the right edge.
+    """
+    left, right = edge_scale
+    missing = chunk_size - edge_scale.shape[2]  # padding, or cropping where negative
+    return 1.0 + (F.pad(left, (0, missing)) + F.pad(right, (missing, 0)))
+
+
+def forward(*args: object) -> tuple[Tensor]:
+    """As `conv_module`, contiguous."""
+    return (conv_module(*args).contiguous(),)
+
+
+def backward(
+    needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[()], *args: object
+) -> tuple[Tensor | None, ...]:
+    """The gradients, by autograd of the formula."""
+    tensors, values = args[: len(needs)], args[len(needs) :]
+    leaves = [t.detach().requires_grad_() if need else t for t, need in zip(tensors, needs, strict=True)]
+    with torch.enable_grad():
+        y = conv_module(*leaves, *values)
+    wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(y, wanted, grads, allow_unused=True, materialize_grads=True))
+    return tuple(
+        torch.empty_like(leaf).copy_(next(found)) if need else None for leaf, need in zip(leaves, needs, strict=True)
+    )
+
+
+eager = Launchers(lambda *_: None, forward, backward)
