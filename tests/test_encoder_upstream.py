@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 import upstream
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from parity import assert_same_run, build_pair, seed_all, set_batch_count
 from tolerances import PARITY, assert_parity, rounding
@@ -56,8 +56,14 @@ def batch(config, lengths, dtype=torch.float64):
     return [x, x_lens, torch.arange(frames) >= x_lens[:, None]]
 
 
+def assume_whitening_is_determined(config, lengths):
+    """Of two frames in all Whiten's direction is zero but for rounding errors, which it scales up."""
+    assume(all(len(lengths) * -(-max(lengths) // factor) != 2 for factor in config["downsampling_factor"]))
+
+
 @given(configurations(), lengths, st.booleans())
 def test_eval(config, lengths, masked):
+    assume_whitening_is_determined(config, lengths)
     ours, theirs = pair(config)
     args = batch(config, lengths)
     assert_same_run(ours.eval(), theirs.eval(), args if masked else args[:2])
@@ -67,6 +73,7 @@ def test_eval(config, lengths, masked):
 @given(configurations(), lengths)
 def test_eval_float32(config, lengths):
     """Gradients gather rounding errors over layers and, in sums that cancel, over frames: ten times more."""
+    assume_whitening_is_determined(config, lengths)
     ours, theirs = pair(config, torch.float32)
     args = batch(config, lengths, torch.float32)
     with torch.no_grad():
@@ -78,6 +85,7 @@ def test_eval_float32(config, lengths):
 @given(configurations(), lengths.filter(lambda lengths: max(lengths) > 3), st.sampled_from([0, 100, 5000, 30000]))
 def test_training(config, lengths, batch_count):
     """Three steps, each under its seed, with every skip, dropout, penalty, balancer and whitening."""
+    assume_whitening_is_determined(config, lengths)
     ours, theirs = pair(config)
     args = batch(config, lengths)
     for step in range(3):
@@ -181,7 +189,10 @@ def test_autocast_keeps_upstreams_dtypes():
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             outputs.append(model(*args)[0])
         dtypes.append(seen)
-    assert dtypes[0] == dtypes[1]
+    fused = ("conv_module1", "conv_module2"), ("sigmoid", "activation2", "depthwise_conv")
+    absent = {name for name in dtypes[1] if name not in dtypes[0]}
+    assert all(name.split(".")[-2] in fused[0] and name.split(".")[-1] in fused[1] for name in absent)
+    assert dtypes[0] == {name: dtype for name, dtype in dtypes[1].items() if name not in absent}
     assert set(dtypes[0].values()) > {torch.float32, torch.bfloat16}
     assert_parity(*outputs, rounding(torch.bfloat16), "output")
 

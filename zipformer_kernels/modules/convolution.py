@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
 from zipformer_kernels.modules.streaming import join_cache
+from zipformer_kernels.ops.conv_module import chunk_conv_module, conv_module
+from zipformer_kernels.ops.conv_module.reference import chunk_convolution, chunk_factors
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
 
 
@@ -54,17 +55,14 @@ class ChunkCausalDepthwiseConv1d(nn.Module):
         Returns:
             (batch, channels, T).
         """
-        batch, channels, frames = x.shape
-        left_pad = self.kernel_size // 2
-        if chunk_size < 0 or chunk_size > frames:
-            chunk_size = frames
-        past = self.causal_conv(F.pad(x, (left_pad, 0)))
+        if chunk_size < 0 or chunk_size > x.shape[2]:
+            chunk_size = x.shape[2]
+        return chunk_convolution(x, *self.parameters_of_op(), chunk_size)
 
-        chunks = F.pad(x, (0, -frames % chunk_size)).unflatten(2, (-1, chunk_size))
-        chunks = chunks.transpose(1, 2)  # (batch, chunks, channels, chunk_size)
-        within = self.chunkwise_conv(chunks.flatten(0, 1)) * self._chunk_scale(chunk_size)
-        within = within.unflatten(0, chunks.shape[:2]).transpose(1, 2).reshape(batch, channels, -1)
-        return within[..., :frames] + past
+    def parameters_of_op(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+        """The parameters, in the order in which `chunk_conv_module` takes them."""
+        within, causal = self.chunkwise_conv, self.causal_conv
+        return within.weight, within.bias, causal.weight, causal.bias, self.chunkwise_conv_scale
 
     def streaming_forward(self, x: Tensor, cache: Tensor) -> tuple[Tensor, Tensor]:
         """Convolves one chunk.
@@ -77,13 +75,8 @@ class ChunkCausalDepthwiseConv1d(nn.Module):
             (batch, channels, T), and the next `cache`.
         """
         joined, cache = join_cache("cache", cache, x, self.kernel_size // 2, dim=2)
-        return self.chunkwise_conv(x) * self._chunk_scale(x.shape[2]) + self.causal_conv(joined), cache
-
-    def _chunk_scale(self, chunk_size: int) -> Tensor:
-        """The scale on each frame of a chunk, (channels, chunk_size)."""
-        left, right = self.chunkwise_conv_scale
-        missing = chunk_size - self.kernel_size  # padding, or cropping where negative
-        return 1.0 + (F.pad(left, (0, missing)) + F.pad(right, (missing, 0)))
+        within = self.chunkwise_conv(x) * chunk_factors(self.chunkwise_conv_scale, x.shape[2])
+        return within + self.causal_conv(joined), cache
 
 
 class ConvolutionModule(nn.Module):
@@ -112,7 +105,8 @@ class ConvolutionModule(nn.Module):
             min_abs=1.5,
             max_abs=ScheduledFloat((0.0, 5.0), (8000.0, 10.0), default=1.0),
         )
-        # Named places for diagnostics to hook into.
+        # Places for diagnostics to hook into, under upstream's names. What `sigmoid` and `activation2` would see exists
+        # in streaming only: otherwise the gate is computed together with the convolution.
         self.activation1 = nn.Identity()
         self.sigmoid = nn.Sigmoid()
         self.activation2 = nn.Identity()
@@ -151,11 +145,15 @@ class ConvolutionModule(nn.Module):
         if chunk_size >= 0 and not self.causal:
             raise ValueError(f"chunk_size: {chunk_size} needs a module made with causal=True")
         x, s = self.in_proj(x).chunk(2, dim=2)
-        s = self.sigmoid(self.balancer1(s))
-        x = self.activation2(self.activation1(x) * s)
-        x = _channels_first(x, src_key_padding_mask)
-        x = self.depthwise_conv(x, chunk_size=chunk_size) if self.causal else self.depthwise_conv(x)
-        x = self.balancer2(x).permute(2, 0, 1)
+        _check_padding(src_key_padding_mask, x)
+        s = self.balancer1(s)
+        x = self.activation1(x)
+        conv = self.depthwise_conv
+        if self.causal:
+            x = chunk_conv_module(x, s, *conv.parameters_of_op(), chunk_size, src_key_padding_mask)
+        else:
+            x = conv_module(x, s, conv.weight, conv.bias, src_key_padding_mask)
+        x = self.balancer2(x.permute(1, 2, 0)).permute(2, 0, 1)
         return self.out_proj(self.whiten(x))
 
     def streaming_forward(self, x: Tensor, cache: Tensor, src_key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -170,19 +168,18 @@ class ConvolutionModule(nn.Module):
             (T, batch, channels), and the next `cache`.
         """
         x, s = self.in_proj(x).chunk(2, dim=2)
-        x = _channels_first(x * self.sigmoid(s), src_key_padding_mask)
+        _check_padding(src_key_padding_mask, x)
+        x = self.activation2(self.activation1(x) * self.sigmoid(s)).permute(1, 2, 0)
+        if src_key_padding_mask is not None:
+            x = x.masked_fill(src_key_padding_mask.unsqueeze(1), 0.0)
         x, cache = self.depthwise_conv.streaming_forward(x, cache=cache)
         return self.out_proj(x.permute(2, 0, 1)), cache
 
 
-def _channels_first(x: Tensor, padding: Tensor | None) -> Tensor:
-    """From (T, batch, channels) to (batch, channels, T), with zeros on padding."""
-    x = x.permute(1, 2, 0)
-    if padding is None:
-        return x
-    if padding.shape != (x.shape[0], x.shape[2]):
-        raise ValueError(f"src_key_padding_mask: wanted shape {(x.shape[0], x.shape[2])}, got {tuple(padding.shape)}")
-    return x.masked_fill(padding.unsqueeze(1), 0.0)
+def _check_padding(padding: Tensor | None, x: Tensor) -> None:
+    frames, batch, _ = x.shape
+    if padding is not None and padding.shape != (batch, frames):
+        raise ValueError(f"src_key_padding_mask: wanted shape {(batch, frames)}, got {tuple(padding.shape)}")
 
 
 def _check_odd(kernel_size: int) -> None:
