@@ -1,5 +1,7 @@
 """Shared-weight attention on every lane against float64: values, all gradients, masks, memory."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +27,14 @@ def relative(actual, expected, floor=1e-12):
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     assert torch.isfinite(actual).all()
     return ((actual - expected).norm() / max(expected.norm().item(), floor)).item()
+
+
+def keeping(kept):
+    """On the CPU a handle keeps small weights, or computes them again at every use as it does with large ones."""
+    return mock.patch.object(attention.native, "KEPT_BYTES", 1 << 40 if kept else 0)
+
+
+both_ways = pytest.mark.parametrize("kept", [True, False], ids=["kept", "computed again"])
 
 
 def exact(args, grad):
@@ -74,10 +84,11 @@ def test_cases_match_float64(lane, case):
     channels=st.integers(1, 40),
     padded=st.booleans(),
     masked=st.booleans(),
+    kept=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 @pytest.mark.parametrize("lane", lanes(OP))
-def test_any_shape_and_mask(lane, targets, left, batch, heads, channels, padded, masked, seed):
+def test_any_shape_and_mask(lane, targets, left, batch, heads, channels, padded, masked, kept, seed):
     torch.manual_seed(seed)
     sources = targets + left
     q, k = torch.randn(targets, batch, heads, 16) / 4, torch.randn(sources, batch, heads, 16)
@@ -87,7 +98,7 @@ def test_any_shape_and_mask(lane, targets, left, batch, heads, channels, padded,
     mask = torch.rand(targets, sources) > 0.5 if masked else None
     leaves = [x.to(lane.device).requires_grad_() for x in (q, k, p, e, values)]
     masks = [None if m is None else m.to(lane.device) for m in (padding, mask)]
-    with lane.active():
+    with lane.active(), keeping(kept):
         out = AttentionWeights(*leaves[:4], *masks).aggregate(leaves[4])
         grad = torch.randn_like(out)
         grads = torch.autograd.grad(out, leaves, grad)
@@ -100,8 +111,9 @@ def test_any_shape_and_mask(lane, targets, left, batch, heads, channels, padded,
         assert relative(actual, wanted.reshape(actual.shape), floor) < 3 * TOLERANCE[torch.float32]
 
 
+@both_ways
 @pytest.mark.parametrize("lane", lanes(OP))
-def test_three_uses_of_one_set_of_weights_add_their_gradients(lane):
+def test_three_uses_of_one_set_of_weights_add_their_gradients(lane, kept):
     torch.manual_seed(2)
     shapes = [(20, 2, 3, 8), (20, 2, 3, 8), (20, 2, 3, 4), (39, 3, 4), (20, 2, 12), (20, 2, 36), (20, 2, 36)]
     results = []
@@ -118,7 +130,7 @@ def test_three_uses_of_one_set_of_weights_add_their_gradients(lane):
         if active is None:
             outs = use(leaves)
         else:
-            with active():
+            with active(), keeping(kept):
                 outs = use(leaves)
         loss = sum((out.double() ** 2).sum() for out in outs)
         results.append((outs, torch.autograd.grad(loss, leaves)))
@@ -126,12 +138,13 @@ def test_three_uses_of_one_set_of_weights_add_their_gradients(lane):
         assert relative(actual, wanted) < 1e-5
 
 
+@both_ways
 @pytest.mark.parametrize("lane", lanes(OP))
-def test_penalty_comes_once_for_all_uses(lane):
+def test_penalty_comes_once_for_all_uses(lane, kept):
     torch.manual_seed(3)
     q, k = ((3 * torch.randn(9, 1, 2, 4)).to(lane.device).requires_grad_() for _ in range(2))
     values = torch.randn(9, 1, 6, device=lane.device)
-    with lane.active():
+    with lane.active(), keeping(kept):
         weights = AttentionWeights(q, k, penalty=0.5, limit=10.0)
         zero = 0.0 * (weights.aggregate(values) + weights.aggregate(values) + 1).sum()
         zero = zero + 0.0 * weights[0:1].aggregate(values).sum()
@@ -142,14 +155,15 @@ def test_penalty_comes_once_for_all_uses(lane):
     torch.testing.assert_close((dq, dk), expected, rtol=1e-5, atol=1e-5)
 
 
+@both_ways
 @pytest.mark.parametrize("lane", lanes(OP))
-def test_a_target_that_sees_nothing_averages_everything(lane):
+def test_a_target_that_sees_nothing_averages_everything(lane, kept):
     torch.manual_seed(4)
     q, k = (torch.randn(50, 2, 1, 16, device=lane.device, requires_grad=True) for _ in range(2))
     values = torch.randn(50, 2, 5, device=lane.device)
     padding = torch.zeros(2, 50, dtype=torch.bool, device=lane.device)
     padding[1] = True
-    with lane.active():
+    with lane.active(), keeping(kept):
         out = AttentionWeights(q, k, key_padding_mask=padding).aggregate(values)
         dq, dk = torch.autograd.grad(out.sum(), (q, k))
     torch.testing.assert_close(out[:, 1], values[:, 1].mean(0).expand(50, 5), rtol=1e-5, atol=1e-6)
@@ -157,13 +171,14 @@ def test_a_target_that_sees_nothing_averages_everything(lane):
     assert (dk[:, 1] == 0).all()
 
 
+@both_ways
 @pytest.mark.parametrize("lane", lanes(OP))
-def test_constant_weights_are_a_masked_mean(lane):
+def test_constant_weights_are_a_masked_mean(lane, kept):
     torch.manual_seed(5)
     q, k = (torch.randn(30, 2, 2, 8, device=lane.device, requires_grad=True) for _ in range(2))
     values = torch.randn(30, 2, 10, device=lane.device, requires_grad=True)
     rule = ChunkMask(8, 1)
-    with lane.active():
+    with lane.active(), keeping(kept):
         out = AttentionWeights(q, k, attn_mask=rule).constant().aggregate(values)
         (dv,) = torch.autograd.grad(out.sum(), values)
     seen = (~rule.materialize(30, lane.device)).float()
@@ -173,10 +188,11 @@ def test_constant_weights_are_a_masked_mean(lane):
     assert out.requires_grad
 
 
+@both_ways
 @pytest.mark.parametrize("lane", lanes(OP))
-def test_handle_looks_like_the_weights(lane):
+def test_handle_looks_like_the_weights(lane, kept):
     q, k = (torch.randn(6, 2, 4, 8, device=lane.device) for _ in range(2))
-    with lane.active():
+    with lane.active(), keeping(kept):
         weights = AttentionWeights(q, k)
         dense = weights.materialize()
         assert weights.shape == dense.shape == (4, 2, 6, 6)
@@ -234,8 +250,9 @@ def test_opcheck(lane):
         torch.library.opcheck(sums, (*scores, *args[6:10], lane.backend))
 
 
+@both_ways
 @pytest.mark.parametrize("lane", lanes(OP))
-def test_compiles_without_graph_breaks(lane):
+def test_compiles_without_graph_breaks(lane, kept):
     def layer(q, k, values):
         weights = AttentionWeights(q, k, attn_mask=ChunkMask(4, 1))
         return weights.aggregate(values) + weights[0:1].aggregate(values)
@@ -243,7 +260,7 @@ def test_compiles_without_graph_breaks(lane):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     inputs = [torch.randn(12, 2, 2, 8), torch.randn(12, 2, 2, 8), torch.randn(12, 2, 6)]
     inputs = [x.to(lane.device).requires_grad_() for x in inputs]
-    with lane.active():
+    with lane.active(), keeping(kept):
         got = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
         expected = torch.autograd.grad(layer(*inputs).square().sum(), inputs)
     torch.testing.assert_close(got, expected)
@@ -317,13 +334,14 @@ def test_any_strides(lane):
     check(args, out, grad, grads, TOLERANCE[torch.float32])
 
 
+@both_ways
 @pytest.mark.parametrize("lane", lanes(OP, "triton", "cuda"))
-def test_projections_for_each_sequence(lane):
+def test_projections_for_each_sequence(lane, kept):
     torch.manual_seed(8)
     shapes = [(30, 2, 3, 8), (30, 2, 3, 8), (30, 2, 3, 4), (2, 59, 3, 4)]
     leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
     values = torch.randn(30, 2, 15, requires_grad=True)
-    with lane.active():
+    with lane.active(), keeping(kept):
         out = AttentionWeights(*leaves).aggregate(values)
         grad = torch.randn_like(out)
         grads = torch.autograd.grad(out, [*leaves, values], grad)
@@ -356,7 +374,7 @@ def test_auto_takes_the_kernels_where_they_pay():
     if backend.missing["cpu"]:
         pytest.skip(backend.missing["cpu"])
     with backend.use_backend("auto"):
-        chosen = [AttentionWeights(x, x).backend for x in (torch.randn(n, 1, 1, 4) for n in (20, 400))]
+        chosen = [AttentionWeights(x, x).backend for x in (torch.randn(n, 1, 1, 4) for n in (5, 400))]
     assert chosen == ["eager", "cpu"]
 
 
@@ -366,7 +384,7 @@ def test_mixed_dtypes_are_refused():
     with backend.use_backend("cpu"):
         with pytest.raises(backend.BackendError, match="tensors of one dtype"):
             AttentionWeights(q, q.double())
-        with pytest.raises(backend.BackendError, match="tensors of one dtype"):
+        with keeping(False), pytest.raises(backend.BackendError, match="tensors of one dtype"):
             AttentionWeights(q, q).aggregate(v.double())
 
 

@@ -28,6 +28,12 @@ struct AttentionWeights {
   int threads;
 };
 
+// W itself, (heads, sequences, targets, sources), contiguous. `weights.lse` is not read.
+struct AttentionDense {
+  AttentionWeights weights;
+  void* w;
+};
+
 // out = W v. `out` is contiguous.
 struct AttentionForward {
   AttentionWeights weights;
@@ -37,9 +43,11 @@ struct AttentionForward {
 };
 
 // Gradients from that of out; contiguous, null where not wanted. dp and de come together. The gradient of the scores
-// gains penalty sign(s) where |s| > limit.
+// gains penalty sign(s) where |s| > limit. With w and dw, as of AttentionDense, gradients come from that of W instead:
+// there are no values then, and `channels` is 0.
 struct AttentionBackward {
   AttentionWeights weights;
+  const void *w, *dw;
   AttentionRows v, out, grad;
   void *dq, *dk, *dp, *de, *dv;
   int64_t channels;
@@ -47,6 +55,7 @@ struct AttentionBackward {
 };
 
 ZK_DECLARE_CPU(attention_log_sum_exp, AttentionWeights)
+ZK_DECLARE_CPU(attention_weights_forward, AttentionDense)
 ZK_DECLARE_CPU(attention_forward, AttentionForward)
 ZK_DECLARE_CPU(attention_backward, AttentionBackward)
 

@@ -43,9 +43,36 @@ void bind_attention(pybind11::module_& m) {
       [](const Scores& scores, uintptr_t lse, const Masks& masks, const Sizes& sizes, int dtype, const Rows& v,
          const Rows& out, const Rows& grad, const std::array<uintptr_t, 5>& gradients, int64_t channels, double penalty,
          double limit, int threads) {
-        attention_backward_cpu({weights(scores, lse, masks, sizes, dtype, threads), rows(v), rows(out), rows(grad),
-                                pointer(gradients[0]), pointer(gradients[1]), pointer(gradients[2]),
-                                pointer(gradients[3]), pointer(gradients[4]), channels, penalty, limit});
+        attention_backward_cpu({weights(scores, lse, masks, sizes, dtype, threads), nullptr, nullptr, rows(v),
+                                rows(out), rows(grad), pointer(gradients[0]), pointer(gradients[1]),
+                                pointer(gradients[2]), pointer(gradients[3]), pointer(gradients[4]), channels, penalty,
+                                limit});
+      },
+      release_gil());
+  m.def(
+      "attention_weights_forward_cpu",
+      [](const Scores& scores, uintptr_t w, const Masks& masks, const Sizes& sizes, int dtype, int threads) {
+        attention_weights_forward_cpu({weights(scores, 0, masks, sizes, dtype, threads), pointer(w)});
+      },
+      release_gil());
+  m.def(
+      "attention_weights_backward_cpu",
+      [](const Scores& scores, uintptr_t w, const Masks& masks, const Sizes& sizes, int dtype, uintptr_t dw,
+         const std::array<uintptr_t, 4>& gradients, double penalty, double limit, int threads) {
+        attention_backward_cpu({weights(scores, 0, masks, sizes, dtype, threads),
+                                pointer(w),
+                                pointer(dw),
+                                {},
+                                {},
+                                {},
+                                pointer(gradients[0]),
+                                pointer(gradients[1]),
+                                pointer(gradients[2]),
+                                pointer(gradients[3]),
+                                nullptr,
+                                0,
+                                penalty,
+                                limit});
       },
       release_gil());
 }

@@ -2,9 +2,9 @@
 // cache.
 //
 // With g the gradient of the result, dw = g v^T and delta[i] = g[i] . out[i], the scores' gradient is ds = w (dw -
-// delta). The targets of a sequence and head are cut into parts. Each part sums what it adds to the gradients of keys,
-// values and position projections in memory of its own, and the parts are added up in order: results do not depend on
-// the threads.
+// delta). Where w and dw are given, dense, nothing is computed again, and delta = sum_j w dw. The targets of a sequence
+// and head are cut into parts. Each part sums what it adds to the gradients of keys, values and position projections in
+// memory of its own, and the parts are added up in order: results do not depend on the threads.
 #include <cmath>
 #include <utility>
 
@@ -87,11 +87,11 @@ class Backward {
 
   void pack(int64_t pair) {
     int64_t sources = weights_.sources, b = scores_.sequence_of(pair), h = scores_.head_of(pair);
-    W* values = value_columns_ + pair * args_.channels * pitch_;
+    W* values = value_columns_ + pair * args_.channels * pitch_;  // none where W is dense
     for (int64_t c = 0; c < args_.channels; ++c) {
       for (int64_t j = sources; j < pitch_; ++j) values[c * pitch_ + j] = 0;
     }
-    load_columns<T>(args_.v, 0, sources, b, h, args_.channels, values, pitch_);
+    if (args_.channels) load_columns<T>(args_.v, 0, sources, b, h, args_.channels, values, pitch_);
     if (!args_.dq) return;
     load_rows<T>(weights_.k, 0, sources, b, h, depth_, key_rows_ + pair * sources * query_pitch_, query_pitch_);
   }
@@ -108,11 +108,11 @@ class Backward {
     int64_t blocks = scores_.row_blocks;
     for (int64_t block = blocks * part / parts_; block < blocks * (part + 1) / parts_; ++block) {
       load(pair, block, memory);
-      bool partial = args_.penalty == 0 && scores_.sees(pair, block);
+      bool partial = args_.penalty == 0 && (args_.w || scores_.sees(pair, block));
       Range sources = partial ? scores_.visible_to_block(block) : scores_.all_sources();
       for (int64_t source = sources.begin; source < sources.end; source += tile_columns) {
         int64_t columns = scores_.columns_from(source, sources.end);
-        fill(pair, block, source, columns, memory);
+        args_.w ? read(pair, block, source, columns, memory) : fill(pair, block, source, columns, memory);
         spread(item, pair, block, source, columns, memory);
       }
       if (args_.dq) store(memory.dq, query_pitch_, depth_, pair, block, static_cast<T*>(args_.dq));
@@ -125,15 +125,53 @@ class Backward {
     int64_t b = scores_.sequence_of(pair), h = scores_.head_of(pair);
     load_rows<T>(weights_.q, first, rows, b, h, depth_, m.q, depth_);
     if (positions_) load_rows<T>(weights_.p, first, rows, b, h, positions_, m.p, positions_);
-    load_rows<T>(args_.grad, first, rows, b, h, channels, m.g, channels);
-    load_rows<T>(args_.out, first, rows, b, h, channels, m.out, channels);
-    for (int64_t i = 0; i < rows; ++i) {
-      W sum = 0;
-      for (int64_t c = 0; c < channels; ++c) sum += m.g[i * channels + c] * m.out[i * channels + c];
-      m.delta[i] = sum;
-    }
     clear(m.dq, rows * query_pitch_);
     clear(m.dp, rows * positions_);
+    if (args_.w) {
+      for (int64_t i = 0; i < rows; ++i) {
+        m.delta[i] = dot(dense(args_.w, pair, first + i), dense(args_.dw, pair, first + i), weights_.sources);
+      }
+      return;
+    }
+    load_rows<T>(args_.grad, first, rows, b, h, channels, m.g, channels);
+    load_rows<T>(args_.out, first, rows, b, h, channels, m.out, channels);
+    for (int64_t i = 0; i < rows; ++i) m.delta[i] = dot(m.g + i * channels, m.out + i * channels, channels);
+  }
+
+  template <class E>
+  __attribute__((noinline)) static W dot(const E* __restrict a, const E* __restrict b, int64_t n) {
+    W sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) sum += widen(a[j]) * widen(b[j]);
+    return sum;
+  }
+
+  // A target's row of a dense tensor.
+  const T* dense(const void* x, int64_t pair, int64_t target) const {
+    return static_cast<const T*>(x) + (pair * weights_.targets + target) * weights_.sources;
+  }
+
+  // The scores' gradient of one tile from dense weights and their gradient.
+  void read(int64_t pair, int64_t block, int64_t source, int64_t columns, const Memory& m) const {
+    if (args_.penalty != 0) scores_.fill(pair, block, source, columns, m.q, m.p, m.w);
+    for (int64_t i = 0; i < scores_.rows_of(block); ++i) {
+      int64_t target = block * tile_rows + i;
+      W* ds = m.ds + tile_skew + i * tile_step;
+      differentiate(dense(args_.w, pair, target) + source, dense(args_.dw, pair, target) + source, m.delta[i], columns,
+                    ds);
+      scores_.mask(pair, target, source, columns, 0, ds);
+      if (args_.penalty != 0) {
+        penalize(m.w + tile_skew + i * tile_step, columns, m.extra);
+        add(m.extra, columns, ds);
+      }
+      clear_behind(columns, ds);
+    }
+  }
+
+  // Zeroes what an earlier tile left to the right of `columns`; more is not read.
+  static void clear_behind(int64_t columns, W* row) {
+    int64_t end = whole_lanes<W>(columns) + 2 * tile_rows;
+    clear(row + columns, (end < tile_columns ? end : tile_columns) - columns);
   }
 
   // Weights and the scores' gradient of one tile.
@@ -142,7 +180,6 @@ class Backward {
     scores_.fill(pair, block, source, columns, m.q, m.p, m.w);
     const W* values = value_columns_ + pair * channels * pitch_ + source;
     gemm<false>(rows, width, channels, m.g, channels, 1, values, pitch_, m.dw, tile_columns);
-    int64_t left = width + 2 * tile_rows;  // of what an earlier tile left to the right, more is not read
     for (int64_t i = 0; i < rows; ++i) {
       int64_t target = block * tile_rows + i;
       W* w = m.w + tile_skew + i * tile_step;
@@ -157,13 +194,14 @@ class Backward {
         scores_.mask(pair, target, source, columns, 0, ds);
       }
       if (args_.penalty != 0) add(m.extra + i * tile_columns, columns, ds);
-      clear(ds + width, (left < tile_columns ? left : tile_columns) - width);
+      clear_behind(width, ds);
     }
   }
 
-  static void differentiate(const W* __restrict w, const W* __restrict dw, W delta, int64_t columns, W* __restrict ds) {
+  template <class E>
+  static void differentiate(const E* __restrict w, const E* __restrict dw, W delta, int64_t columns, W* __restrict ds) {
 #pragma omp simd
-    for (int64_t j = 0; j < columns; ++j) ds[j] = w[j] * (dw[j] - delta);
+    for (int64_t j = 0; j < columns; ++j) ds[j] = widen(w[j]) * (widen(dw[j]) - delta);
   }
 
   void penalize(const W* __restrict s, int64_t columns, W* __restrict extra) const {

@@ -64,7 +64,7 @@ class NonlinAttention(nn.Module):
         s = self.balancer(s)
         x = self.whiten1(x)
         y = self.identity2(y)
-        if isinstance(attn_weights, AttentionWeights) and attn_weights.backend != "eager":
+        if isinstance(attn_weights, AttentionWeights) and not attn_weights.keeps:
             x = nonlin_attention(attn_weights, s, x, y)  # one kernel: `tanh` and `identity1` have nothing to see
         else:
             x = aggregate(attn_weights, self.identity1(x * self.tanh(s))) * y

@@ -1,4 +1,4 @@
-"""Attention weights that are computed once and used by several modules, without a tensor of T x S elements.
+"""Attention weights that are computed once and used by several modules, without a large tensor of T x S elements.
 
 With T targets, S sources, and for each sequence b and head h::
 
@@ -7,7 +7,7 @@ With T targets, S sources, and for each sequence b and head h::
     aggregate(v)[i] = sum_j W[i, j] v[j]
 
 `AttentionWeights` (weights.py) holds q, k, p, e, the masks and lse; every use of it runs one fused kernel, and the
-gradients of its uses add. On backend ``eager`` it holds W itself.
+gradients of its uses add. On backend ``eager`` it holds W itself; so it does on ``cpu`` as long as W is small.
 
 Source: section 3.2 of the Zipformer paper (arXiv:2310.11230); ``RelPositionMultiheadAttentionWeights`` and
 ``SelfAttention`` in upstream's ``zipformer.py``.
@@ -29,6 +29,17 @@ _log_sum_exp = Op(
     },
     saves=(),
     fake=lambda q, *_: (q.new_empty(q.shape[2], q.shape[1], q.shape[0], dtype=reference.wide_dtype(q.dtype)),),
+)
+
+_weights = Op(
+    "attention_weights",
+    "Tensor q, Tensor k, Tensor? p, Tensor? e, Tensor? key_padding_mask, Tensor? attn_mask, int chunk, "
+    "int left_chunks, float penalty, float limit",
+    reference=reference.weights,
+    backends={"eager": reference.eager_weights, "cpu": native.cpu_weights},
+    saves=("q", "k", "p", "e", "key_padding_mask", "attn_mask"),
+    saves_outputs=(0,),
+    fake=lambda q, k, *_: (q.new_empty(q.shape[2], q.shape[1], q.shape[0], k.shape[0]),),
 )
 
 _op = Op(

@@ -1,4 +1,4 @@
-"""Shared-weight attention through the compiled module: ``csrc/attention/cpu.cpp`` and ``cpu_backward.cpp``."""
+"""Shared-weight attention through the compiled module: ``csrc/attention/cpu*.cpp``."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from zipformer_kernels.ops.attention.reference import wide_dtype
 
 Rows = tuple[int, int, int, int]
 
-LEAST_SCORES = {torch.float32: 200 * 200, torch.float16: 100 * 100, torch.float64: 500 * 500}
+LEAST_SCORES = {torch.float32: 64 * 64, torch.float16: 64 * 64, torch.float64: 100 * 100}
 """Targets times sources from which on a layer with three uses of its weights measured faster than on eager."""
 
 LEAST_WEIGHTS_BFLOAT16 = 1 << 24
 """Elements of the weights from which on eager loses in bfloat16, for which processors may have instructions."""
+
+KEPT_BYTES = 32 << 20
+"""Size of all heads' weights but one below which they are kept: to read them again is faster than to compute them
+again, but not in memory that allocators hand back to the system, as glibc's does from this size on."""
 
 
 def _unit_stride(x: Tensor | None) -> Tensor | None:
@@ -45,14 +49,14 @@ class _Weights:
         k: Tensor,
         p: Tensor | None,
         e: Tensor | None,
-        lse: Tensor,
+        result: Tensor,
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         chunk: int,
         left_chunks: int,
     ) -> None:
         self.q, self.k, self.p, self.e = (_unit_stride(x) for x in (q, k, p, e))
-        self.lse = lse.contiguous()
+        self.result = result.contiguous()  # the log-sum-exp, or the weights themselves
         self.padding = None if key_padding_mask is None else key_padding_mask.contiguous()
         self.mask = _unit_stride(attn_mask)
         self.rule = chunk, left_chunks
@@ -64,7 +68,7 @@ class _Weights:
         masks = (0 if self.padding is None else self.padding.data_ptr(), 0 if mask is None else mask.data_ptr())
         strides = (0, 0) if mask is None else (mask.stride(-2), mask.stride(0) if mask.ndim == 3 else 0)
         sizes = (q.shape[0], k.shape[0], *q.shape[1:], 0 if p is None else p.shape[3], *self.rule)
-        return scores, self.lse.data_ptr(), (*masks, *strides), sizes, DTYPE_CODES[q.dtype]
+        return scores, self.result.data_ptr(), (*masks, *strides), sizes, DTYPE_CODES[q.dtype]
 
 
 def _log_sum_exp(*args: Tensor | int | None) -> tuple[Tensor]:
@@ -94,17 +98,54 @@ def backward(
     q, k, p, e, v, lse, *masks, penalty, limit = args
     (out,), (grad,) = saved, grads
     wanted = needs[0], needs[1], needs[2] or needs[3], needs[2] or needs[3], needs[4]
-    make = torch.empty_like if out.numel() > 0 else torch.zeros_like
-    gradients = [make(x) if want else None for x, want in zip((q, k, p, e, v), wanted, strict=True)]
+    gradients, written = _room((q, k, p, e, v), wanted, out.numel() > 0)
     if out.numel() > 0:
         weights = _Weights(q, k, p, e, lse, *masks)
         v, out, grad = (_unit_stride(x) for x in (v, out, grad.to(v.dtype)))
-        written = [None if x is None else x.contiguous() for x in gradients]
-        addresses = [0 if x is None else x.data_ptr() for x in written]
         rows = _rows(v), _rows(out), _rows(grad)
-        call_cpu("attention_backward", v, *weights.arguments(), *rows, addresses, v.shape[3], penalty, limit)
-        gradients = [x if x is y else x.copy_(y) for x, y in zip(gradients, written, strict=True)]
-    return *gradients, None, None, None
+        call_cpu("attention_backward", v, *weights.arguments(), *rows, _addresses(written), v.shape[3], penalty, limit)
+    return *_filled(gradients, written), None, None, None
+
+
+def _make_weights(*args: Tensor | int | float | None) -> tuple[Tensor]:
+    q, k, p, e, *masks, _, _ = args
+    w = q.new_empty(q.shape[2], q.shape[1], q.shape[0], k.shape[0])
+    if w.numel() > 0:
+        weights = _Weights(q, k, p, e, w, *masks)
+        call_cpu("attention_weights_forward", q, *weights.arguments())
+    return (w,)
+
+
+def _weights_backward(
+    needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | float | None
+) -> tuple[Tensor | None, ...]:
+    q, k, p, e, *masks, penalty, limit = args
+    (w,), (dw,) = saved, grads
+    wanted = needs[0], needs[1], needs[2] or needs[3], needs[2] or needs[3]
+    gradients, written = _room((q, k, p, e), wanted, w.numel() > 0)
+    if w.numel() > 0:
+        weights, dw = _Weights(q, k, p, e, w, *masks), dw.to(w.dtype).contiguous()
+        call_cpu(
+            "attention_weights_backward", q, *weights.arguments(), dw.data_ptr(), _addresses(written), penalty, limit
+        )
+    return *_filled(gradients, written), None, None
+
+
+def _room(
+    inputs: tuple[Tensor | None, ...], wanted: tuple[bool, ...], filled: bool
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """Gradients of the inputs that are wanted, zeros unless they get `filled`; and contiguous tensors to fill."""
+    make = torch.empty_like if filled else torch.zeros_like
+    gradients = [make(x) if want and x is not None else None for x, want in zip(inputs, wanted, strict=True)]
+    return gradients, [None if x is None else x.contiguous() for x in gradients]
+
+
+def _addresses(written: list[Tensor | None]) -> list[int]:
+    return [0 if x is None else x.data_ptr() for x in written]
+
+
+def _filled(gradients: list[Tensor | None], written: list[Tensor | None]) -> list[Tensor | None]:
+    return [x if x is y else x.copy_(y) for x, y in zip(gradients, written, strict=True)]
 
 
 def unsupported(
@@ -126,5 +167,12 @@ def worthwhile(q: Tensor, k: Tensor, *rest: object) -> bool:
     return scores >= LEAST_SCORES[q.dtype]
 
 
+def keeps_weights(q: Tensor, k: Tensor) -> bool:
+    """Whether the weights of these queries and keys are small enough to keep; see `KEPT_BYTES`."""
+    targets, batch, heads, _ = q.shape
+    return max(heads - 1, 1) * batch * targets * k.shape[0] * q.element_size() < KEPT_BYTES
+
+
 cpu = Launchers(unsupported, forward, backward, worthwhile)
 cpu_log_sum_exp = Launchers(unsupported, _log_sum_exp, None, worthwhile)
+cpu_weights = Launchers(unsupported, _make_weights, _weights_backward)

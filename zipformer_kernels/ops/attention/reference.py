@@ -123,6 +123,23 @@ def weights_from(masked: Tensor, lse: Tensor) -> Tensor:
     return torch.where(blind, 1.0 / masked.shape[-1], weights)
 
 
+def weights(
+    q: Tensor,
+    k: Tensor,
+    p: Tensor | None,
+    e: Tensor | None,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    chunk: int,
+    left_chunks: int,
+    penalty: float,
+    limit: float,
+) -> Tensor:
+    """W itself, (H, B, T, S), in the dtype of q; `penalty` acts on gradients only."""
+    _, masked, _ = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
+    return _wide(masked).softmax(dim=-1).to(q.dtype)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -138,17 +155,15 @@ def attention(
     limit: float,
 ) -> Tensor:
     """out[i, b, h] = sum_j W[h, b, i, j] v[j, b, h], (T, B, H, C); `penalty` acts on gradients only."""
-    _, masked, _ = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
-    weights = _wide(masked).softmax(dim=-1).to(v.dtype)
-    return (weights @ v.permute(2, 1, 0, 3)).permute(2, 1, 0, 3)
+    w = weights(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit)
+    return (w.to(v.dtype) @ v.permute(2, 1, 0, 3)).permute(2, 1, 0, 3)
 
 
 def forward(*args: Tensor | int | float | None) -> tuple[Tensor]:
     """The eager backend: the weights from the given log-sum-exp."""
     q, k, p, e, v, lse, key_padding_mask, attn_mask, chunk, left_chunks, *_ = args
     _, masked, _ = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
-    weights = weights_from(masked, lse)
-    out = weights.to(v.dtype) @ v.permute(2, 1, 0, 3)
+    out = weights_from(masked, lse).to(v.dtype) @ v.permute(2, 1, 0, 3)
     return (out.permute(2, 1, 0, 3).contiguous(),)
 
 
@@ -162,12 +177,41 @@ def backward(
     dp[i] = sum_j ds[i, j] e[T - 1 - i + j],   de[n] = sum over i, b of ds[i, n - (T - 1) + i] p[i].
     """
     q, k, p, e, v, lse, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit = args
-    s, masked, mask = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
-    weights = weights_from(masked, lse)
+    _, masked, _ = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
+    w = weights_from(masked, lse)
     dout = _wide(grads[0]).permute(2, 1, 0, 3)
     out = _wide(saved[0]).permute(2, 1, 0, 3)
-    dv = weights.transpose(2, 3) @ dout
-    ds = weights * (dout @ _wide(v).permute(2, 1, 3, 0) - (dout * out).sum(-1, keepdim=True))
+    dv = (w.transpose(2, 3) @ dout).permute(2, 1, 0, 3).to(v.dtype) if needs[4] else None
+    ds = w * (dout @ _wide(v).permute(2, 1, 3, 0) - (dout * out).sum(-1, keepdim=True))
+    masks = key_padding_mask, attn_mask, chunk, left_chunks
+    return *_through_scores(needs, ds, q, k, p, e, *masks, penalty, limit), dv, None, None, None
+
+
+def weights_backward(
+    needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | float | None
+) -> tuple[Tensor | None, ...]:
+    """From dW: ds = W (dW - sum_j W dW), and from there as in `backward`."""
+    w, dw = _wide(saved[0]), _wide(grads[0])
+    ds = w * (dw - (w * dw).sum(-1, keepdim=True))
+    return *_through_scores(needs, ds, *args), None, None
+
+
+def _through_scores(
+    needs: tuple[bool, ...],
+    ds: Tensor,
+    q: Tensor,
+    k: Tensor,
+    p: Tensor | None,
+    e: Tensor | None,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    chunk: int,
+    left_chunks: int,
+    penalty: float,
+    limit: float,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of q, k, p and e from that of the scores before masks and penalty."""
+    s, _, mask = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
     if mask is not None:
         ds = ds.masked_fill(mask, 0.0)
     if penalty != 0.0:
@@ -180,10 +224,9 @@ def backward(
         dp = (by_offset @ _by_head(_wide(e))).permute(2, 1, 0, 3)
         de = by_offset.transpose(2, 3) @ _wide(p).permute(2, 1, 0, 3)
         de = de.sum(1).permute(1, 0, 2) if e.ndim == 3 else de.permute(1, 2, 0, 3)
-    time_major = (dq.permute(2, 1, 0, 3), dk.permute(2, 1, 0, 3), dp, de, dv.permute(2, 1, 0, 3))
-    like = (q, k, p, e, v)
-    gradients = [g.to(x.dtype) if need else None for g, x, need in zip(time_major, like, needs[:5], strict=True)]
-    return *gradients, None, None, None
+    time_major = (dq.permute(2, 1, 0, 3), dk.permute(2, 1, 0, 3), dp, de)
+    like = (q, k, p, e)
+    return tuple(g.to(x.dtype) if need else None for g, x, need in zip(time_major, like, needs[:4], strict=True))
 
 
 def _spread_relative(ds: Tensor) -> Tensor:
@@ -205,3 +248,4 @@ def _wide(x: Tensor) -> Tensor:
 
 eager = Launchers(lambda *_: None, forward, backward)
 eager_log_sum_exp = Launchers(lambda *_: None, lambda *args: (log_sum_exp(*args),), None)
+eager_weights = Launchers(lambda *_: None, lambda *args: (weights(*args),), weights_backward)

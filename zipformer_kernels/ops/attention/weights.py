@@ -10,7 +10,7 @@ from torch import Tensor
 
 from zipformer_kernels.library import autocast_dtype, gradient_hook
 from zipformer_kernels.ops import attention
-from zipformer_kernels.ops.attention import reference
+from zipformer_kernels.ops.attention import native, reference
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class AttentionWeights:
     Attributes:
         scores: q, k, p, e.
         masks: key_padding_mask, attn_mask as a tensor, chunk, left_chunks.
-        lse: the log-sum-exp of the masked scores, (H, B, T), -inf where all are masked; None on ``eager``.
+        keeps: whether W itself is made, at its first use, and kept: on ``eager``, and on ``cpu`` while it is small.
+        lse: the log-sum-exp of the masked scores, (H, B, T), -inf where all are masked; None where W is kept.
         backend: the backend that every use runs on.
 
     Args:
@@ -86,9 +87,10 @@ class AttentionWeights:
         self.dtype, self.device = q.dtype, q.device
         detached = tuple(None if x is None else x.detach() for x in self.scores)
         self.backend = attention._log_sum_exp.select(backend, *detached, *self.masks)
-        self._dense: Tensor | None = None
+        self._dense: tuple[Tensor, ...] = ()
         self.lse: Tensor | None = None
-        if self.backend != "eager":
+        self.keeps = self.backend == "eager" or (self.backend == "cpu" and native.keeps_weights(q, k))
+        if not self.keeps:
             self.lse = attention._log_sum_exp(*detached, *self.masks, backend=self.backend)
 
     def __getitem__(self, heads: slice) -> AttentionWeights:
@@ -97,15 +99,9 @@ class AttentionWeights:
             raise TypeError(f"heads must be a slice without a step, such as [0:1], got {heads!r}")
         part = object.__new__(AttentionWeights)
         part.__dict__.update(self.__dict__)
-        q, k, p, e = self.scores
-        part.scores = (
-            q[:, :, heads],
-            k[:, :, heads],
-            None if p is None else p[:, :, heads],
-            None if e is None else e[..., heads, :],
-        )
+        part.scores = self._scores_of(heads)
         part._penalty = 0.0, 0.0  # the whole's uses bring it
-        part._dense = self.materialize()[heads] if self.backend == "eager" else None
+        part._dense = _slice_heads(self._pieces(), heads) if self.keeps else ()
         part.lse = None if self.lse is None else self.lse[heads]
         part.shape = torch.Size((part.scores[0].shape[2], *self.shape[1:]))
         return part
@@ -115,9 +111,9 @@ class AttentionWeights:
 
         The fused backends count every source that is not masked, also one whose weight would underflow to zero.
         """
-        if self.backend == "eager":
+        if self.keeps:
             part = self[:]
-            part._dense = constant_attention(self.materialize())
+            part._dense = tuple(constant_attention(piece) for piece in self._pieces())
             return part
         q, k, _, _ = self.scores
         key_padding_mask, mask, chunk, left_chunks = self.masks
@@ -139,24 +135,46 @@ class AttentionWeights:
         Raises:
             ValueError: the values' shape does not fit the weights.
         """
-        if self.backend == "eager":
-            return aggregate(self.materialize(), values)
         heads = self.shape[0]
         _check_values(self.shape, values)
+        if self.keeps:
+            pieces = self._pieces()
+            of_pieces = split_heads(values, heads).split([len(piece) for piece in pieces])
+            averages = [piece @ v for piece, v in zip(pieces, of_pieces, strict=True)]
+            return merge_heads(averages[0] if len(averages) == 1 else torch.cat(averages))
         penalty, self._penalty = self._penalty, (0.0, 0.0)
         v = values.unflatten(2, (heads, values.shape[2] // heads))
         return attention._op(*self.scores, v, self.lse, *self.masks, *penalty, backend=self.backend).flatten(2)
 
     def materialize(self) -> Tensor:
         """W itself, (H, B, T, S), differentiable; under autocast in the autocast dtype, as upstream keeps it."""
-        if self._dense is None:
-            raw = reference.scores(*self.scores)
-            if self._penalty[0] != 0.0:
-                raw = penalized(raw, *self._penalty)
-            mask = reference.forbidden(self.shape[1:], *self.masks, self.device)
-            masked = raw if mask is None else raw.masked_fill(mask, reference.MASKED_SCORE)
-            self._dense = _softmax(masked)
+        if not self.keeps:
+            return self._reference()
+        pieces = self._pieces()
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _pieces(self) -> tuple[Tensor, ...]:
+        """W, made once; on ``cpu`` with the first head apart, which nonlin_attention takes alone."""
+        if not self._dense and self.backend == "eager":
+            self._dense = (self._reference(),)
+        elif not self._dense:
+            self._dense = tuple(
+                attention._weights(*self._scores_of(heads), *self.masks, *self._penalty, backend=self.backend)
+                for heads in (slice(0, 1), slice(1, None))[: self.shape[0]]
+            )
         return self._dense
+
+    def _scores_of(self, heads: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        q, k, p, e = self.scores
+        by_head = (None if x is None else x[:, :, heads] for x in (q, k, p))
+        return *by_head, None if e is None else e[..., heads, :]
+
+    def _reference(self) -> Tensor:
+        raw = reference.scores(*self.scores)
+        if self._penalty[0] != 0.0:
+            raw = penalized(raw, *self._penalty)
+        mask = reference.forbidden(self.shape[1:], *self.masks, self.device)
+        return _softmax(raw if mask is None else raw.masked_fill(mask, reference.MASKED_SCORE))
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -165,6 +183,18 @@ class AttentionWeights:
 
     def __repr__(self) -> str:
         return f"AttentionWeights(shape={tuple(self.shape)}, dtype={self.dtype}, backend={self.backend!r})"
+
+
+def _slice_heads(pieces: tuple[Tensor, ...], heads: slice) -> tuple[Tensor, ...]:
+    """Some heads of weights in pieces; whole pieces stay themselves, for a slice's gradient is as large as its base."""
+    first, last, _ = heads.indices(sum(len(piece) for piece in pieces))
+    parts = []
+    for piece in pieces:
+        begin, end = max(first, 0), min(last, len(piece))
+        if begin < end:
+            parts.append(piece if end - begin == len(piece) else piece[begin:end])
+        first, last = first - len(piece), last - len(piece)
+    return tuple(parts)
 
 
 def penalized(scores: Tensor, penalty: float, limit: float) -> Tensor:

@@ -51,7 +51,7 @@ def nonlin_attention(weights: AttentionWeights, gate: Tensor, x: Tensor, y: Tens
             )
     if sources != targets:
         raise ValueError(f"weights must have as many sources as targets, got {sources} and {targets}")
-    if weights.backend == "eager":
+    if weights.keeps:
         return weights.aggregate(x * torch.tanh(gate)) * y
     split = (t.unflatten(2, (heads, t.shape[2] // heads)) for t in (gate, x, y))
     out = _op(*weights.scores, *split, weights.lse, *weights.masks, backend=weights.backend)
