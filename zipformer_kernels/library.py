@@ -137,7 +137,7 @@ class Op:
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Runs the op. Arguments as in its schema."""
         name = self.select(backend, *args)
-        if torch.compiler.is_compiling() or _exporting() or _transformed():
+        if traced_or_transformed():
             if name == "eager":
                 return self.reference(*args)
             results = getattr(torch.ops.zipformer_kernels, self.name)(*args, name)
@@ -267,6 +267,11 @@ def _exporting() -> bool:
 def _transformed() -> bool:
     """Whether a transform of torch.func (vmap, grad, jvp, ...) is around the call."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def traced_or_transformed() -> bool:
+    """Whether a call is recorded, by torch.compile or an exporter, or under a transform of torch.func."""
+    return torch.compiler.is_compiling() or _exporting() or _transformed()
 
 
 def _one_or_all(results: tuple[Tensor, ...]) -> Any:

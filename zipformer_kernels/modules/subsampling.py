@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zipformer_kernels.library import traced_or_transformed
 from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.scaled_init import ScaledConv2d
 from zipformer_kernels.modules.swoosh import SwooshL, SwooshR
@@ -16,6 +18,7 @@ from zipformer_kernels.training import Balancer, Dropout3, FloatLike, ScaleGrad,
 from zipformer_kernels.training.randomness import being_traced
 
 MIN_FRAMES = 9  # three unpadded 3 x 3 convolutions, one of stride 2 in time, leave (T - 7) // 2 frames
+TILE = 256  # frames of the result that are embedded at a time: all that lies between stays in a processor's cache
 
 
 class ConvNeXt(nn.Module):
@@ -78,7 +81,7 @@ class ConvNeXt(nn.Module):
             y = y * keep
         x = self.out_balancer(x + y)
         if x.requires_grad:
-            x = self.out_whiten(x.transpose(1, 3)).transpose(1, 3)  # it wants channels last
+            x = self.out_whiten(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # it wants channels last
         return x
 
     def streaming_forward(self, x: Tensor, cached_left_pad: Tensor) -> tuple[Tensor, Tensor]:
@@ -191,8 +194,13 @@ class Conv2dSubsampling(nn.Module):
             ValueError: a shape or the longest length does not fit.
         """
         self._check_input(x, x_lens, MIN_FRAMES)
-        x = self.convnext(self.conv(x.unsqueeze(1)))
-        x = self.dropout(self.out_norm(self.out_whiten(self.out(_flatten_frequencies(x)))))
+        if self._goes_in_tiles(x):
+            x = self._projected_tiles(x)
+        elif _channels_last(x) and self._is_untouched(self.out):
+            x = self._projected(self._features(x), self._channels_last_weight())
+        else:
+            x = self.out(_flatten_frequencies(self._features(x)))
+        x = self.dropout(self.out_norm(self.out_whiten(x)))
         return x, _checked_lengths((x_lens - 7) // 2, x)
 
     def streaming_forward(self, x: Tensor, x_lens: Tensor, cached_left_pad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,6 +228,48 @@ class Conv2dSubsampling(nn.Module):
         shape = (batch_size, self.layer3_channels, self.convnext.padding[0], self.out_width)
         return torch.zeros(shape, dtype=self.out.weight.dtype, device=device)
 
+    def _features(self, x: Tensor) -> Tensor:
+        """From (batch, T, in_channels) to (batch, layer3_channels, (T - 7) // 2, out_width)."""
+        image = x.contiguous().unsqueeze(3).permute(0, 3, 1, 2) if _channels_last(x) else x.unsqueeze(1)
+        return self.convnext(self.conv(image))
+
+    def _projected(self, features: Tensor, weight: Tensor) -> Tensor:
+        """The linear layer on `_features` whose channels lie last in memory; `weight` as `_channels_last_weight`."""
+        return F.linear(features.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias)
+
+    def _channels_last_weight(self) -> Tensor:
+        """The weight of the linear layer for inputs of (frequencies, channels) in place of the reverse."""
+        return self.out.weight.unflatten(1, (self.layer3_channels, self.out_width)).transpose(1, 2).flatten(1)
+
+    def _goes_in_tiles(self, x: Tensor) -> bool:
+        """Whether nothing but speed and memory depends on how many frames the layers see at a time."""
+        if not _channels_last(x) or x.shape[0] == 0 or self.training or self.convnext.training:
+            return False
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
+            return False
+        swallowed = (self.conv, self.convnext, self.out)
+        return self._is_untouched(self.out) and not any(_has_hooks(m) for part in swallowed for m in part.modules())
+
+    @staticmethod
+    def _is_untouched(linear: nn.Module) -> bool:
+        """Whether the result is F.linear of weight and bias: no hooks, not quantized or otherwise replaced."""
+        return type(linear).forward is nn.Linear.forward and not _has_hooks(linear)
+
+    def _projected_tiles(self, x: Tensor) -> Tensor:
+        """The linear layer's result, of a tile of frames at a time, with the frames that the ConvNeXt block sees."""
+        batch, frames = x.shape[0], (x.shape[1] - 7) // 2
+        reach = self.convnext.padding[0]
+        weight = self._channels_last_weight()
+        y = None
+        for sequences, begin, end in _tiles(batch, frames):
+            first, last = max(begin - reach, 0), min(end + reach, frames)
+            features = self._features(x[sequences, 2 * first : 2 * last + 7])
+            tile = self._projected(features[:, :, begin - first : end - first], weight)
+            if y is None:
+                y = tile.new_empty(batch, frames, tile.shape[2])
+            y[sequences, begin:end] = tile
+        return y
+
     def _check_input(self, x: Tensor, x_lens: Tensor, min_frames: int) -> None:
         fits = x.ndim == 3 and x.shape[1] >= min_frames and _width(x.shape[2]) == self.out_width
         if not fits or self.in_channels not in (None, x.shape[2]):
@@ -229,6 +279,23 @@ class Conv2dSubsampling(nn.Module):
             )
         if x_lens.shape != (x.shape[0],):
             raise ValueError(f"x_lens: wanted one length for each of {x.shape[0]} sequences, got {tuple(x_lens.shape)}")
+
+
+def _channels_last(x: Tensor) -> bool:
+    """Whether convolutions run with channels last in memory, which measured faster on the CPU."""
+    return x.device.type == "cpu" and not traced_or_transformed()
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def _tiles(batch: int, frames: int) -> Iterator[tuple[slice, int, int]]:
+    """Sequences, first frame and last frame + 1 of the tiles: several short sequences, or a part of a long one."""
+    sequences, parts = max(TILE // frames, 1), -(-frames // TILE)
+    for first in range(0, batch, sequences):
+        for part in range(parts):
+            yield slice(first, first + sequences), frames * part // parts, frames * (part + 1) // parts
 
 
 def _width(bins: int) -> int:
