@@ -320,7 +320,7 @@ class _GradientHook(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, function: Callable[..., Tensor], *saved: Tensor) -> Tensor:
         ctx.function, ctx.count = function, len(saved)
         ctx.save_for_backward(*saved)
-        return x.view_as(x)
+        return torch.ops.aten.alias(x)  # unlike view_as, keeps the strides of dimensions of one element
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -349,3 +349,56 @@ def gradient_hook(x: Tensor, function: Callable[..., Tensor], *saved: Tensor) ->
     if torch.compiler.is_compiling():  # the compiler takes no tensor twice
         saved = tuple(tensor.detach() for tensor in saved)
     return _GradientHook.apply(x, function, *saved)
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., Tensor], rows: int, x: Tensor, *tensors: Tensor | None) -> Tensor:
+        ctx.function, ctx.rows = function, rows
+        ctx.save_for_backward(x, *tensors)
+        y = None
+        for part, begin in zip(x.split(rows), range(0, len(x), rows), strict=True):
+            result = function(part, *tensors)
+            if y is None:
+                y = result.new_empty(len(x), *result.shape[1:])
+            y[begin : begin + rows] = result
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs, (x, *tensors) = ctx.needs_input_grad[2:], ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: what the parts save would all be kept
+            inputs = [x, *tensors]
+            wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
+            found = iter(torch.autograd.grad(ctx.function(*inputs), wanted, grad, create_graph=True))
+            return None, None, *(next(found) if need else None for need in needs)
+        dx = torch.empty_like(x) if needs[0] else None
+        leaves = [t.detach().requires_grad_() if need else t for t, need in zip(tensors, needs[1:], strict=True)]
+        sums: list[Tensor] = []
+        for part, dy, begin in zip(x.split(ctx.rows), grad.split(ctx.rows), range(0, len(x), ctx.rows), strict=True):
+            with torch.enable_grad():
+                part = part.detach().requires_grad_(needs[0])
+                y = ctx.function(part, *leaves)
+            wanted = [t for t in (part, *leaves) if t is not None and t.requires_grad]
+            grads = list(torch.autograd.grad(y, wanted, dy))
+            if dx is not None:
+                dx[begin : begin + ctx.rows] = grads.pop(0)
+            sums = [total.add_(g) for total, g in zip(sums, grads, strict=True)] if sums else grads
+        found = iter(sums)
+        return None, None, dx, *(next(found) if need else None for need in needs[1:])
+
+
+def recomputed(function: Callable[..., Tensor], rows: int, x: Tensor, *tensors: Tensor | None) -> Tensor:
+    """``function(x, *tensors)`` of so many rows of x at a time, saving x alone: backward computes each part again.
+
+    What lies between stays in cache. Sums over rows are taken part by part, in order.
+
+    Args:
+        function: from rows of x, at least one, and `tensors`, to as many rows. It is called without grad mode for
+            each part forward, with grad mode for each part backward, and with grad mode on all of x where
+            gradients are to be differentiated (create_graph=True).
+        rows: how many rows a part has.
+        x: (rows, ...), at least one row.
+        tensors: everything else that gradients flow to; or None.
+    """
+    return _Recomputed.apply(function, rows, x, *tensors)

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipformer_kernels.library import traced_or_transformed
+from zipformer_kernels.library import autocast_dtype, gradient_hook, recomputed, traced_or_transformed
 from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.scaled_init import ScaledConv2d
 from zipformer_kernels.modules.swoosh import SwooshL, SwooshR
+from zipformer_kernels.ops.swoosh import swoosh_l
 from zipformer_kernels.presets import FBANK_BINS, preset
 from zipformer_kernels.training import Balancer, Dropout3, FloatLike, ScaleGrad, ScheduledFloat, Whiten
+from zipformer_kernels.training.balancer import Moments, balanced_gradient
 from zipformer_kernels.training.randomness import being_traced
 
 MIN_FRAMES = 9  # three unpadded 3 x 3 convolutions, one of stride 2 in time, leave (T - 7) // 2 frames
 TILE = 256  # frames of the result that are embedded at a time: all that lies between stays in a processor's cache
+ROWS = 4096  # frames times frequencies whose hidden channels a ConvNeXt block computes at a time in training
 
 
 class ConvNeXt(nn.Module):
@@ -106,7 +110,38 @@ class ConvNeXt(nn.Module):
         return x[:, :, :frames] + self._after_depthwise(y), joined[:, :, frames : frames + pad]
 
     def _after_depthwise(self, x: Tensor) -> Tensor:
+        if self._recomputes(x):
+            return self._recomputed(x)
         return self.pointwise_conv2(self.activation(self.hidden_balancer(self.pointwise_conv1(x))))
+
+    def _recomputes(self, x: Tensor) -> bool:
+        """Whether backward computes the hidden channels again, which on the CPU costs less than to store them."""
+        if not _channels_last(x) or not x.is_contiguous(memory_format=torch.channels_last) or x.numel() == 0:
+            return False
+        hidden_needs = x.requires_grad or any(p.requires_grad for p in self.pointwise_conv1.parameters())
+        if not (torch.is_grad_enabled() and hidden_needs) or autocast_dtype(x) is not None:
+            return False
+        layers = (self.pointwise_conv1, self.hidden_balancer, self.activation, self.pointwise_conv2)
+        return all(map(_is_untouched, layers, (nn.Conv2d, Balancer, SwooshL, nn.Conv2d)))
+
+    def _recomputed(self, x: Tensor) -> Tensor:
+        """The layers after the depthwise convolution, of `ROWS` rows at a time."""
+        rows = x.permute(0, 2, 3, 1).flatten(0, 2)
+        limits, moments = self.hidden_balancer.draw(), Moments()
+
+        def layers(part: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+            hidden = F.linear(part, weight1, bias1)
+            if limits is not None and not torch.is_grad_enabled():
+                moments.add(hidden)
+            elif limits is not None:
+                known = None if len(part) == len(rows) else moments
+                balance = partial(balanced_gradient, moments=known, channel_dim=1, **limits)
+                hidden = gradient_hook(hidden, balance, hidden)
+            return F.linear(swoosh_l(hidden), weight2, bias2)
+
+        conv1, conv2 = self.pointwise_conv1, self.pointwise_conv2
+        y = recomputed(layers, ROWS, rows, conv1.weight.flatten(1), conv1.bias, conv2.weight.flatten(1), conv2.bias)
+        return y.unflatten(0, (x.shape[0], *x.shape[2:])).permute(0, 3, 1, 2)
 
 
 class Conv2dSubsampling(nn.Module):
@@ -196,7 +231,7 @@ class Conv2dSubsampling(nn.Module):
         self._check_input(x, x_lens, MIN_FRAMES)
         if self._goes_in_tiles(x):
             x = self._projected_tiles(x)
-        elif _channels_last(x) and self._is_untouched(self.out):
+        elif _channels_last(x) and _is_untouched(self.out, nn.Linear):
             x = self._projected(self._features(x), self._channels_last_weight())
         else:
             x = self.out(_flatten_frequencies(self._features(x)))
@@ -248,12 +283,8 @@ class Conv2dSubsampling(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             return False
         swallowed = (self.conv, self.convnext, self.out)
-        return self._is_untouched(self.out) and not any(_has_hooks(m) for part in swallowed for m in part.modules())
-
-    @staticmethod
-    def _is_untouched(linear: nn.Module) -> bool:
-        """Whether the result is F.linear of weight and bias: no hooks, not quantized or otherwise replaced."""
-        return type(linear).forward is nn.Linear.forward and not _has_hooks(linear)
+        hooked = any(_has_hooks(module) for part in swallowed for module in part.modules())
+        return not hooked and _is_untouched(self.out, nn.Linear)
 
     def _projected_tiles(self, x: Tensor) -> Tensor:
         """The linear layer's result, of a tile of frames at a time, with the frames that the ConvNeXt block sees."""
@@ -288,6 +319,11 @@ def _channels_last(x: Tensor) -> bool:
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_pre_hooks or module._forward_hooks)
+
+
+def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module is what `kind` makes of its attributes: no hooks, not quantized or replaced."""
+    return type(module).forward is kind.forward and "forward" not in vars(module) and not _has_hooks(module)
 
 
 def _tiles(batch: int, frames: int) -> Iterator[tuple[slice, int, int]]:

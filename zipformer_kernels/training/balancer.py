@@ -63,28 +63,57 @@ class Balancer(nn.Module):
         """Returns x, of any shape with `num_channels` along `channel_dim`."""
         if not x.requires_grad or (being_traced() and not self.training):
             return x
-        if not happens(float(self.prob)):
+        limits = self.draw()
+        if limits is None:
             return x
         if x.shape[self.channel_dim] != self.num_channels:
             raise ValueError(
                 f"x: wanted {self.num_channels} channels along dimension {self.channel_dim}, got {tuple(x.shape)}"
             )
-        balance = partial(
-            balanced_gradient,
-            channel_dim=self.channel_dim,
-            min_mean=_proportion_to_mean(float(self.min_positive)),
-            max_mean=_proportion_to_mean(float(self.max_positive)),
-            min_rms=_abs_to_rms(float(self.min_abs)),
-            max_rms=_abs_to_rms(float(self.max_abs)),
-            grad_scale=float(self.grad_scale),
-        )
-        return gradient_hook(x, balance, x)
+        return gradient_hook(x, partial(balanced_gradient, channel_dim=self.channel_dim, **limits), x)
+
+    def draw(self) -> dict[str, float] | None:
+        """Draws whether to act on a call: the limits as `balanced_gradient` takes them, or None."""
+        if not happens(float(self.prob)):
+            return None
+        return {
+            "min_mean": _proportion_to_mean(float(self.min_positive)),
+            "max_mean": _proportion_to_mean(float(self.max_positive)),
+            "min_rms": _abs_to_rms(float(self.min_abs)),
+            "max_rms": _abs_to_rms(float(self.max_abs)),
+            "grad_scale": float(self.grad_scale),
+        }
+
+
+class Moments:
+    """Mean and variance of each channel, in float32 (float64 for float64), of rows that come in parts.
+
+    Parts are merged with the formula of Chan, Golub and LeVeque (1979), which does not cancel.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def add(self, x: Tensor) -> None:
+        """Takes in x, (rows, channels), at least one row."""
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean = x.mean(0)
+        variance = (x - mean).square_().mean(0)  # torch.var_mean is slow along the outer dimension
+        if self.rows == 0:
+            self.rows, self.mean, self.variance = len(x), mean, variance
+            return
+        share = len(x) / (self.rows + len(x))
+        difference = mean - self.mean
+        self.mean = self.mean + share * difference
+        self.variance = (1 - share) * (self.variance + share * difference.square()) + share * variance
+        self.rows += len(x)
 
 
 def balanced_gradient(
     grad: Tensor,
     x: Tensor,
     *,
+    moments: Moments | None = None,
     channel_dim: int,
     min_mean: float,
     max_mean: float,
@@ -105,6 +134,7 @@ def balanced_gradient(
 
     Args:
         grad, x: same shape; computed in float32 (float64 for float64) and returned in the dtype of `grad`.
+        moments: those of all of which x, (rows, channels), is a part; of x itself if None.
         channel_dim: the dimension of the channels; statistics are taken over all others.
         min_mean, max_mean: limits on mean / stddev.
         min_rms, max_rms: limits on the RMS.
@@ -112,8 +142,11 @@ def balanced_gradient(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     x, wide_grad = x.to(wide), grad.to(wide)
-    others = [dim for dim in range(x.ndim) if dim != channel_dim % x.ndim]
-    variance, mean = torch.var_mean(x, others, correction=0, keepdim=True)
+    if moments is None:
+        others = [dim for dim in range(x.ndim) if dim != channel_dim % x.ndim]
+        variance, mean = torch.var_mean(x, others, correction=0, keepdim=True)
+    else:
+        variance, mean = moments.variance, moments.mean
     square = variance + mean * mean
     stddev, rms = variance.clamp(min=TINY).sqrt(), square.clamp(min=TINY).sqrt()
     ratio = mean / stddev
@@ -124,7 +157,7 @@ def balanced_gradient(
     slope = -mean_push * ratio * (variance >= TINY) - rms_push
     scale = grad_scale / (level.square() + slope.square() * (variance / stddev.square())).sqrt().clamp(min=TINY)
 
-    direction = (x - mean) * (slope * scale / stddev) + level * scale
+    direction = torch.addcmul(level * scale, x - mean, slope * scale / stddev)
     return torch.addcmul(wide_grad, wide_grad.abs(), direction).to(grad.dtype)
 
 
