@@ -14,6 +14,7 @@ from zipformer_kernels.library import autocast_dtype, gradient_hook, recomputed,
 from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.scaled_init import ScaledConv2d
 from zipformer_kernels.modules.swoosh import SwooshL, SwooshR
+from zipformer_kernels.ops.depthwise_conv2d import depthwise_conv2d
 from zipformer_kernels.ops.swoosh import swoosh_l
 from zipformer_kernels.presets import FBANK_BINS, preset
 from zipformer_kernels.training import Balancer, Dropout3, FloatLike, ScaleGrad, ScheduledFloat, Whiten
@@ -80,7 +81,7 @@ class ConvNeXt(nn.Module):
             layerdrop_rate = float(self.layerdrop_rate)
             if layerdrop_rate != 0.0:
                 keep = torch.rand((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device) > layerdrop_rate
-        y = self._after_depthwise(self.depthwise_conv(x))
+        y = self._after_depthwise(self._depthwise(x))
         if keep is not None:
             y = y * keep
         x = self.out_balancer(x + y)
@@ -109,6 +110,12 @@ class ConvNeXt(nn.Module):
         y = F.conv2d(joined, conv.weight, conv.bias, padding=(0, freq_pad), groups=conv.groups)
         return x[:, :, :frames] + self._after_depthwise(y), joined[:, :, frames : frames + pad]
 
+    def _depthwise(self, x: Tensor) -> Tensor:
+        conv = self.depthwise_conv
+        if _channels_last(x) and _is_untouched(conv, nn.Conv2d):
+            return depthwise_conv2d(x, conv.weight, conv.bias)
+        return conv(x)
+
     def _after_depthwise(self, x: Tensor) -> Tensor:
         if self._recomputes(x):
             return self._recomputed(x)
@@ -127,14 +134,14 @@ class ConvNeXt(nn.Module):
     def _recomputed(self, x: Tensor) -> Tensor:
         """The layers after the depthwise convolution, of `ROWS` rows at a time."""
         rows = x.permute(0, 2, 3, 1).flatten(0, 2)
-        limits, moments = self.hidden_balancer.draw(), Moments()
+        count, limits, moments = len(rows), self.hidden_balancer.draw(), Moments()
 
         def layers(part: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
             hidden = F.linear(part, weight1, bias1)
             if limits is not None and not torch.is_grad_enabled():
                 moments.add(hidden)
             elif limits is not None:
-                known = None if len(part) == len(rows) else moments
+                known = None if len(part) == count else moments
                 balance = partial(balanced_gradient, moments=known, channel_dim=1, **limits)
                 hidden = gradient_hook(hidden, balance, hidden)
             return F.linear(swoosh_l(hidden), weight2, bias2)

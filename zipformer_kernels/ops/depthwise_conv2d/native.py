@@ -1,0 +1,68 @@
+"""depthwise_conv2d with its weight gradient from the compiled module: ``csrc/depthwise_conv2d/cpu.cpp``."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, call_cpu, like, unsupported_dtype
+from zipformer_kernels.library import Launchers
+
+TILE = 16  # frames that the kernel takes at a time
+PARTS = 64  # groups of frames that are summed apart at most: so many that threads share them out evenly
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+    if x.numel() == 0:
+        return (torch.empty_like(x),)
+    padding = weight.shape[2] // 2, weight.shape[3] // 2
+    y = F.conv2d(x, weight, bias, padding=padding, groups=weight.shape[0])
+    return (like(y, torch.empty_like(x)),)
+
+
+def _backward(
+    needs: tuple[bool, ...],
+    grads: tuple[Tensor],
+    saved: tuple[()],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    (dy,) = grads
+    dx = dweight = dbias = None
+    if needs[0]:
+        dx = like(_input_gradient(dy, x, weight), torch.empty_like(x))
+    if needs[1]:
+        dweight = like(_weight_gradient(dy, x, weight), torch.empty_like(weight))
+    if needs[2]:
+        wide = torch.promote_types(dy.dtype, torch.float32)
+        dbias = like(dy.sum((0, 2, 3), dtype=wide).to(bias.dtype), torch.empty_like(bias))
+    return dx, dweight, dbias
+
+
+def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    if x.numel() == 0:
+        return torch.empty_like(x)
+    padding = [weight.shape[2] // 2, weight.shape[3] // 2]
+    gradients = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], weight.shape[0], [True, False, False]
+    )
+    return gradients[0]
+
+
+def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    batch, channels, frames, bins = x.shape
+    if x.numel() == 0:
+        return torch.zeros_like(weight)
+    x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+    parts = min(PARTS, batch * -(-frames // TILE))
+    kernel = tuple(weight.shape[2:])
+    partials = x.new_empty((parts, *kernel, channels), dtype=torch.promote_types(x.dtype, torch.float32))
+    images = (part for t in (x, dy) for part in (t.data_ptr(), (t.stride(0), t.stride(2), t.stride(3))))
+    sizes = batch, channels, frames, bins, *kernel
+    call_cpu("depthwise_conv2d_weight_gradient", x, *images, partials.data_ptr(), parts, sizes, DTYPE_CODES[x.dtype])
+    return partials.sum(0).permute(2, 0, 1).unsqueeze(1).to(weight.dtype)
+
+
+cpu = Launchers(lambda x, *_: unsupported_dtype(x, CPU_DTYPES), _forward, _backward)
