@@ -1,0 +1,112 @@
+"""The machine that is measured on: its name, its rates, and what a result depends on besides the code."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zipformer_kernels import backend
+from zipformer_kernels.bench.statistics import median
+
+ROOT = Path(__file__).parent.parent.parent
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PACKAGES = ("torch", "triton", "numpy", "zipformer", "zipformer-kernels")
+FEATURES = {"avx512f": "AVX-512", "amx_tile": "AMX"}  # of x86 processors, as Linux names them
+
+
+def synchronize() -> None:
+    """Waits for the GPU, if there is one."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def device_name() -> str:
+    """The hardware: the GPU, or the processor with its vector extensions and the threads used."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_name()
+    model, flags = platform.processor() or platform.machine(), ""
+    if os.path.exists("/proc/cpuinfo"):
+        entries = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+        entries = {key.strip(): value for key, value in entries.items()}
+        model, flags = entries.get("model name", model), entries.get("flags", "")
+    model = " ".join(re.sub(r"\((R|TM)\)|\b(Processor|CPU|@.*)", " ", model).split())
+    features = [name for flag, name in FEATURES.items() if flag in flags.split()]
+    return ", ".join([model, *features, f"{torch.get_num_threads()} threads"])
+
+
+def slug(name: str) -> str:
+    """A name as the name of a folder: lower case, digits and hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on besides the code, and the commit of the code, and whether files differ from it."""
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {
+        "device": device_name(),
+        "threads": torch.get_num_threads(),
+        "isa": backend.native.current_isa() if backend.native else None,
+        "cuda": torch.version.cuda if DEVICE.type == "cuda" else None,
+        "versions": versions,
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results", ":!docs")),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "load_average": list(os.getloadavg()) if hasattr(os, "getloadavg") else None,
+    }
+
+
+def _git(*command: str) -> str | None:
+    """What git prints in the checkout; None outside of one."""
+    if not (ROOT / ".git").exists():
+        return None
+    result = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
+def rates(dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> dict[str, Any]:
+    """What the machine reaches on a large copy and on large square matrix products, to hold kernels against."""
+    return {
+        "copy_bytes_per_s": copy_rate(),
+        "matrix_flops_per_s": {str(dtype).removeprefix("torch."): matrix_rate(dtype) for dtype in dtypes},
+    }
+
+
+def copy_rate(size: int = 1 << 29) -> float:
+    """Bytes per second, read and written, of a copy of `size` bytes from memory to memory."""
+    source = torch.ones(size // 4, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * size / _fastest_half(lambda: target.copy_(source))
+
+
+def matrix_rate(dtype: torch.dtype, size: int | None = None) -> float:
+    """Floating-point operations per second of a product of random square matrices."""
+    n = size or (8192 if DEVICE.type == "cuda" else 1536)
+    a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in "ab")
+    return 2 * n**3 / _fastest_half(lambda: a @ b)
+
+
+def _fastest_half(run: Callable[[], Any], rounds: int = 10) -> float:
+    """The median of the faster half of the times: what the machine can do, not what disturbed it."""
+    times = []
+    for _ in range(rounds + 2):
+        synchronize()
+        start = time.perf_counter()
+        run()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return median(sorted(times[2:])[: rounds // 2])

@@ -1,0 +1,182 @@
+"""Whole models, ours and upstream's with the same weights, and functions that run them."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zipformer_kernels.bench import upstream
+from zipformer_kernels.bench.job import Prepared, off_by
+from zipformer_kernels.bench.machine import DEVICE
+from zipformer_kernels.bench.op_jobs import no_compiler
+from zipformer_kernels.encoder import Zipformer
+from zipformer_kernels.modules.subsampling import Conv2dSubsampling
+from zipformer_kernels.presets import preset
+
+PEERS = ("upstream", "upstream as shipped", "upstream compiled", "ours")
+"""Upstream with its activations called, with them compiled as it ships, and compiled as a whole; ours on `auto`."""
+
+BATCH_COUNT = 10000.0  # of training steps done: where schedules have mostly settled
+CHECKED_TO = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+CPU_FRAMES_PER_SECOND = 50  # of the encoder's input
+
+
+class Model(nn.Module):
+    """A conv embed and an encoder, from features (batch, T, 80) of full length to embeddings (frames, batch, channels)."""
+
+    def __init__(self, embed: nn.Module, encoder: nn.Module) -> None:
+        super().__init__()
+        self.embed, self.encoder = embed, encoder
+
+    def forward(self, features: Tensor) -> Tensor:
+        lengths = torch.full((features.shape[0],), features.shape[1], device=features.device)
+        x, lengths = self.embed(features, lengths)
+        return self.encoder(x.transpose(0, 1), lengths, no_padding(x.transpose(0, 1)))[0]
+
+
+class Encoder(nn.Module):
+    """An encoder on sequences (T, batch, channels) of full length."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor) -> Tensor:
+        lengths = torch.full((x.shape[1],), x.shape[0], device=x.device)
+        return self.encoder(x, lengths, no_padding(x))[0]
+
+
+def no_padding(x: Tensor) -> Tensor:
+    """The mask of sequences (T, batch, channels) that all have full length."""
+    return torch.zeros(x.shape[1], x.shape[0], dtype=torch.bool, device=x.device)
+
+
+def encoder(peer: str, name: str, **options: Any) -> nn.Module:
+    """A peer's encoder of a preset: `options` are arguments of `Zipformer`. All peers' weights are the same."""
+    seed(0)
+    ours = Zipformer.from_preset(name, **options)
+    if peer == "ours":
+        return ours
+    (module,) = upstream.load("zipformer")
+    with upstream.activations(compiled=peer == "upstream as shipped"):
+        theirs = module.Zipformer(**preset(name) | options)
+    theirs.load_state_dict(ours.state_dict())
+    return theirs
+
+
+def conv_embed(peer: str, name: str) -> nn.Module:
+    """A peer's conv embed of a preset."""
+    seed(0)
+    ours = Conv2dSubsampling.from_preset(name)
+    if peer == "ours":
+        return ours
+    (module,) = upstream.load("subsampling")
+    with upstream.activations(compiled=peer == "upstream as shipped"):
+        theirs = module.Conv2dSubsampling(80, ours.out_width and preset(name)["encoder_dim"][0])
+    theirs.load_state_dict(ours.state_dict())
+    return theirs
+
+
+def model(peer: str, name: str) -> Model:
+    """A peer's conv embed and encoder."""
+    return Model(conv_embed(peer, name), encoder(peer, name))
+
+
+def seed(number: int) -> None:
+    """Seeds both generators that training draws from."""
+    random.seed(number)
+    torch.manual_seed(number)
+
+
+def unserved(peer: str) -> str | None:
+    """Why a peer cannot run here, or None if it can."""
+    if peer == "ours":
+        return None
+    return upstream.unavailable() or (None if peer == "upstream" else no_compiler())
+
+
+def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Autocast to a half-precision dtype; nothing for float32."""
+    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(DEVICE.type, dtype)
+
+
+def prepare(
+    build: Callable[[str], nn.Module],
+    make_run: Callable[[nn.Module], Callable[[], Tensor]],
+    dtype: torch.dtype,
+    wanted: Sequence[str],
+) -> Prepared:
+    """Functions for the peers wanted, each checked by its first result against the first peer's.
+
+    Args:
+        build: makes a peer's model.
+        make_run: from a model to the function to time, which returns a tensor to compare.
+        dtype: what is computed in, by autocast where it is half.
+        wanted: the peers.
+    """
+    prepared, expected = Prepared(), None
+    for peer in wanted:
+        reason = unserved(peer)
+        if reason is not None:
+            prepared.skipped[peer] = reason
+            continue
+        made = build(peer).to(DEVICE)
+        if peer == "upstream compiled":
+            torch.compiler.reset()
+            made = torch.compile(made)
+        run = make_run(made)
+        try:
+            result = run().detach()
+        except torch.cuda.OutOfMemoryError:
+            prepared.skipped[peer] = "it runs out of memory"
+            continue
+        expected = result if expected is None else expected
+        error = off_by(result, expected)
+        if error > CHECKED_TO[dtype]:
+            prepared.wrong[peer] = f"it is off by {error:.1e}"
+        else:
+            prepared.runs[peer] = run
+    return prepared
+
+
+def inference(x: Tensor, dtype: torch.dtype) -> Callable[[nn.Module], Callable[[], Tensor]]:
+    """Makes functions that run a model on x in eval mode."""
+
+    def make_run(module: nn.Module) -> Callable[[], Tensor]:
+        module.eval()
+
+        def run() -> Tensor:
+            with torch.no_grad(), autocast(dtype):
+                return module(x)
+
+        return run
+
+    return make_run
+
+
+def training(x: Tensor, dtype: torch.dtype) -> Callable[[nn.Module], Callable[[], Tensor]]:
+    """Makes functions that run a model on x forward and backward; the k-th call of each draws from seed k."""
+
+    def make_run(module: nn.Module) -> Callable[[], Tensor]:
+        module.train()
+        for part in module.modules():
+            if hasattr(part, "batch_count"):
+                part.batch_count = BATCH_COUNT
+        steps = iter(range(10**9))
+
+        def run() -> Tensor:
+            seed(next(steps))
+            module.zero_grad(set_to_none=True)
+            with autocast(dtype):
+                y = module(x)
+            y.float().square().mean().backward()
+            return y
+
+        return run
+
+    return make_run

@@ -1,0 +1,159 @@
+"""Jobs of every op: its cases, in each direction, by each backend, the reference, and others' code."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zipformer_kernels import backend, ops
+from zipformer_kernels.bench.job import Job, Prepared, off_by
+from zipformer_kernels.bench.machine import DEVICE
+from zipformer_kernels.bench.others import OTHERS, UNCHECKED, Call, Unserved
+from zipformer_kernels.ops.cases import Case
+
+DIRECTIONS = ("forward", "backward", "both")
+CPU_LIMITS = {"bytes": 4e8, "flops": 1.5e10}  # beyond that a case takes too long on a CPU
+CHECK_EPSILONS = 50  # how far peers may be apart, as relative error in epsilons of the dtype
+
+
+def names() -> list[str]:
+    """The ops that have a forward and a backward pass."""
+    return [name for name in ops.names() if hasattr(ops.get(name), "reference")]
+
+
+def cases_of(op: str, every: bool = False) -> list[Case]:
+    """The large cases of an op that this machine can time.
+
+    Args:
+        op: the op's name.
+        every: all of them, or the first and the last.
+    """
+    cases = [case for case in importlib.import_module(f"{ops.__name__}.{op}.cases").CASES if case.large]
+    if DEVICE.type == "cpu":
+        cases = [
+            case
+            for case in cases
+            if sum(case.bytes(4).values()) <= CPU_LIMITS["bytes"] and sum(case.flops.values()) <= CPU_LIMITS["flops"]
+        ]
+    return cases if every else [*cases[:1], *cases[1:][-1:]]
+
+
+def jobs(op: str, every: bool = False, dtype: torch.dtype = torch.float32) -> Iterator[Job]:
+    """The jobs of one op on this machine; of all its cases that fit, or of the first and the last."""
+    for case in cases_of(op, every):
+        for direction in DIRECTIONS:
+            yield job(op, case, direction, dtype)
+
+
+def job(op: str, case: Case, direction: str, dtype: torch.dtype = torch.float32) -> Job:
+    """One case of an op in one direction."""
+    sizes = case.bytes(dtype.itemsize)
+    return Job(
+        op,
+        case.name,
+        direction,
+        dtype,
+        (*backend.BACKENDS, "compiled", *OTHERS.get(op, {"upstream": None})),
+        partial(prepare, op, case, direction, dtype),
+        bytes=sum(sizes.values()) if direction == "both" else sizes[direction],
+        flops=sum(case.flops.values()) if direction == "both" else case.flops[direction],
+        graphs=direction != "backward",  # the forward pass lies outside of it
+    )
+
+
+def prepare(op: str, case: Case, direction: str, dtype: torch.dtype, wanted: Sequence[str]) -> Prepared:
+    """Functions for the peers wanted, all on the same inputs, checked against the eager reference."""
+    gc.collect()
+    torch.manual_seed(0)
+    args = case.inputs(dtype, DEVICE)
+    prepared, calls = Prepared(), {}
+    for peer in dict.fromkeys(("eager", *wanted)):
+        try:
+            calls[peer] = call(op, peer, args)
+        except Unserved as reason:
+            prepared.skipped[peer] = str(reason)
+    expected = None
+    for peer, (function, its_args) in calls.items():
+        passes = Passes(function, its_args)
+        results = passes.results(gradients=its_args is args)
+        expected = expected or results
+        error = max(off_by(*pair) for pair in zip(results, expected, strict=False))
+        if error > CHECK_EPSILONS * torch.finfo(dtype).eps and (op, peer) not in UNCHECKED:
+            prepared.wrong[peer] = f"it is off by {error:.1e}"
+        elif peer in wanted:
+            prepared.runs[peer] = passes.run(direction)
+    return prepared
+
+
+def call(op: str, peer: str, args: tuple[Any, ...]) -> Call:
+    """The function by which a peer computes an op, and its arguments. Raises `Unserved` where it cannot."""
+    operation = ops.get(op)
+    if peer == "compiled":
+        reason = no_compiler()
+        if reason is not None:
+            raise Unserved(reason)
+        torch.compiler.reset()
+        return torch.compile(operation.reference), args
+    if peer not in backend.BACKENDS:
+        make = OTHERS.get(op, {}).get(peer)
+        if make is None:
+            raise Unserved(f"{peer} has no function for it")
+        return make(*args)
+    if (peer == "triton" and backend.TRITON_INTERPRETS) or (peer == "cuda" and backend.emulated()):
+        raise Unserved("it runs in a simulation here")
+    reason = operation.unsupported(peer, *args)
+    if reason is not None:
+        raise Unserved(reason)
+    return partial(operation, backend=peer), args
+
+
+def no_compiler() -> str | None:
+    """Why torch.compile cannot work here, or None if it can."""
+    if DEVICE.type == "cuda":
+        return backend.missing["triton"]
+    return None if any(map(shutil.which, ("g++", "clang++"))) else "torch.compile finds no C++ compiler"
+
+
+class Passes:
+    """The forward and backward pass of a function on its arguments."""
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self.function, self.args = function, args
+        self.leaves = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
+        self.gradient: Tensor | None = None
+
+    def output(self) -> Tensor:
+        """The first output, with its graph."""
+        outputs = self.function(*self.args)
+        return outputs if isinstance(outputs, Tensor) else outputs[0]
+
+    def results(self, gradients: bool) -> list[Tensor]:
+        """The first output, and the gradients of all arguments for one fixed gradient of it."""
+        output = self.output()
+        generator = torch.Generator(DEVICE).manual_seed(1)
+        self.gradient = torch.randn(output.shape, generator=generator, device=DEVICE).to(output.dtype)
+        found = torch.autograd.grad(output, self.leaves, self.gradient) if gradients else ()
+        return [output.detach(), *found]
+
+    def run(self, direction: str) -> Callable[[], Any]:
+        """One direction as a function without arguments."""
+        if direction == "backward":
+            output = self.output()
+            return lambda: torch.autograd.grad(output, self.leaves, self.gradient, retain_graph=True)
+        return {"forward": self.forward, "both": self.both}[direction]
+
+    def forward(self) -> Any:
+        """Without gradients."""
+        with torch.no_grad():
+            return self.function(*self.args)
+
+    def both(self) -> Any:
+        """Forward, then backward."""
+        return torch.autograd.grad(self.output(), self.leaves, self.gradient)

@@ -1,0 +1,78 @@
+"""Times functions in turns, so that whatever else the machine does falls on all of them alike.
+
+On a CPU by the clock. On a GPU by events, each run after the L2 cache was overwritten; where it can be captured, a run
+is the replay of a CUDA graph, so that the kernels are timed and not Python.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from zipformer_kernels.bench.machine import DEVICE
+
+Run = Callable[[], Any]
+WARM_UP = 2
+
+
+def take_turns(runs: dict[str, Run], *, seconds: float, least: int, graphs: bool = False) -> dict[str, list[float]]:
+    """Seconds of every run of every function.
+
+    Args:
+        runs: the functions by name.
+        seconds: rounds go on until so much time has passed,
+        least: but there are at least so many.
+        graphs: on a GPU, replay each function as a CUDA graph.
+    """
+    if DEVICE.type == "cuda":
+        return _gpu(runs, seconds, least, graphs)
+    for run in runs.values():
+        run()
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    start, rounds = time.perf_counter(), 0
+    while rounds < least or time.perf_counter() - start < seconds:
+        for name, run in runs.items():
+            begin = time.perf_counter()
+            run()
+            samples[name].append(time.perf_counter() - begin)
+        rounds += 1
+    return samples
+
+
+def captured(run: Run) -> Run:
+    """The function as the replay of a CUDA graph. Raises RuntimeError where it does something that none can hold."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _gpu(runs: dict[str, Run], seconds: float, least: int, graphs: bool) -> dict[str, list[float]]:
+    for run in runs.values():
+        for _ in range(WARM_UP):
+            run()
+    if graphs:
+        runs = {name: captured(run) for name, run in runs.items()}
+    cache = torch.empty(4 * torch.cuda.get_device_properties(DEVICE).L2_cache_size, dtype=torch.int8, device=DEVICE)
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    start, rounds = time.perf_counter(), 0
+    while rounds < least or time.perf_counter() - start < seconds:
+        for name, run in runs.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in "be")
+            cache.zero_()
+            begin.record()
+            run()
+            end.record()
+            end.synchronize()
+            samples[name].append(begin.elapsed_time(end) / 1e3)
+        rounds += 1
+    return samples
