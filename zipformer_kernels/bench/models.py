@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,14 +17,14 @@ from zipformer_kernels.bench.machine import DEVICE
 from zipformer_kernels.bench.op_jobs import no_compiler
 from zipformer_kernels.encoder import Zipformer
 from zipformer_kernels.modules.subsampling import Conv2dSubsampling
-from zipformer_kernels.presets import preset
+from zipformer_kernels.presets import FBANK_BINS, preset
 
 PEERS = ("upstream", "upstream as shipped", "upstream compiled", "ours")
 """Upstream with its activations called, with them compiled as it ships, and compiled as a whole; ours on `auto`."""
 
 BATCH_COUNT = 10000.0  # of training steps done: where schedules have mostly settled
 CHECKED_TO = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-CPU_FRAMES_PER_SECOND = 50  # of the encoder's input
+FEATURES_PER_SECOND, FRAMES_PER_SECOND = 100, 50  # into the conv embed and into the encoder
 
 
 class Model(nn.Module):
@@ -37,6 +38,18 @@ class Model(nn.Module):
         lengths = torch.full((features.shape[0],), features.shape[1], device=features.device)
         x, lengths = self.embed(features, lengths)
         return self.encoder(x.transpose(0, 1), lengths, no_padding(x.transpose(0, 1)))[0]
+
+
+class Embed(nn.Module):
+    """A conv embed on features (batch, T, 80) of full length."""
+
+    def __init__(self, embed: nn.Module) -> None:
+        super().__init__()
+        self.embed = embed
+
+    def forward(self, features: Tensor) -> Tensor:
+        lengths = torch.full((features.shape[0],), features.shape[1], device=features.device)
+        return self.embed(features, lengths)[0]
 
 
 class Encoder(nn.Module):
@@ -75,9 +88,10 @@ def conv_embed(peer: str, name: str) -> nn.Module:
     ours = Conv2dSubsampling.from_preset(name)
     if peer == "ours":
         return ours
-    (module,) = upstream.load("subsampling")
+    module, scaling = upstream.load("subsampling", "scaling")
+    dropout = scaling.ScheduledFloat((0.0, 0.3), (20000.0, 0.1))
     with upstream.activations(compiled=peer == "upstream as shipped"):
-        theirs = module.Conv2dSubsampling(80, ours.out_width and preset(name)["encoder_dim"][0])
+        theirs = module.Conv2dSubsampling(FBANK_BINS, preset(name)["encoder_dim"][0], dropout=dropout)
     theirs.load_state_dict(ours.state_dict())
     return theirs
 
@@ -144,11 +158,13 @@ def prepare(
     return prepared
 
 
-def inference(x: Tensor, dtype: torch.dtype) -> Callable[[nn.Module], Callable[[], Tensor]]:
-    """Makes functions that run a model on x in eval mode."""
+def inference(make_x: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[nn.Module], Callable[[], Tensor]]:
+    """Makes functions that run a model in eval mode on what `make_x` draws from one seed."""
 
     def make_run(module: nn.Module) -> Callable[[], Tensor]:
         module.eval()
+        seed(0)
+        x = make_x()
 
         def run() -> Tensor:
             with torch.no_grad(), autocast(dtype):
@@ -159,15 +175,16 @@ def inference(x: Tensor, dtype: torch.dtype) -> Callable[[nn.Module], Callable[[
     return make_run
 
 
-def training(x: Tensor, dtype: torch.dtype) -> Callable[[nn.Module], Callable[[], Tensor]]:
-    """Makes functions that run a model on x forward and backward; the k-th call of each draws from seed k."""
+def training(make_x: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[nn.Module], Callable[[], Tensor]]:
+    """Makes functions that run a model forward and backward on such x; the k-th call of each draws from seed k."""
 
     def make_run(module: nn.Module) -> Callable[[], Tensor]:
         module.train()
         for part in module.modules():
             if hasattr(part, "batch_count"):
                 part.batch_count = BATCH_COUNT
-        steps = iter(range(10**9))
+        seed(0)
+        x, steps = make_x(), itertools.count()
 
         def run() -> Tensor:
             seed(next(steps))

@@ -1,0 +1,101 @@
+"""One long recording, offline: time and peak memory of the whole process against length.
+
+Each point is a fresh process, ``python -m zipformer_kernels.bench.length PEER MINUTES``, that runs conv embed and encoder
+of preset S on random features once after a short warm-up, and prints its time and the most memory it ever held.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zipformer_kernels.bench import models
+from zipformer_kernels.bench.job import Job, Measured, Prepared, figures
+from zipformer_kernels.bench.machine import DEVICE, synchronize
+from zipformer_kernels.presets import FBANK_BINS
+
+PRESET = "S"
+MINUTES = {  # upstream stops where a little more would take 8 GB
+    "upstream": (0.5, 1.0, 2.0, 3.0),
+    "upstream compiled": (0.5, 2.0),
+    "ours": (0.5, 1.0, 2.0, 3.0, 7.0, 14.0),
+}
+EVERY_MINUTES = {"upstream": (), "upstream compiled": (1.0, 3.0), "ours": (30.0, 60.0)}
+WARM_UP_MINUTES = 0.25
+
+
+@dataclass(frozen=True)
+class LengthJob(Job):
+    """One length by all peers that take it."""
+
+    minutes: float = 0.0
+
+    def measure(self, rates: dict[str, Any], peers: Sequence[str] | None = None) -> Measured:
+        found = Measured()
+        for peer in self.peers if peers is None else peers:
+            reason = models.unserved(peer)
+            if reason is not None:
+                found.skipped.append({**self.key, "peer": peer, "reason": reason})
+                continue
+            point = in_fresh_process(peer, self.minutes)
+            numbers = figures([point["seconds"]], None, None, self.key["dtype"], rates)
+            usage = {"peak_bytes": point["peak_bytes"], "launches": None, "minutes": self.minutes}
+            found.rows.append({**self.key, "peer": peer, **numbers, **usage})
+        for row in found.rows:
+            row["times_as_long"] = {
+                other["peer"]: other["median_s"] / row["median_s"] for other in found.rows if other is not row
+            }
+        return found
+
+
+def jobs(every: bool = False) -> Iterator[Job]:
+    """One for each length, shortest first."""
+    taken = {peer: {*MINUTES[peer], *(EVERY_MINUTES[peer] if every else ())} for peer in MINUTES}
+    for minutes in sorted(set().union(*taken.values())):
+        peers = tuple(peer for peer in taken if minutes in taken[peer])
+        case = f"{PRESET}, 1 x {minutes:g} min"
+        yield LengthJob("length", case, "forward", torch.float32, peers, lambda _: Prepared(), minutes=minutes)
+
+
+def in_fresh_process(peer: str, minutes: float) -> dict[str, float]:
+    """Seconds and peak memory in bytes of one recording. Raises RuntimeError with the process's last line if it fails."""
+    command = [sys.executable, "-m", __spec__.name, peer, str(minutes)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise RuntimeError(f"{peer} on {minutes:g} minutes failed: {(result.stderr.splitlines() or ['killed'])[-1]}")
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def peak_memory() -> int:
+    """The most memory that this process ever held, or that tensors took on a GPU, in bytes."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def main() -> None:
+    """Runs one peer on one length and prints what it took."""
+    peer, minutes = sys.argv[1], float(sys.argv[2])
+    module = models.model(peer, PRESET).to(DEVICE).eval()
+    run = torch.compile(module, dynamic=True) if peer == "upstream compiled" else module
+    for length in (WARM_UP_MINUTES, minutes):
+        features = torch.randn(1, int(length * 60 * models.FEATURES_PER_SECOND), FBANK_BINS, device=DEVICE)
+        start = time.perf_counter()
+        with torch.no_grad():
+            run(features)
+        synchronize()
+        seconds = time.perf_counter() - start
+    print(json.dumps({"seconds": seconds, "peak_bytes": peak_memory()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+"""Jobs of whole models: encoder forward, conv embed, training step, streaming chunk, optimizer step, Conformer beside.
+
+On a CPU the sizes of issue-sized batches in float32; on a GPU preset L in bfloat16 by autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zipformer_kernels import backend, ops, use_backend
+from zipformer_kernels.bench import models, upstream
+from zipformer_kernels.bench.conformer import conformer_l
+from zipformer_kernels.bench.job import Job, Prepared
+from zipformer_kernels.bench.machine import DEVICE
+from zipformer_kernels.bench.models import FEATURES_PER_SECOND, FRAMES_PER_SECOND, PEERS
+from zipformer_kernels.bench.timing import captured
+from zipformer_kernels.optim import ScaledAdam
+from zipformer_kernels.presets import FBANK_BINS, preset
+
+ON_GPU = DEVICE.type == "cuda"
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+FORWARD = [("L", 1, 30), ("L", 64, 30)] if ON_GPU else [("S", 4, 16), ("M", 4, 16)]
+TRAINING = [("L", 30, 30), ("L", 15, 30), ("L", 8, 30)] if ON_GPU else [("S", 4, 16)]  # upstream may fit the last only
+CONFORMER = ("L", 30, 30) if ON_GPU else ("L", 1, 16)
+ROUNDS = {"forward": 7, "both": 3}
+CHUNK, LEFT_CONTEXT = 16, 128  # frames at 50 Hz: 320 ms
+CHUNKS = 100
+
+
+def sizes(name: str, batch: int, seconds: int) -> str:
+    """The name of a case."""
+    return f"{name}, {batch} x {seconds} s"
+
+
+def encoder_forward(every: bool = False) -> Iterator[Job]:
+    """The encoder in eval mode; on a GPU also as the replay of a CUDA graph."""
+    peers = (*PEERS, "ours, CUDA graph") if ON_GPU else PEERS
+    for name, batch, seconds in FORWARD:
+        yield Job(
+            *("encoder-forward", sizes(name, batch, seconds), "forward", DTYPE, peers),
+            partial(_forward, partial(_encoder, name), _frames(name, batch, seconds), DTYPE),
+            rounds=ROUNDS["forward"],
+        )
+
+
+def conv_embed(every: bool = False) -> Iterator[Job]:
+    """The conv embed in eval mode."""
+    for name, batch, seconds in FORWARD[:1]:
+        features = _features(batch, seconds)
+        yield Job(
+            *("conv-embed", sizes(name, batch, seconds), "forward", DTYPE, PEERS),
+            partial(_forward, partial(_embed, name), features, DTYPE),
+        )
+
+
+def training_step(every: bool = False) -> Iterator[Job]:
+    """Forward and backward of conv embed and encoder in training; on a CPU compiled upstream only if `every`."""
+    peers = PEERS if ON_GPU or every else tuple(peer for peer in PEERS if peer != "upstream compiled")
+    for name, batch, seconds in TRAINING:
+        make_run = models.training(_features(batch, seconds), DTYPE)
+        yield Job(
+            *("training-step", sizes(name, batch, seconds), "both", DTYPE, peers),
+            partial(models.prepare, partial(models.model, name=name), make_run, DTYPE),
+            rounds=ROUNDS["both"],
+        )
+
+
+def streaming_chunk(every: bool = False) -> Iterator[Job]:
+    """One chunk of one stream by a causal encoder, which carries its states from call to call."""
+    peers = PEERS if ON_GPU or every else tuple(peer for peer in PEERS if peer != "upstream compiled")
+    for name in ("L",) if ON_GPU else ("S",):
+        build = partial(
+            models.encoder, name=name, causal=True, chunk_size=(CHUNK,), left_context_frames=(LEFT_CONTEXT,)
+        )
+        yield Job(
+            *("streaming-chunk", f"causal {name}, 320 ms", "forward", torch.float32, peers),
+            partial(models.prepare, build, partial(_stream, name), torch.float32),
+            rounds=CHUNKS,
+        )
+
+
+def scaled_adam(every: bool = False) -> Iterator[Job]:
+    """One step of the optimizer over all parameters of a preset's conv embed and encoder."""
+    peers = (*backend.BACKENDS, "upstream", "AdamW(fused=True)")
+    for name in ("L",) if ON_GPU else ("S",):
+        count = sum(p.numel() for p in models.model("ours", name).parameters())
+        yield Job(
+            *("scaled_adam", f"all parameters of {name}", "step", torch.float32, peers),
+            partial(_optimizers, name),
+            bytes=36 * count,  # p and g read for the sums; p, g, v, m read and p, v, m written
+            rounds=20,
+        )
+
+
+def conformer(every: bool = False) -> Iterator[Job]:
+    """Zipformer beside a Conformer of its size, with conv embeds; on a CPU only if `every`."""
+    if not ON_GPU and not every:
+        return
+    name, batch, seconds = CONFORMER
+    features = _features(batch, seconds)
+    for direction, make_run in (
+        ("forward", models.inference(features, DTYPE)),
+        ("both", models.training(features, DTYPE)),
+    ):
+        yield Job(
+            *("conformer", sizes(name, batch, seconds), direction, DTYPE, ("Conformer-L", "ours")),
+            partial(_conformer, name, make_run),
+            rounds=ROUNDS[direction],
+        )
+
+
+def _features(batch: int, seconds: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(batch, seconds * FEATURES_PER_SECOND, FBANK_BINS, device=DEVICE)
+
+
+def _frames(name: str, batch: int, seconds: int) -> Callable[[], Tensor]:
+    return lambda: torch.randn(seconds * FRAMES_PER_SECOND, batch, preset(name)["encoder_dim"][0], device=DEVICE)
+
+
+def _encoder(name: str, peer: str) -> nn.Module:
+    return models.Encoder(models.encoder(peer, name))
+
+
+def _embed(name: str, peer: str) -> nn.Module:
+    return models.Embed(models.conv_embed(peer, name))
+
+
+def _forward(
+    build: Callable[[str], nn.Module], x: Callable[[], Tensor], dtype: torch.dtype, wanted: Sequence[str]
+) -> Prepared:
+    plain = [peer for peer in wanted if peer != "ours, CUDA graph"]
+    prepared = models.prepare(build, models.inference(x, dtype), dtype, plain)
+    if "ours, CUDA graph" in wanted:
+        run = models.inference(x, dtype)(build("ours").to(DEVICE))
+        prepared.runs["ours, CUDA graph"] = captured(run)
+    return prepared
+
+
+def _stream(name: str, module: nn.Module) -> Callable[[], Tensor]:
+    """A function that feeds one chunk; only upstream compiled has no attribute to call."""
+    module.eval()
+    x = torch.randn(CHUNK, 1, preset(name)["encoder_dim"][0], generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    lengths = torch.full((1,), CHUNK, device=DEVICE)
+    padding = torch.zeros(1, LEFT_CONTEXT + CHUNK, dtype=torch.bool, device=DEVICE)
+    states = [state.to(DEVICE) for state in module.get_init_states(1)]
+
+    def run() -> Tensor:
+        nonlocal states
+        with torch.no_grad():
+            y, _, states = module.streaming_forward(x, lengths, states, padding)
+        return y
+
+    return run
+
+
+def _optimizers(name: str, wanted: Sequence[str]) -> Prepared:
+    options = {"lr": 0.045, "clipping_scale": 2.0}
+    operation, args = ops.get("scaled_adam"), ops.example("scaled_adam", device=DEVICE)
+    prepared = Prepared()
+
+    def parameters() -> list[nn.Parameter]:
+        made = [nn.Parameter(p.detach().to(DEVICE)) for p in models.model("ours", name).parameters()]
+        for p in made:
+            p.grad = torch.randn_like(p) * 1e-2
+        return made
+
+    def ours(peer: str) -> Callable[[], Any]:
+        optimizer = ScaledAdam(parameters(), **options)
+
+        def step() -> None:
+            with use_backend(peer):
+                optimizer.step()
+
+        return step
+
+    for peer in wanted:
+        if peer == "AdamW(fused=True)":
+            prepared.runs[peer] = torch.optim.AdamW(parameters(), fused=True).step
+        elif peer == "upstream":
+            reason = upstream.unavailable()
+            if reason is None:
+                (module,) = upstream.load("optim")
+                theirs = module.ScaledAdam(parameters(), **options)
+                theirs.show_dominant_parameters = False  # it only logs
+                prepared.runs[peer] = theirs.step
+        else:
+            simulated = (peer == "triton" and backend.TRITON_INTERPRETS) or (peer == "cuda" and backend.emulated())
+            reason = "it runs in a simulation here" if simulated else operation.unsupported(peer, *args)
+            if reason is None:
+                prepared.runs[peer] = ours(peer)
+        if peer not in prepared.runs:
+            prepared.skipped[peer] = reason
+    return prepared
+
+
+def _conformer(
+    name: str, make_run: Callable[[nn.Module], Callable[[], Tensor]], wanted: Sequence[str]
+) -> Prepared:
+    prepared = Prepared()
+    for peer in wanted:
+        made = models.model("ours", name) if peer == "ours" else conformer_l()
+        prepared.runs[peer] = make_run(made.to(DEVICE))
+    return prepared

@@ -1,0 +1,154 @@
+"""How far a forward pass is from its own matrix products, and where the rest of its time goes."""
+
+from __future__ import annotations
+
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from zipformer_kernels import backend
+from zipformer_kernels.bench import memory, models, upstream
+from zipformer_kernels.bench.job import Job, Measured, Prepared
+from zipformer_kernels.bench.machine import DEVICE, synchronize
+from zipformer_kernels.bench.timing import take_turns
+from zipformer_kernels.presets import preset
+
+BATCH, SECONDS = 4, 16
+ALONE = "its products alone"
+
+
+class Products(TorchDispatchMode):
+    """Counts the shapes (rows, inner, columns) of the products with weights: addmm and mm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: Counter[tuple[int, int, int]] = Counter()
+
+    def __torch_dispatch__(self, operation: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = operation._schema.name
+        if name in ("aten::addmm", "aten::mm"):
+            a, b = args[-2:]
+            self.shapes[(a.shape[0], a.shape[1], b.shape[1])] += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def products_of(name: str) -> Counter[tuple[int, int, int]]:
+    """The products with weights in upstream's forward pass of a preset's encoder: what no implementation can do without."""
+    found = Products()
+    run = models.inference(partial(_frames, name), torch.float32)(models.Encoder(models.encoder("upstream", name)))
+    with found:
+        run()
+    return found.shapes
+
+
+class ProductsJob(Job):
+    """The encoder beside nothing but its matrix products; its result also has the profile of ours."""
+
+    def measure(self, rates: dict[str, Any], peers: Sequence[str] | None = None) -> Measured:
+        found = super().measure(rates, peers)
+        found.profile = shares(self.case, self.prepare(("ours",)).runs["ours"])
+        return found
+
+
+def jobs(every: bool = False) -> Iterator[Job]:
+    """One for each preset."""
+    for name in ("S", "M", "L"):
+        yield ProductsJob(
+            *("encoder-products", f"{name}, {BATCH} x {SECONDS} s", "forward", torch.float32),
+            (ALONE, "ours", "upstream"),
+            partial(_prepare, name),
+            seconds=2.0,
+        )
+
+
+def shares(case: str, run: Callable[[], Any], rounds: int = 5) -> list[dict[str, Any]]:
+    """Where the time of a function goes: seconds a run in each torch operator and each kernel of ours, the largest first.
+
+    What no operator and no kernel claims is Python and dispatch, under the name ``between``. On a GPU kernels by name.
+    """
+    with memory.quiet(), named_kernels(), profile(activities=_activities()) as recorded:
+        for _ in range(rounds):
+            run()
+        synchronize()
+    on_gpu = DEVICE.type == "cuda"
+    rows = [
+        {
+            "case": case,
+            "name": event.key,
+            "calls": event.count / rounds,
+            "seconds": (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6 / rounds,
+        }
+        for event in recorded.key_averages()
+    ]
+    whole = take_turns({"ours": run}, seconds=0.0, least=rounds)["ours"]
+    between = sorted(whole)[rounds // 2] - sum(row["seconds"] for row in rows)
+    rows.append({"case": case, "name": "between", "calls": 1.0, "seconds": max(between, 0.0)})
+    return sorted((row for row in rows if row["seconds"] > 0), key=lambda row: -row["seconds"])
+
+
+def _activities() -> list[ProfilerActivity]:
+    return [ProfilerActivity.CUDA] if DEVICE.type == "cuda" else [ProfilerActivity.CPU]
+
+
+@contextmanager
+def named_kernels() -> Iterator[None]:
+    """Within the block the profiler sees each call into the compiled module by its name."""
+    native = backend.native
+    if native is None:
+        yield
+        return
+    seen = types.SimpleNamespace(**vars(native))
+    for name, function in vars(native).items():
+        if name.endswith(("_cpu", "_cuda")):
+            setattr(seen, name, partial(_named, name, function))
+    backend.native = seen
+    try:
+        yield
+    finally:
+        backend.native = native
+
+
+def _named(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    with record_function(name):
+        return function(*args)
+
+
+def _frames(name: str) -> Tensor:
+    shape = SECONDS * models.FRAMES_PER_SECOND, BATCH, preset(name)["encoder_dim"][0]
+    return torch.randn(shape, device=DEVICE)
+
+
+def _prepare(name: str, wanted: Sequence[str]) -> Prepared:
+    whole = [peer for peer in wanted if peer != ALONE]
+    make_run = models.inference(partial(_frames, name), torch.float32)
+    prepared = models.prepare(
+        lambda peer: models.Encoder(models.encoder(peer, name)), make_run, torch.float32, whole
+    )
+    reason = upstream.unavailable()
+    if ALONE in wanted and reason is not None:
+        prepared.skipped[ALONE] = reason
+    elif ALONE in wanted:
+        prepared.runs[ALONE] = _alone(products_of(name))
+    return prepared
+
+
+def _alone(shapes: Counter[tuple[int, int, int]]) -> Callable[[], Any]:
+    def operands(rows: int, inner: int, columns: int) -> tuple[Tensor, ...]:
+        sizes = (columns,), (rows, inner), (columns, inner)
+        return tuple(torch.randn(size, device=DEVICE) for size in sizes)
+
+    made = [operands(*shape) for shape in shapes.elements()]
+
+    def run() -> None:
+        for bias, x, weight in made:
+            torch.addmm(bias, x, weight.t())
+
+    return run

@@ -1,0 +1,74 @@
+"""All benchmarks by name, and running them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zipformer_kernels.bench import length, machine, model_jobs, op_jobs, products, results
+from zipformer_kernels.bench.job import Job, Measured
+
+MODELS: dict[str, Callable[[bool], Iterator[Job]]] = {
+    "scaled_adam": model_jobs.scaled_adam,
+    "conv-embed": model_jobs.conv_embed,
+    "encoder-forward": model_jobs.encoder_forward,
+    "training-step": model_jobs.training_step,
+    "streaming-chunk": model_jobs.streaming_chunk,
+    "encoder-products": products.jobs,
+    "length": length.jobs,
+    "conformer": model_jobs.conformer,
+}
+"""What is measured besides ops: each name to a function from `every` to its jobs."""
+
+
+def names() -> list[str]:
+    """The benchmarks there are: the ops, then whole models."""
+    return [*op_jobs.names(), *MODELS]
+
+
+def jobs(name: str, every: bool = False) -> list[Job]:
+    """A benchmark's jobs on this machine; all its sizes, or a few that show the most.
+
+    Raises:
+        ValueError: there is no such benchmark.
+    """
+    if name not in names():
+        raise ValueError(f"benchmark: wanted one of {', '.join(names())}, got {name!r}")
+    make = MODELS.get(name) or partial(op_jobs.jobs, name)
+    return list(make(every))
+
+
+def run(
+    wanted: Sequence[str], folder: Path, every: bool, on_job: Callable[[Job | None, Measured], Any]
+) -> dict[str, Measured]:
+    """Runs benchmarks one after the other and writes a file for each to the folder as soon as it is done.
+
+    Args:
+        wanted: their names.
+        folder: where the files go.
+        every: all sizes.
+        on_job: called after each job with it and what it gave.
+    Returns:
+        What each benchmark gave, by name.
+    Raises:
+        ValueError: there is no such benchmark.
+        ResultsError: a file cannot be written.
+    """
+    planned = {name: jobs(name, every) for name in wanted}
+    rates = machine.rates()
+    found = {}
+    for name, its_jobs in planned.items():
+        found[name] = Measured()
+        environment = machine.environment()
+        for job in its_jobs:
+            gave = job.measure(rates)
+            found[name].add(gave)
+            on_job(job, gave)
+            torch.compiler.reset()
+        if its_jobs:
+            results.write(folder / f"{name}.json", results.content(name, environment, rates, found[name]))
+    return found
