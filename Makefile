@@ -11,7 +11,7 @@ BUILT   := $(VENV)/.built
 SOURCES := $(shell find csrc -type f -not -name '*.pyc')
 
 .DEFAULT_GOAL := help
-.PHONY: help build test demo lint format clean
+.PHONY: help build test demo bench lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -35,6 +35,9 @@ test: build  ## run all tests
 
 demo: build  ## encode recorded speech on the reference and on the best backend
 	$(BIN)/python demo/demo.py
+
+bench: build  ## measure this machine: tables, JSON and plots under benchmarks/results
+	$(BIN)/zipformer-kernels bench
 
 lint: build  ## check style
 	$(BIN)/ruff check .

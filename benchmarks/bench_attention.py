@@ -1,7 +1,7 @@
-"""`pytest benchmarks -k attention` times this op: every case, direction and peer that runs here."""
+"""`pytest benchmarks -k attention` times this op: every case and every peer that runs here."""
 
-OP = "attention"
+BENCHMARKS = ("attention",)
 
 
-def test_attention(time_op, case, direction, peer):
-    time_op(OP, case, direction, peer)
+def test_attention(time_job, job, peer):
+    time_job(job, peer)

@@ -1,7 +1,7 @@
-"""`pytest benchmarks -k bias_norm` times this op: every case, direction and peer that runs here."""
+"""`pytest benchmarks -k bias_norm` times this op: every case and every peer that runs here."""
 
-OP = "bias_norm"
+BENCHMARKS = ("bias_norm",)
 
 
-def test_bias_norm(time_op, case, direction, peer):
-    time_op(OP, case, direction, peer)
+def test_bias_norm(time_job, job, peer):
+    time_job(job, peer)

@@ -1,7 +1,7 @@
-"""`pytest benchmarks -k nonlin_attention` times this op: every case, direction and peer that runs here."""
+"""`pytest benchmarks -k nonlin_attention` times this op: every case and every peer that runs here."""
 
-OP = "nonlin_attention"
+BENCHMARKS = ("nonlin_attention",)
 
 
-def test_nonlin_attention(time_op, case, direction, peer):
-    time_op(OP, case, direction, peer)
+def test_nonlin_attention(time_job, job, peer):
+    time_job(job, peer)

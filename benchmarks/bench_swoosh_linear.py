@@ -1,7 +1,7 @@
-"""`pytest benchmarks -k swoosh_linear` times this op: every case, direction and peer that runs here."""
+"""`pytest benchmarks -k swoosh_linear` times this op: every case and every peer that runs here."""
 
-OP = "swoosh_linear"
+BENCHMARKS = ("swoosh_linear",)
 
 
-def test_swoosh_linear(time_op, case, direction, peer):
-    time_op(OP, case, direction, peer)
+def test_swoosh_linear(time_job, job, peer):
+    time_job(job, peer)

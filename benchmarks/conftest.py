@@ -1,33 +1,28 @@
-"""Makes pytest collect ``bench_<op>.py``, and gives each benchmark its cases, directions and peers."""
+"""Gives each ``bench_<name>.py`` its jobs and peers: those of `zipformer_kernels.bench`."""
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-import harness
 import pytest
-import torch
+
+from zipformer_kernels.bench import machine, suite
 
 
 @pytest.fixture
-def time_op(benchmark):
-    """Times one peer of an op with pytest-benchmark; bytes, FLOPs and the device go into the report."""
+def time_job(benchmark):
+    """Times one peer of a job with pytest-benchmark, after a check against the job's first peer."""
 
-    def run(op: str, case: object, direction: str, peer: str) -> None:
-        found = {job.peer: job for job in harness.jobs(op, case, torch.float32, direction)}
-        if peer not in found:
-            pytest.skip(f"{op} has no {peer} here: {', '.join(found)} run on this machine")
-        job = found[peer]
-        benchmark.group = f"{op}, {case.name}, {direction}"
-        benchmark.extra_info |= {"bytes": job.moved, "flops": job.flops, "device": harness.device_name()}
-        benchmark.pedantic(lambda: (job.run(), harness.synchronize()), rounds=10, warmup_rounds=2)
+    def run(job, peer):
+        prepared = job.prepare(tuple(dict.fromkeys((job.peers[0], peer))))
+        if peer in prepared.skipped:
+            pytest.skip(f"{peer}: {prepared.skipped[peer]}")
+        assert not prepared.wrong
+        benchmark.group = job.title
+        benchmark.extra_info |= {"bytes": job.bytes, "flops": job.flops, "device": machine.device_name()}
+        timed = prepared.runs[peer]
+        benchmark.pedantic(lambda: (timed(), machine.synchronize()), rounds=job.rounds, warmup_rounds=1)
 
     return run
 
 
 def pytest_generate_tests(metafunc):
-    if {"case", "direction", "peer"} <= set(metafunc.fixturenames):
-        metafunc.parametrize("peer", ["eager", "compiled", "upstream", "cpu", "triton", "cuda"])
-        metafunc.parametrize("direction", harness.DIRECTIONS)
-        metafunc.parametrize("case", harness.cases_of(metafunc.module.OP), ids=lambda case: case.name)
+    if {"job", "peer"} <= set(metafunc.fixturenames):
+        pairs = [(job, peer) for name in metafunc.module.BENCHMARKS for job in suite.jobs(name) for peer in job.peers]
+        metafunc.parametrize(("job", "peer"), pairs, ids=[f"{job.title}, {peer}" for job, peer in pairs])

@@ -29,8 +29,8 @@ class Change:
 def compare(first: Rows, second: Rows) -> list[Change]:
     """A verdict for every row of either set.
 
-    A row is a regression if the 95% intervals of its medians do not overlap and the second median is at least 5% longer;
-    an improvement likewise.
+    A row is a regression if the 95% intervals of its medians do not overlap and the second median is at least 5%
+    longer; an improvement likewise.
     """
     changes = [Change(key, "missing") for key in first if key not in second]
     changes += [Change(key, "new") for key in second if key not in first]

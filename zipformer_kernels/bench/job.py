@@ -84,7 +84,6 @@ class Job:
         """One line for people."""
         return f"{self.benchmark}: {self.case}, {self.direction}"
 
-
     def measure(self, rates: dict[str, Any], peers: Sequence[str] | None = None) -> Measured:
         """Prepares, checks and times the peers in turns.
 
@@ -94,8 +93,8 @@ class Job:
         Returns:
             A row for each peer that ran: the key, ``peer``, ``samples_s``, ``median_s``, ``interval_s`` (of the median,
             95%), ``spread_s`` (between quartiles), ``p95_s``, ``bytes``, ``flops`` and from them ``bytes_per_s``,
-            ``flops_per_s``, ``of_copy`` and ``of_matrix`` (shares of the machine's rates), ``peak_bytes``, ``launches``,
-            and ``times_as_long``: for every other peer, how many times longer it takes.
+            ``flops_per_s``, ``of_copy`` and ``of_matrix`` (shares of the machine's rates), ``peak_bytes``,
+            ``launches``, and ``times_as_long``: for every other peer, how many times longer it takes.
         """
         prepared = self.prepare(self.peers if peers is None else peers)
         found = Measured(

@@ -1,7 +1,7 @@
 """One long recording, offline: time and peak memory of the whole process against length.
 
-Each point is a fresh process, ``python -m zipformer_kernels.bench.length PEER MINUTES``, that runs conv embed and encoder
-of preset S on random features once after a short warm-up, and prints its time and the most memory it ever held.
+Each point is a fresh process, ``python -m zipformer_kernels.bench.length PEER MINUTES``, that runs conv embed and
+encoder of preset S on random features once after a short warm-up, and prints its time and the most memory it ever held.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def jobs(every: bool = False) -> Iterator[Job]:
 
 
 def in_fresh_process(peer: str, minutes: float) -> dict[str, float]:
-    """Seconds and peak memory in bytes of one recording. Raises RuntimeError with the process's last line if it fails."""
+    """Seconds and peak memory in bytes of one recording. Raises RuntimeError with the last line of what failed."""
     command = [sys.executable, "-m", __spec__.name, peer, str(minutes)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:

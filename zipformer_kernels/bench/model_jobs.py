@@ -198,9 +198,7 @@ def _optimizers(name: str, wanted: Sequence[str]) -> Prepared:
     return prepared
 
 
-def _conformer(
-    name: str, make_run: Callable[[nn.Module], Callable[[], Tensor]], wanted: Sequence[str]
-) -> Prepared:
+def _conformer(name: str, make_run: Callable[[nn.Module], Callable[[], Tensor]], wanted: Sequence[str]) -> Prepared:
     prepared = Prepared()
     for peer in wanted:
         made = models.model("ours", name) if peer == "ours" else conformer_l()

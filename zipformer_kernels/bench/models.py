@@ -28,7 +28,7 @@ FEATURES_PER_SECOND, FRAMES_PER_SECOND = 100, 50  # into the conv embed and into
 
 
 class Model(nn.Module):
-    """A conv embed and an encoder, from features (batch, T, 80) of full length to embeddings (frames, batch, channels)."""
+    """A conv embed and an encoder, from features (batch, T, 80) of full length to (frames, batch, channels)."""
 
     def __init__(self, embed: nn.Module, encoder: nn.Module) -> None:
         super().__init__()

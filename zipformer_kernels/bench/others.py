@@ -1,7 +1,7 @@
 """Other people's code for our ops: upstream's, k2's and torch's flex_attention, on an op's arguments.
 
-Each peer is ``(*args) -> (function, arguments)``: what it computes on, laid out beforehand as that code wants it, so that
-the layout is not timed. A peer raises `Unserved` where it has no way to do the work.
+Each peer is ``(*args) -> (function, arguments)``: what it computes on, laid out beforehand as that code wants it, so
+that the layout is not timed. A peer raises `Unserved` where it has no way to do the work.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Products(TorchDispatchMode):
 
 
 def products_of(name: str) -> Counter[tuple[int, int, int]]:
-    """The products with weights in upstream's forward pass of a preset's encoder: what no implementation can do without."""
+    """The products with weights in upstream's forward pass of a preset: what no implementation can do without."""
     found = Products()
     run = models.inference(partial(_frames, name), torch.float32)(models.Encoder(models.encoder("upstream", name)))
     with found:
@@ -70,7 +70,7 @@ def jobs(every: bool = False) -> Iterator[Job]:
 
 
 def shares(case: str, run: Callable[[], Any], rounds: int = 5) -> list[dict[str, Any]]:
-    """Where the time of a function goes: seconds a run in each torch operator and each kernel of ours, the largest first.
+    """Where the time of a function goes: seconds a run in each torch operator and kernel of ours, the largest first.
 
     What no operator and no kernel claims is Python and dispatch, under the name ``between``. On a GPU kernels by name.
     """
@@ -129,9 +129,7 @@ def _frames(name: str) -> Tensor:
 def _prepare(name: str, wanted: Sequence[str]) -> Prepared:
     whole = [peer for peer in wanted if peer != ALONE]
     make_run = models.inference(partial(_frames, name), torch.float32)
-    prepared = models.prepare(
-        lambda peer: models.Encoder(models.encoder(peer, name)), make_run, torch.float32, whole
-    )
+    prepared = models.prepare(lambda peer: models.Encoder(models.encoder(peer, name)), make_run, torch.float32, whole)
     reason = upstream.unavailable()
     if ALONE in wanted and reason is not None:
         prepared.skipped[ALONE] = reason

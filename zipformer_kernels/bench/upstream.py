@@ -1,7 +1,7 @@
 """Upstream, from the package `zipformer` on PyPI, without the heavy packages that its ``__init__`` imports.
 
-``pip install --no-deps zipformer==0.1.3`` brings it. `load` imports its modules, unchanged, under a package of that name
-that has nothing else in it, and beside a small stand-in for ``zipformer.utils``.
+``pip install --no-deps zipformer==0.1.3`` brings it. `load` imports its modules, unchanged, under a package of that
+name that has nothing else in it, and beside a small stand-in for ``zipformer.utils``.
 """
 
 from __future__ import annotations

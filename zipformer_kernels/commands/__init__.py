@@ -6,11 +6,13 @@ import typer
 
 from zipformer_kernels.audio import AudioError
 from zipformer_kernels.backend import BackendError
+from zipformer_kernels.bench.results import ResultsError
 from zipformer_kernels.checkpoint import CheckpointError
+from zipformer_kernels.commands.bench import bench
 from zipformer_kernels.commands.encode import ArgumentError, encode
 from zipformer_kernels.commands.info import info
 
-USER_ERRORS = (AudioError, BackendError, CheckpointError, ArgumentError)
+USER_ERRORS = (AudioError, BackendError, CheckpointError, ArgumentError, ResultsError)
 """What is told in one line, without a traceback."""
 
 app = typer.Typer(
@@ -21,3 +23,4 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command()(encode)
+app.command()(bench)

@@ -1,0 +1,210 @@
+"""The measuring core: statistics, verdicts, results files, peers that agree, and the command on a tiny case."""
+
+import importlib
+import json
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+import upstream  # noqa: F401  it must be there, or no peer of upstream's would be tested
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zipformer_kernels import cli
+from zipformer_kernels.bench import job, machine, op_jobs, others, results, statistics, suite
+from zipformer_kernels.bench.compare import compare
+from zipformer_kernels.ops import attention
+from zipformer_kernels.ops.attention.cases import CASES as ATTENTION
+
+RATES = {"copy_bytes_per_s": 1e10, "matrix_flops_per_s": {"float32": 1e11}}
+
+
+# ---- statistics ----
+
+
+@given(st.lists(st.floats(0.1, 10.0), min_size=1, max_size=40))
+def test_the_interval_holds_the_median_of_the_samples(samples):
+    low, high = statistics.median_interval(samples)
+    assert min(samples) <= low <= statistics.median(samples) <= high <= max(samples)
+
+
+def test_the_interval_holds_the_true_median_as_often_as_it_says():
+    draw = random.Random(0)
+    hits = 0
+    for _ in range(2000):
+        low, high = statistics.median_interval([draw.expovariate(1.0) for _ in range(15)])
+        hits += low <= 0.6931 <= high
+    assert 0.95 <= hits / 2000 <= 0.98  # of 15 samples the 4th and the 12th: 96.5%
+
+
+def test_percentiles_and_ratios():
+    assert statistics.percentile([3.0, 1.0, 2.0], 0.75) == 2.5
+    assert statistics.spread([1.0, 2.0, 3.0, 4.0, 5.0]) == 2.0
+    assert statistics.ratio([2.0, 6.0, 20.0], [1.0, 2.0, 2.0]) == 3.0
+    with pytest.raises(ValueError, match="at least one"):
+        statistics.median([])
+
+
+# ---- verdicts ----
+
+
+def row(median, low, high):
+    return {"median_s": median, "interval_s": [low, high]}
+
+
+@pytest.mark.parametrize(
+    ("after", "verdict"),
+    [
+        (row(1.5, 1.4, 1.6), "regression"),
+        (row(0.5, 0.4, 0.6), "improvement"),
+        (row(1.15, 1.05, 1.3), "noise"),  # the intervals overlap
+        (row(1.03, 1.11, 1.2), "noise"),  # too little to tell one boot from another
+    ],
+)
+def test_verdicts(after, verdict):
+    (change,) = compare({("k",): row(1.0, 0.9, 1.1)}, {("k",): after})
+    assert change.verdict == verdict
+
+
+def test_rows_in_one_set_only_are_named():
+    changes = compare({("a",): row(1, 1, 1)}, {("b",): row(1, 1, 1)})
+    assert {change.key: change.verdict for change in changes} == {("a",): "missing", ("b",): "new"}
+
+
+# ---- peers ----
+
+
+@pytest.mark.parametrize("op", op_jobs.names())
+def test_upstream_computes_what_the_op_computes(op):
+    """On the op's first small case that upstream has a way to do."""
+    for case in importlib.import_module(f"zipformer_kernels.ops.{op}.cases").CASES:
+        if case.large or case.name in ("no frames", "one frame"):
+            continue
+        try:
+            others.OTHERS[op]["upstream"](*case.inputs(torch.float32, "cpu"))
+        except others.Unserved:
+            continue
+        prepared = op_jobs.prepare(op, case, "both", torch.float32, ("upstream",))
+        assert prepared.wrong == {}
+        assert "upstream" in prepared.runs
+        return
+    pytest.fail("no case was tried")
+
+
+def test_flex_attention_computes_the_same():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    args = next(case for case in ATTENTION if case.name == "other head sizes").inputs(torch.float32, "cpu")
+    run, inputs = others.flex(flex_attention, *args[:5])
+    with torch.no_grad():  # on a CPU it takes no inputs that require gradients
+        assert job.off_by(run(*(x.detach() for x in inputs)), attention._op.reference(*args)) < 1e-5
+
+
+def test_a_peer_that_is_wrong_is_not_timed(monkeypatch):
+    monkeypatch.setitem(others.OTHERS, "swoosh", {"upstream": lambda x, kind: (lambda x: x * 2, (x,))})
+    case = importlib.import_module("zipformer_kernels.ops.swoosh.cases").CASES[1]
+    prepared = op_jobs.prepare("swoosh", case, "forward", torch.float32, ("upstream", "eager"))
+    assert set(prepared.runs) == {"eager"}
+    assert "off by" in prepared.wrong["upstream"]
+
+
+# ---- measuring ----
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The suite with one tiny benchmark."""
+    case = importlib.import_module("zipformer_kernels.ops.swoosh.cases").CASES[1]
+
+    def jobs(every):
+        made = op_jobs.job("swoosh", case, "both")
+        peers = ("eager", "upstream", "cuda") if not torch.cuda.is_available() else ("eager", "upstream")
+        yield job.Job(**{**vars(made), "benchmark": "tiny", "peers": peers, "seconds": 0.0})
+
+    monkeypatch.setitem(suite.MODELS, "tiny", jobs)
+    monkeypatch.setattr(machine, "rates", lambda: RATES)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["zipformer-kernels", "bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err.splitlines()
+
+    return run
+
+
+def test_bench_writes_a_table_json_and_plots(command, tmp_path, tiny):
+    code, out, err = command("tiny", "--output", tmp_path)
+    assert (code, err) == (0, [])
+    assert max(map(len, out.splitlines()[:-1])) <= 100
+    assert "upstream" in out
+    found = results.read(tmp_path / "tiny.json")
+    assert {row["peer"] for row in found["rows"]} == {"eager", "upstream"}
+    for measured in found["rows"]:
+        assert len(measured["samples_s"]) >= 7
+        assert measured["peak_bytes"] > 0
+        assert measured["of_copy"] == pytest.approx(measured["bytes"] / measured["median_s"] / 1e10)
+        assert set(measured["times_as_long"]) == {"eager", "upstream"} - {measured["peer"]}
+    if not torch.cuda.is_available():
+        assert [row["peer"] for row in found["skipped"]] == ["cuda"]
+    assert {"device", "versions", "commit", "dirty", "date", "load_average"} <= set(found["environment"])
+    assert not (tmp_path / "length.png").exists()
+
+
+def test_compare_exits_with_1_only_where_something_got_slower(command, tmp_path, tiny):
+    command("tiny", "--output", tmp_path)
+    first, second = tmp_path / "tiny.json", tmp_path / "second.json"
+    slower = json.loads(first.read_text())
+    for measured in slower["rows"]:
+        measured["median_s"] *= 2
+        measured["interval_s"] = [3 * measured["interval_s"][1], 4 * measured["interval_s"][1]]
+    second.write_text(json.dumps(slower))
+    assert command("--compare", first, first)[0] == 0
+    code, out, _ = command("--compare", first, second)
+    assert code == 1
+    assert out.count("regression") == 2
+    assert command("--compare", second, first)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "cannot be read"), ("{", "is not JSON"), ('{"rows": []}', "is not a results file"), ("[]", "is not a")],
+)
+def test_foreign_files_are_told_in_one_line(command, tmp_path, content, message):
+    path = tmp_path / "a.json"
+    if content is not None:
+        path.write_text(content)
+    code, out, err = command("--compare", path, path)
+    assert (code, out, len(err)) == (2, "", 1)
+    assert f"{path}: {message}" in err[0]
+
+
+def test_unknown_benchmarks_are_told_in_one_line(command):
+    code, out, err = command("swish")
+    assert (code, out, len(err)) == (2, "", 1)
+    assert "'swish'" in err[0]
+
+
+def test_pytest_runs_and_says_what_the_machine_lacks(tmp_path):
+    root = machine.ROOT
+    wanted = "k2 and forward"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/bench_swoosh.py",
+        "-k",
+        wanted,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+    ]
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "k2 is not installed" in result.stdout

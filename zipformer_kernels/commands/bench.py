@@ -1,0 +1,98 @@
+"""``zipformer-kernels bench``: measure this machine, or compare two measurements."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from zipformer_kernels.bench import results, suite, tables
+from zipformer_kernels.bench.compare import compare
+from zipformer_kernels.bench.job import Job, Measured
+
+
+def bench(
+    benchmarks: Annotated[
+        list[str] | None, typer.Argument(metavar="[OP]...", help=f"Any of {', '.join(suite.names())}; default: all.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for the JSON files and plots; by default named after the device.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--every", help="All sizes, which takes an hour, not the telling ones.")
+    ] = False,
+    compared: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option("--compare", metavar="A B", help="Measure nothing: name what is slower in B (files or folders)."),
+    ] = None,
+) -> None:
+    """Measure ops and models beside the reference, torch.compile and upstream; or compare two measurements."""
+    if compared is not None:
+        if benchmarks:
+            raise results.ResultsError(f"--compare: takes two files and no benchmarks, got {', '.join(benchmarks)}")
+        raise typer.Exit(report_changes(*compared))
+    wanted = benchmarks or suite.names()
+    for name in wanted:
+        if name not in suite.names():
+            raise results.ResultsError(f"wanted any of {', '.join(suite.names())}, got {name!r}")
+    raise typer.Exit(measure(wanted, output or results.default_folder(), every))
+
+
+def wide_console() -> Console:
+    """A console of at least 100 columns, which the tables need."""
+    console = Console()
+    console.width = max(console.width, 100)
+    return console
+
+
+def report_changes(first: Path, second: Path) -> int:
+    """Prints what changed; 1 if something got slower, else 0."""
+    changes = compare(results.read_rows(first), results.read_rows(second))
+    console = wide_console()
+    slower = sum(change.verdict == "regression" for change in changes)
+    noise = sum(change.verdict == "noise" for change in changes)
+    if noise < len(changes):
+        console.print(tables.changes_table(changes))
+    console.print(f"{slower} slower beyond noise, {noise} of {len(changes)} unchanged")
+    return int(slower > 0)
+
+
+def measure(wanted: list[str], folder: Path, every: bool) -> int:
+    """Runs benchmarks, prints their tables and writes files; 1 if a peer's results were wrong, else 0."""
+    logging.getLogger().setLevel(logging.ERROR)  # upstream logs its clipping
+    console = wide_console()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    total = sum(len(suite.jobs(name, every)) for name in wanted)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("measuring", total=total)
+
+        def on_job(job: Job, found: Measured) -> None:
+            progress.advance(task)
+            console.print(tables.job_table(job, found))
+
+        found = suite.run(wanted, folder, every, on_job)
+    skipped, failed = ([row for one in found.values() for row in getattr(one, kind)] for kind in ("skipped", "wrong"))
+    reasons = {f"no {row['peer']}: {row['reason']}" for row in skipped}
+    wrong = [f"{row['benchmark']}, {row['case']}: {row['peer']}: {row['reason']}" for row in failed]
+    for line in (*sorted(reasons), *wrong):
+        console.print(Text(line))
+    draw(folder, console)
+    console.print(f"saved to {folder}", soft_wrap=True)
+    return int(bool(wrong))
+
+
+def draw(folder: Path, console: Console) -> None:
+    """Plots all that lies in a folder of results, where matplotlib is installed."""
+    try:
+        from zipformer_kernels.bench.plots import plot_all
+    except ModuleNotFoundError as error:
+        if error.name != "matplotlib":
+            raise
+        console.print("no plots: matplotlib is not installed")
+        return
+    plot_all([results.read(path) for path in sorted(folder.glob("*.json"))], folder)
