@@ -42,14 +42,15 @@ python=${PYTHON:-python3}
 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || fail "torch sees no CUDA device"
 
 export PYTHONPATH="$out/site:$PWD:$PWD/tests" ZIPFORMER_KERNELS_BUILD=cuda PYTHONUNBUFFERED=1
-unset TRITON_INTERPRET
+unset TRITON_INTERPRET ZIPFORMER_KERNELS_BACKEND
 if [ -n "$wheels" ]; then
   "$python" -m pip install -q --no-index --no-deps --target "$out/site" --upgrade "$wheels"/*.whl || fail "the wheels cannot be installed"
 fi
 capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
 
 build() {
-  TORCH_CUDA_ARCH_LIST=$capability "$python" setup.py build_py build_ext --inplace
+  TORCH_CUDA_ARCH_LIST=$capability "$python" setup.py build_py build_ext --inplace &&
+    cp build/lib*/zipformer_kernels/_build.json zipformer_kernels/ # what an installation leaves there
 }
 
 run_tests() {

@@ -40,10 +40,8 @@ def readme_table(found: dict[Path, list[dict[str, Any]]]) -> str:
                 cells = [f"{ratio:.2f}x" if ratio else "" for ratio in ratios]
                 work = f"{file['benchmark']}: {row['case']}, {row['direction']}"
                 peak = f"{row['peak_bytes'] / 1e6:.0f} / {peak_of(file['rows'], row, 'upstream')}"
-                link = f"[{file['benchmark']}.json]({path})"
-                lines.append(
-                    f"| {device} | {work} | {milliseconds(row['median_s'])} | {' | '.join([*cells, peak, link])} |"
-                )
+                cells = [device, work, milliseconds(row["median_s"]), *cells, peak]
+                lines.append(f"| {' | '.join(cells)} | [{file['benchmark']}.json]({path}) |")
     return "\n".join(lines)
 
 
@@ -87,7 +85,8 @@ def source(folder: Path, file: dict[str, Any]) -> str:
         f"[{file['benchmark']}.json](../benchmarks/results/{folder.name}/{file['benchmark']}.json): "
         f"torch {environment['versions']['torch']}, commit {(environment['commit'] or 'unknown')[:10]}"
         f"{' with changes' if environment['dirty'] else ''}, {environment['date'][:10]}"
-        f"{f', load {load[0]:.1f}' if load else ''}; copies {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s, products {matrix}."
+        f"{f', load {load[0]:.1f}' if load else ''}; "
+        f"copies {rates['copy_bytes_per_s'] / 1e9:.0f} GB/s, products {matrix}."
     )
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 from zipformer_kernels import backend, ops
@@ -100,6 +101,7 @@ def call(op: str, peer: str, args: tuple[Any, ...]) -> Call:
         if reason is not None:
             raise Unserved(reason)
         torch.compiler.reset()
+        torch._functorch.config.donated_buffer = False  # else a backward pass cannot be repeated, to be timed
         return torch.compile(operation.reference), args
     if peer not in backend.BACKENDS:
         make = OTHERS.get(op, {}).get(peer)
