@@ -338,6 +338,7 @@ def test_opcheck(lane):
 
 @pytest.mark.parametrize("lane", lanes(_op))
 def test_compiles_without_graph_breaks(lane):
+    torch.manual_seed(7)
     shared = arguments(1, 1, 8, 5, 3, lane.device)
 
     def function(a, s, padding):
@@ -358,7 +359,7 @@ def test_compiles_without_graph_breaks(lane):
                 dy = torch.randn_like(y)
                 grads, expected = (torch.autograd.grad(result, inputs, dy) for result in (y, wanted))
                 for grad, other in zip(grads, expected, strict=True):
-                    assert relative_error(grad, other) <= rounding(a.dtype)
+                    assert relative_error(grad, other) <= rounding(a.dtype, frames * batch)  # sums over frames
 
 
 @pytest.mark.parametrize("lane", lanes(_op))

@@ -260,8 +260,7 @@ class Op:
 
 def _exporting() -> bool:
     """Whether a program is being recorded to run elsewhere: torch.export, torch.jit.trace, or an ONNX exporter."""
-    recording = torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
-    return recording or getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+    return torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
 
 
 def _transformed() -> bool:

@@ -17,32 +17,46 @@ static ConvModuleInputs inputs(const Addresses& in, const Sizes& n, int x_dtype,
   return {pointer(in[0]), pointer(in[1]), static_cast<const uint8_t*>(pointer(in[2])),
           pointer(in[3]), pointer(in[4]), pointer(in[5]),
           pointer(in[6]), pointer(in[7]), {n[0], n[1], n[2], n[3], n[4], n[5], n[6]},
-          DType(x_dtype), DType(y_dtype), threads};
+          DType(x_dtype), DType(y_dtype), threads,
+          nullptr};
 }
 
 static ConvModuleForward forward_args(const Addresses& in, uintptr_t y, const Sizes& sizes, int x_dtype, int y_dtype,
                                       int threads) {
-  return {inputs(in, sizes, x_dtype, y_dtype, threads), pointer(y)};
+  return {inputs(in, sizes, x_dtype, y_dtype, threads), pointer(y), nullptr};
 }
 
 static ConvModuleBackward backward_args(const Addresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds,
-                                        uintptr_t partials, int64_t parts, const Sizes& sizes, int x_dtype,
-                                        int y_dtype, int threads) {
-  return {inputs(in, sizes, x_dtype, y_dtype, threads), pointer(dy), pointer(da), pointer(ds), pointer(partials),
-          parts};
+                                        uintptr_t partials, int64_t parts, const Sizes& sizes, int x_dtype, int y_dtype,
+                                        int threads) {
+  return {
+      inputs(in, sizes, x_dtype, y_dtype, threads), pointer(dy), pointer(da), pointer(ds), pointer(partials), parts};
 }
 
 void bind_conv_module(pybind11::module_& m) {
-  m.def("conv_module_forward_cpu",
-        [](const Addresses& in, uintptr_t y, const Sizes& sizes, int x_dtype, int y_dtype, int threads) {
-          conv_module_forward_cpu(forward_args(in, y, sizes, x_dtype, y_dtype, threads));
-        }, release_gil());
-  m.def("conv_module_backward_cpu",
-        [](const Addresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds, uintptr_t partials, int64_t parts,
-           const Sizes& sizes, int x_dtype, int y_dtype, int threads) {
-          conv_module_backward_cpu(
-              backward_args(in, dy, da, ds, partials, parts, sizes, x_dtype, y_dtype, threads));
-        }, release_gil());
+  m.def(
+      "conv_module_forward_cpu",
+      [](const Addresses& in, uintptr_t y, const Sizes& sizes, int x_dtype, int y_dtype, int threads) {
+        conv_module_forward_cpu(forward_args(in, y, sizes, x_dtype, y_dtype, threads));
+      },
+      release_gil());
+  m.def(
+      "conv_module_stream_cpu",
+      [](const Addresses& in, uintptr_t y, uintptr_t left, uintptr_t next, const Sizes& sizes, int x_dtype, int y_dtype,
+         int threads) {
+        ConvModuleForward args = forward_args(in, y, sizes, x_dtype, y_dtype, threads);
+        args.in.left = pointer(left);
+        args.next = pointer(next);
+        conv_module_forward_cpu(args);
+      },
+      release_gil());
+  m.def(
+      "conv_module_backward_cpu",
+      [](const Addresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds, uintptr_t partials, int64_t parts,
+         const Sizes& sizes, int x_dtype, int y_dtype, int threads) {
+        conv_module_backward_cpu(backward_args(in, dy, da, ds, partials, parts, sizes, x_dtype, y_dtype, threads));
+      },
+      release_gil());
 #if ZK_WITH_CUDA
   m.def("conv_module_forward_cuda",
         [](const Addresses& in, uintptr_t y, const Sizes& sizes, int x_dtype, int y_dtype, uintptr_t stream) {

@@ -32,6 +32,8 @@ struct ConvModuleInputs {
   ConvModuleShape shape;
   DType x_dtype, y_dtype;  // of a and s; of y: the same, or float32
   int threads;             // on the CPU
+  const void* left =
+      nullptr;  // on the CPU: (batch, channels, H), gated input before the first frame; or null for zeros
 
   bool chunked() const { return causal_weight != nullptr; }
 };
@@ -39,6 +41,7 @@ struct ConvModuleInputs {
 struct ConvModuleForward {
   ConvModuleInputs in;
   void* y;
+  void* next = nullptr;  // on the CPU: `left` for the frames to come; or null
 };
 
 // Null outputs are not computed; da and ds only both. `partials` is (parts, P): each of `parts` groups of frames leaves

@@ -1,5 +1,5 @@
-// The convolution module on the CPU. A thread takes a tile of frames of one sequence and a block of channels: the gate is
-// computed once into a strip that stays in cache, together with the frames that the kernel reaches on either side.
+// The convolution module on the CPU. A thread takes a tile of frames of one sequence and a block of channels: the gate
+// is computed once into a strip that stays in cache, together with the frames that the kernel reaches on either side.
 #include <algorithm>
 
 #include "common/parallel.h"
@@ -11,7 +11,7 @@ namespace zk::ZK_ISA {
 
 namespace {
 
-constexpr int64_t tile = 128;           // frames
+constexpr int64_t tile = 128;  // frames
 constexpr int64_t block_channels = 256;
 
 // Tiles are not inlined: compiled once, they give the same bits on one thread and on several.
@@ -43,6 +43,11 @@ class Block {
   void load_gated(int64_t b, int64_t t0, int64_t count, Strip<W>& x) const {
     for (int64_t r = 0; r < count + 2 * half; ++r) {
       int64_t t = t0 - half + r;
+      if (t < 0 && in.left) {
+        const X* from = context(in.left, b) + half + t;
+        x.each_channel(r, channels, [&](int64_t c, W& to) { to = widen(from[c * half]); });
+        continue;
+      }
       if (t < 0 || t >= n.frames || padded(b, t)) {
         x.clear_row(r);
         continue;
@@ -56,6 +61,11 @@ class Block {
 
   const X* row(const void* x, int64_t b, int64_t t) const {
     return static_cast<const X*>(x) + t * n.frame_stride + b * n.batch_stride + first;
+  }
+
+  // The block's channels in a sequence's gated input before its first frame, (channels, H).
+  const X* context(const void* x, int64_t b) const {
+    return static_cast<const X*>(x) + (b * n.channels + first) * half;
   }
 
   // Where the block's channels of a frame begin in a dense tensor.
@@ -118,19 +128,20 @@ class Block {
 template <class X, class Y, class W = Wide<X>>
 class Forward {
  public:
-  explicit Forward(const ConvModuleForward& args) : block_(args.in), y_(static_cast<Y*>(args.y)) {}
+  explicit Forward(const ConvModuleForward& args) : block_(args.in), y_(static_cast<Y*>(args.y)), next_(args.next) {}
 
   ZK_TILE void run(int64_t block, int64_t b, int64_t t0) {
     block_.select(block);
     const ConvModuleShape& n = block_.n;
-    int64_t count = std::min(tile, n.frames - t0), rows = tile + 2 * block_.half + group;
+    int64_t count = std::min(tile, n.frames - t0), most = round_up(std::min(tile, n.frames), group);
     if (sized_ != block_.panels) {
       sized_ = block_.panels;
-      x_.resize(sized_, rows);
-      result_.resize(sized_, tile);
-      isolated_.resize(2, rows);
+      x_.resize(sized_, most + 2 * block_.half + group);
+      result_.resize(sized_, most);
+      isolated_.resize(2, most + 2 * block_.half + group);
     }
     block_.load_gated(b, t0, count, x_);
+    if (next_ && t0 + count == n.frames) write_context(b, count);
     for (int64_t p = 0; p < block_.panels; ++p) convolve(p, t0, count);
     for (int64_t i = 0; i < count; ++i) {
       Y* y = y_ + block_.dense(b, t0 + i);
@@ -154,8 +165,18 @@ class Forward {
     });
   }
 
+  // The last H frames of the gated input.
+  void write_context(int64_t b, int64_t count) {
+    int64_t half = block_.half;
+    X* to = const_cast<X*>(block_.context(next_, b));
+    for (int64_t h = 0; h < half; ++h) {
+      x_.each_channel(count + h, block_.channels, [&](int64_t c, W& from) { to[c * half + h] = narrow<X>(from); });
+    }
+  }
+
   Block<X> block_;
   Y* y_;
+  void* next_;
   int64_t sized_ = 0;
   Strip<W> x_, result_, isolated_;
 };

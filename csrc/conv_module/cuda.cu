@@ -1,6 +1,6 @@
-// The convolution module on the GPU. A block takes a tile of frames of one sequence and 32 channels, a lane each; strips
-// of frames lie in shared memory, 32 floats a row, with the frames that the kernel reaches on either side. A warp sums 16
-// neighbouring results at a time in registers.
+// The convolution module on the GPU. A block takes a tile of frames of one sequence and 32 channels, a lane each;
+// strips of frames lie in shared memory, 32 floats a row, with the frames that the kernel reaches on either side. A
+// warp sums 16 neighbouring results at a time in registers.
 #include <type_traits>
 
 #include "common/launch.h"
@@ -13,8 +13,8 @@ namespace {
 
 constexpr int lanes = 32;
 constexpr int warps = 8;
-constexpr int group = 16;             // results of a warp, and taps that it takes at a time
-constexpr int tile = warps * group;   // frames of a block
+constexpr int group = 16;            // results of a warp, and taps that it takes at a time
+constexpr int tile = warps * group;  // frames of a block
 
 // Taps, padded with zeros to whole groups.
 ZK_HD int padded(int taps) { return (taps + group - 1) / group * group; }
@@ -381,8 +381,10 @@ template <class F>
 void with_types(const ConvModuleInputs& in, F f) {
   auto dispatch = [](DType dtype, auto&& g) { dispatch_gpu(dtype, g); };
   dispatch_conv_module(dispatch, in.x_dtype, in.y_dtype, [&](auto x, auto y) {
-    if (in.chunked()) f(x, y, std::true_type{});
-    else f(x, y, std::false_type{});
+    if (in.chunked())
+      f(x, y, std::true_type{});
+    else
+      f(x, y, std::false_type{});
   });
 }
 

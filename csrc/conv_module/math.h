@@ -6,7 +6,8 @@
 //   e_p = 1 + left_p + right_(p - S + K), where p < K and p >= S - K.
 //
 // With d = dy, and e d in place of dy for w and b where there are chunks:
-//   dx_u = sum_k w_k d_(u + H - k),   dw_k = sum_t d_t x_(t + k - H),   db = sum_t d_t,   de_p = sum dy_t (b + sum_k ...)
+//   dx_u = sum_k w_k d_(u + H - k),   dw_k = sum_t d_t x_(t + k - H),   db = sum_t d_t,   de_p = sum dy_t (b + sum_k
+//   ...)
 #pragma once
 
 #include <cstdint>

@@ -42,7 +42,8 @@ inline __attribute__((always_inline)) void correlate(const Lanes<W>* rows, const
   for (int i = 0; i < group; ++i) sums[i].v = held[i];
 }
 
-// results[i] = start + sum_j taps[j] rows[i + j], i < n. Writes, and reads rows for, up to the next multiple of `group`.
+// results[i] = start + sum_j taps[j] rows[i + j], i < n. Writes, and reads rows for, up to the next multiple of
+// `group`.
 template <class W>
 void correlate_rows(const Lanes<W>* rows, const Lanes<W>* taps, int64_t count, int64_t n, Lanes<W> start,
                     Lanes<W>* results) {

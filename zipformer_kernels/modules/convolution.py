@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
+from zipformer_kernels.modules.inference import hooked, only_computes
 from zipformer_kernels.modules.streaming import join_cache
-from zipformer_kernels.ops.conv_module import chunk_conv_module, conv_module
+from zipformer_kernels.ops.conv_module import chunk_conv_module, conv_module, stream_conv_module
 from zipformer_kernels.ops.conv_module.reference import chunk_convolution, chunk_factors
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
 
@@ -105,8 +106,7 @@ class ConvolutionModule(nn.Module):
             min_abs=1.5,
             max_abs=ScheduledFloat((0.0, 5.0), (8000.0, 10.0), default=1.0),
         )
-        # Places for diagnostics to hook into, under upstream's names. What `sigmoid` and `activation2` would see exists
-        # in streaming only: otherwise the gate is computed together with the convolution.
+        # Named places for diagnostics to hook into.
         self.activation1 = nn.Identity()
         self.sigmoid = nn.Sigmoid()
         self.activation2 = nn.Identity()
@@ -144,17 +144,29 @@ class ConvolutionModule(nn.Module):
         """
         if chunk_size >= 0 and not self.causal:
             raise ValueError(f"chunk_size: {chunk_size} needs a module made with causal=True")
+        x = self._convolve(x, src_key_padding_mask, chunk_size)
+        x = self.balancer2(x.permute(1, 2, 0)).permute(2, 0, 1)
+        return self.out_proj(self.whiten(x))
+
+    def add_to(self, src: Tensor, src_key_padding_mask: Tensor | None, chunk_size: int) -> Tensor:
+        """src + self(src, ...) in inference; see `zipformer_kernels.modules.inference`."""
+        if hooked(self, self.balancer2, self.whiten):
+            return src + self(src, src_key_padding_mask, chunk_size)
+        return self.out_proj.add_to(src, self._convolve(src, src_key_padding_mask, chunk_size))
+
+    def _convolve(self, x: Tensor, padding: Tensor | None, chunk_size: int) -> Tensor:
+        """Gate, zeros on padding and convolution, (T, batch, channels): one op, unless parts of it have hooks."""
         x, s = self.in_proj(x).chunk(2, dim=2)
-        _check_padding(src_key_padding_mask, x)
+        _check_padding(padding, x)
         s = self.balancer1(s)
         x = self.activation1(x)
         conv = self.depthwise_conv
+        if self._hooked():
+            x = self._gate(x, s, padding)
+            return (conv(x, chunk_size=chunk_size) if self.causal else conv(x)).permute(2, 0, 1)
         if self.causal:
-            x = chunk_conv_module(x, s, *conv.parameters_of_op(), chunk_size, src_key_padding_mask)
-        else:
-            x = conv_module(x, s, conv.weight, conv.bias, src_key_padding_mask)
-        x = self.balancer2(x.permute(1, 2, 0)).permute(2, 0, 1)
-        return self.out_proj(self.whiten(x))
+            return chunk_conv_module(x, s, *conv.parameters_of_op(), chunk_size, padding)
+        return conv_module(x, s, conv.weight, conv.bias, padding)
 
     def streaming_forward(self, x: Tensor, cache: Tensor, src_key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """One chunk of a stream.
@@ -169,11 +181,24 @@ class ConvolutionModule(nn.Module):
         """
         x, s = self.in_proj(x).chunk(2, dim=2)
         _check_padding(src_key_padding_mask, x)
-        x = self.activation2(self.activation1(x) * self.sigmoid(s)).permute(1, 2, 0)
-        if src_key_padding_mask is not None:
-            x = x.masked_fill(src_key_padding_mask.unsqueeze(1), 0.0)
-        x, cache = self.depthwise_conv.streaming_forward(x, cache=cache)
+        x = self.activation1(x)
+        conv = self.depthwise_conv
+        if only_computes(x, conv.chunkwise_conv_scale) and not self._hooked():
+            x, cache = stream_conv_module(x, s, cache, *conv.parameters_of_op(), src_key_padding_mask)
+            return self.out_proj(x), cache
+        x, cache = conv.streaming_forward(self._gate(x, s, src_key_padding_mask), cache=cache)
         return self.out_proj(x.permute(2, 0, 1)), cache
+
+    def _hooked(self) -> bool:
+        """Whether somebody wants to see what happens inside of the op."""
+        conv = self.depthwise_conv
+        inside = (conv, conv.causal_conv, conv.chunkwise_conv) if self.causal else (conv,)
+        return hooked(self.sigmoid, self.activation2, *inside)
+
+    def _gate(self, x: Tensor, s: Tensor, padding: Tensor | None) -> Tensor:
+        """The gated input with zeros on padding, (batch, channels, T)."""
+        x = self.activation2(x * self.sigmoid(s)).permute(1, 2, 0)
+        return x if padding is None else x.masked_fill(padding.unsqueeze(1), 0.0)
 
 
 def _check_padding(padding: Tensor | None, x: Tensor) -> None:

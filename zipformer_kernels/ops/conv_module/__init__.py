@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.library import Op, triton_launchers
+from zipformer_kernels.library import Op, autocast_dtype, triton_launchers
 from zipformer_kernels.ops.conv_module import native, reference
 
 _op = Op(
@@ -41,6 +41,17 @@ _op = Op(
     },
     saves=("a", "s", "weight", "bias", "causal_weight", "causal_bias", "edge_scale", "padding"),
     fake=lambda a, *rest: (a.new_empty(a.shape, dtype=rest[-1]),),
+)
+
+_stream = Op(
+    "conv_module_stream",
+    "Tensor a, Tensor s, Tensor left, Tensor weight, Tensor? bias, Tensor causal_weight, Tensor? causal_bias, "
+    "Tensor edge_scale, Tensor? padding",
+    reference=reference.stream,
+    backends={"eager": reference.eager_stream, "cpu": native.cpu_stream},
+    saves=(),
+    outputs=2,
+    fake=lambda a, s, left, *_: (a.new_empty(a.shape), left.new_empty(left.shape)),
 )
 
 
@@ -131,6 +142,43 @@ def chunk_conv_module(
     )
 
 
+def stream_conv_module(
+    a: Tensor,
+    s: Tensor,
+    left: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    causal_weight: Tensor,
+    causal_bias: Tensor | None,
+    edge_scale: Tensor,
+    key_padding_mask: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`chunk_conv_module` on one chunk of a stream, for inference: results carry no gradient.
+
+    Args:
+        left: (batch, channels, K // 2), the gated input of the frames before the chunk, in the dtype of a.
+        others: as of `chunk_conv_module`; all of one dtype.
+    Returns:
+        (T, batch, channels) in the dtype of a, and `left` for the next chunk.
+    Raises:
+        As `chunk_conv_module`; ValueError also for a `left` that does not fit.
+    """
+    parameters = {
+        "weight": weight,
+        "bias": bias,
+        "causal_weight": causal_weight,
+        "causal_bias": causal_bias,
+        "edge_scale": edge_scale,
+    }
+    _check(a, s, parameters, {"weight": weight, "causal_weight": causal_weight}, key_padding_mask)
+    wanted = (*a.shape[1:], weight.shape[2] // 2)
+    if left.shape != wanted or left.dtype != a.dtype:
+        raise ValueError(f"left must be {wanted} in {a.dtype}, got {tuple(left.shape)} in {left.dtype}")
+    return _stream(a, s, left, *parameters.values(), key_padding_mask, backend=backend)
+
+
 def _check(
     a: Tensor,
     s: Tensor,
@@ -169,9 +217,9 @@ def _check(
 
 def _dtype(a: Tensor, parameters: dict[str, Tensor | None]) -> torch.dtype:
     """The dtype of a convolution of a, as torch has it."""
-    # Float64 passes through autocast as it is.
-    if a.dtype != torch.float64 and torch.is_autocast_enabled(a.device.type):
-        return torch.get_autocast_dtype(a.device.type)
+    cast = autocast_dtype(a)
+    if cast is not None and a.dtype != torch.float64:  # float64 passes through autocast as it is
+        return cast
     for name, tensor in parameters.items():
         if tensor is not None and tensor.dtype != a.dtype:
             raise TypeError(f"{name} must be of the dtype of a, {a.dtype}, without autocast, got {tensor.dtype}")

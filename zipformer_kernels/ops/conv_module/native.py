@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, GPU_DTYPES, call_cpu, call_cuda, multiprocessors
@@ -23,6 +24,21 @@ def _forward(call: Callable[..., None], *args: Any) -> tuple[Tensor]:
     if y.numel() > 0:
         call("conv_module_forward", y, _inputs(arguments), y.data_ptr(), arguments.sizes, *_dtypes(arguments))
     return (y,)
+
+
+def _stream(a: Tensor, s: Tensor, left: Tensor, weight: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Small chunks come often: arguments are taken as they are, see `_unsupported_stream`."""
+    *parameters, padding = (x if x is None else x.contiguous() for x in rest)
+    left, weight = left.contiguous(), weight.contiguous()
+    y, following = a.new_empty(a.shape), torch.empty_like(left)
+    if y.numel() == 0:
+        return y, left.clone()
+    tensors = a, s, padding, weight, *parameters
+    sizes = (*a.shape, *a.stride()[:2], weight.shape[2], a.shape[0])
+    addresses = y.data_ptr(), left.data_ptr(), following.data_ptr()
+    dtype = DTYPE_CODES[a.dtype]
+    call_cpu("conv_module_stream", y, tuple(map(_pointer, tensors)), *addresses, sizes, dtype, dtype)
+    return y, following
 
 
 def _backward(
@@ -68,6 +84,17 @@ def _launchers(
 ) -> Launchers:
     return Launchers(supports, partial(_forward, call), partial(_backward, call, most_parts))
 
+
+def _unsupported_stream(a: Tensor, s: Tensor, left: Tensor, *rest: Tensor | None) -> str | None:
+    if a.dtype not in (torch.float32, torch.float64):
+        return f"it takes float32, float64, got {a.dtype}"
+    if a.stride(2) != 1 or a.stride() != s.stride():
+        return f"it takes a and s of equal strides, 1 for channels, got {a.stride()} and {s.stride()}"
+    others = {x.dtype for x in (left, *rest[:-1]) if x is not None} - {a.dtype}
+    return f"it takes tensors of one dtype, got {a.dtype} and {others.pop()}" if others else None
+
+
+cpu_stream = Launchers(_unsupported_stream, _stream, None)
 
 # Groups of frames whose gradients of parameters are summed apart: on the CPU so many that threads share them out
 # evenly, on the GPU one for each block.

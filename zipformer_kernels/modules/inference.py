@@ -1,0 +1,46 @@
+"""What a module may leave out when it only computes its result: no gradient, and nobody who looks on.
+
+A module with a method ``add_to(src, ...)`` returns there src + module(src, ...). It writes over its own intermediate
+results, and the sum is taken inside its last product, which starts from src in place of zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zipformer_kernels.library import autocast_dtype, traced_or_transformed
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether any of the modules has forward hooks, which want to see it called."""
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module is what `kind` makes of its attributes: no hooks, not quantized or replaced."""
+    return type(module).forward is kind.forward and "forward" not in vars(module) and not hooked(module)
+
+
+def only_computes(x: Tensor, parameter: Tensor) -> bool:
+    """Whether a call on x, with parameters such as `parameter`, is plain inference on the CPU.
+
+    Results are overwritten there only: elsewhere products and their sums are as fast apart.
+    """
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != parameter.dtype:
+        return False
+    return autocast_dtype(x) is None and not traced_or_transformed()
+
+
+def add_product(src: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """src + x W^T + b, a new tensor.
+
+    Args:
+        src: (..., out_channels).
+        x: (..., in_channels), of as many rows.
+        weight: (out_channels, in_channels).
+        bias: (out_channels,), or None.
+    """
+    out = src.clone(memory_format=torch.contiguous_format) if bias is None else torch.add(src, bias).contiguous()
+    out.view(-1, out.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
+    return out
