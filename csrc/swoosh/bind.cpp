@@ -5,7 +5,7 @@
 namespace zk {
 
 static SwooshForward forward_args(uintptr_t x, uintptr_t y, int64_t n, int dtype, int kind, int threads) {
-  return {pointer(x), pointer(y), n, DType(dtype), SwooshKind(kind), threads};
+  return {pointer(x), pointer(y), n, DType(dtype), SwooshKind(kind), threads, nullptr, 1};
 }
 
 static SwooshBackward backward_args(uintptr_t dy, uintptr_t x, uintptr_t dx, int64_t n, int dtype, int kind,
@@ -18,6 +18,15 @@ void bind_swoosh(pybind11::module_& m) {
       "swoosh_forward_cpu",
       [](uintptr_t x, uintptr_t y, int64_t n, int dtype, int kind, int threads) {
         swoosh_forward_cpu(forward_args(x, y, n, dtype, kind, threads));
+      },
+      release_gil());
+  m.def(
+      "swoosh_overwrite_cpu",
+      [](uintptr_t x, uintptr_t bias, int64_t n, int64_t channels, int dtype, int kind, int threads) {
+        SwooshForward args = forward_args(x, x, n, dtype, kind, threads);
+        args.bias = pointer(bias);
+        args.channels = channels;
+        swoosh_forward_cpu(args);
       },
       release_gil());
   m.def(

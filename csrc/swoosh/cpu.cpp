@@ -8,10 +8,19 @@ namespace {
 
 constexpr int64_t grain = 1 << 14;
 
+// y may be x.
 template <SwooshKind kind, class T>
-void forward(const T* __restrict x, T* __restrict y, int64_t n) {
+void forward(const T* x, T* y, int64_t n) {
 #pragma omp simd
   for (int64_t i = 0; i < n; ++i) y[i] = narrow<T>(Swoosh<kind, Wide<T>>::value(widen(x[i])));
+}
+
+template <SwooshKind kind, class T>
+void forward_row(const T* x, const T* bias, T* y, int64_t channels) {
+#pragma omp simd
+  for (int64_t c = 0; c < channels; ++c) {
+    y[c] = narrow<T>(Swoosh<kind, Wide<T>>::value(widen(x[c]) + widen(bias[c])));
+  }
 }
 
 template <SwooshKind kind, class T>
@@ -29,6 +38,14 @@ void swoosh_forward(const SwooshForward& args) {
     using T = decltype(element);
     auto x = static_cast<const T*>(args.x);
     auto y = static_cast<T*>(args.y);
+    if (args.bias) {
+      auto bias = static_cast<const T*>(args.bias);
+      int64_t channels = args.channels;
+      auto row = args.kind == SwooshKind::l ? forward_row<SwooshKind::l, T> : forward_row<SwooshKind::r, T>;
+      return parallel_for(args.n / channels, 1 + grain / channels, args.threads, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) row(x + i * channels, bias, y + i * channels, channels);
+      });
+    }
     parallel_for(args.n, grain, args.threads, [&](int64_t begin, int64_t end) {
       auto kernel = args.kind == SwooshKind::l ? forward<SwooshKind::l, T> : forward<SwooshKind::r, T>;
       kernel(x + begin, y + begin, end - begin);

@@ -9,14 +9,16 @@
 
 namespace zk {
 
-// y = swoosh(x) over n elements.
+// y = swoosh(x) over n elements. On the CPU y may be x, and rows of `channels` may have a bias added first.
 struct SwooshForward {
   const void* x;
   void* y;
   int64_t n;
   DType dtype;
   SwooshKind kind;
-  int threads;  // on the CPU
+  int threads;                 // on the CPU
+  const void* bias = nullptr;  // (channels,), or null
+  int64_t channels = 1;
 };
 
 // dx = dy * swoosh'(x) over n elements.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from zipformer_kernels.modules.inference import add_product, is_untouched
 from zipformer_kernels.modules.scaled_init import ScaledLinear
+from zipformer_kernels.ops.swoosh import swoosh_
 from zipformer_kernels.ops.swoosh_linear import swoosh_linear
 from zipformer_kernels.training import FloatLike
 
@@ -52,6 +54,12 @@ class ActivationDropoutAndLinear(nn.Module):
         """Maps x, (..., in_channels), to (..., out_channels)."""
         mask = self._dropout_mask(x) if self.training else None
         return swoosh_linear(x, self.weight, self.bias, mask, ACTIVATIONS[self.activation])
+
+    def add_to(self, src: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """src + self(x + bias) in inference, where x is overwritten; see `zipformer_kernels.modules.inference`."""
+        if not is_untouched(self, ActivationDropoutAndLinear):
+            return src + self(x if bias is None else x + bias)
+        return add_product(src, swoosh_(x, ACTIVATIONS[self.activation], bias), self.weight, self.bias)
 
     def _dropout_mask(self, x: Tensor) -> Tensor | None:
         """0 or 1 / (1 - p), in the default dtype; shaped like x, but of size 1 along a shared dimension."""

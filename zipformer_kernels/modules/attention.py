@@ -7,6 +7,7 @@ import copy
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zipformer_kernels.modules.inference import add_product, hooked, is_untouched
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import join_cache
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, aggregate
@@ -203,6 +204,13 @@ class SelfAttention(nn.Module):
             (T, batch, embed_dim).
         """
         return self.whiten(self.out_proj(aggregate(attn_weights, self.in_proj(x))))
+
+    def add_to(self, src: Tensor, attn_weights: AttentionWeights | Tensor) -> Tensor:
+        """src + self(src, attn_weights) in inference; see `zipformer_kernels.modules.inference`."""
+        if hooked(self, self.whiten) or not is_untouched(self.out_proj, nn.Linear):
+            return src + self(src, attn_weights)
+        average = aggregate(attn_weights, self.in_proj(src))
+        return add_product(src, average, self.out_proj.weight, self.out_proj.bias)
 
     def streaming_forward(
         self, x: Tensor, attn_weights: AttentionWeights | Tensor, cached_val: Tensor, left_context_len: int

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
+from zipformer_kernels.modules.inference import hooked, is_untouched
 from zipformer_kernels.training import Balancer, FloatLike, Whiten, whitening_schedule
 
 
@@ -44,3 +46,11 @@ class FeedforwardModule(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """From (T, batch, embed_dim) to the same shape."""
         return self.out_whiten(self.out_proj(self.hidden_balancer(self.in_proj(x))))
+
+    def add_to(self, src: Tensor) -> Tensor:
+        """src + self(src) in inference; see `zipformer_kernels.modules.inference`."""
+        if hooked(self, self.hidden_balancer, self.out_whiten):
+            return src + self(src)
+        if not is_untouched(self.in_proj, nn.Linear):
+            return self.out_proj.add_to(src, self.in_proj(src))
+        return self.out_proj.add_to(src, F.linear(src, self.in_proj.weight), self.in_proj.bias)

@@ -12,6 +12,7 @@ from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.bypass import BypassModule
 from zipformer_kernels.modules.convolution import ConvolutionModule
 from zipformer_kernels.modules.feedforward import FeedforwardModule
+from zipformer_kernels.modules.inference import hooked, only_computes
 from zipformer_kernels.modules.nonlin_attention import NonlinAttention
 from zipformer_kernels.ops.attention import ChunkMask, constant_attention
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
@@ -167,6 +168,8 @@ class ZipformerEncoderLayer(nn.Module):
         Returns:
             (T, batch, embed_dim).
         """
+        if not self.training and self._only_computes(src):
+            return self._infer(src, pos_emb, chunk_size, attn_mask, src_key_padding_mask)
         src_orig = src
         # A rate is read before its module runs, so that numbers are drawn in upstream's order.
         attention_skip_rate = float(self.attention_skip_rate)
@@ -200,6 +203,33 @@ class ZipformerEncoderLayer(nn.Module):
         src = self.norm(self.balancer1(src))
         src = self.bypass(src_orig, src)
         return self.whiten(self.balancer2(src))
+
+    def _only_computes(self, src: Tensor) -> bool:
+        """Whether `_infer` does what `forward` would: nothing wants to see what only gradients pass through."""
+        watched = self.balancer_na, self.balancer_ff2, self.balancer_ff3, self.balancer1, self.balancer2, self.whiten
+        return only_computes(src, self.bypass_scale) and not hooked(*watched)
+
+    def _infer(
+        self,
+        src: Tensor,
+        pos_emb: Tensor,
+        chunk_size: int,
+        attn_mask: Tensor | ChunkMask | None,
+        padding: Tensor | None,
+    ) -> Tensor:
+        """`forward` in inference, every sum inside a product."""
+        src_orig = src
+        attn_weights = self.self_attn_weights(src, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=padding)
+        src = self.feed_forward1.add_to(src)
+        src = self.nonlin_attention.add_to(src, attn_weights[0:1])
+        src = self.self_attn1.add_to(src, attn_weights)
+        src = self.conv_module1.add_to(src, padding, chunk_size)
+        src = self.feed_forward2.add_to(src)
+        src = self.bypass_mid(src_orig, src)
+        src = self.self_attn2.add_to(src, attn_weights)
+        src = self.conv_module2.add_to(src, padding, chunk_size)
+        src = self.feed_forward3.add_to(src)
+        return self.bypass(src_orig, self.norm(src))
 
     def streaming_forward(
         self,
@@ -239,7 +269,8 @@ class ZipformerEncoderLayer(nn.Module):
             left_context_len=left_context_len,
             key_padding_mask=src_key_padding_mask,
         )
-        src = src + self.feed_forward1(src)
+        lean = only_computes(src, self.bypass_scale)
+        src = self.feed_forward1.add_to(src) if lean else src + self.feed_forward1(src)
         attended, cached_nonlin_attn = self.nonlin_attention.streaming_forward(
             src, attn_weights[0:1], cached_x=cached_nonlin_attn, left_context_len=left_context_len
         )
@@ -250,7 +281,7 @@ class ZipformerEncoderLayer(nn.Module):
         src = src + attended
         conv, cached_conv1 = self.conv_module1.streaming_forward(src, cache=cached_conv1, src_key_padding_mask=padding)
         src = src + conv
-        src = src + self.feed_forward2(src)
+        src = self.feed_forward2.add_to(src) if lean else src + self.feed_forward2(src)
         src = self.bypass_mid(src_orig, src)
         attended, cached_val2 = self.self_attn2.streaming_forward(
             src, attn_weights, cached_val=cached_val2, left_context_len=left_context_len
@@ -258,7 +289,7 @@ class ZipformerEncoderLayer(nn.Module):
         src = src + attended
         conv, cached_conv2 = self.conv_module2.streaming_forward(src, cache=cached_conv2, src_key_padding_mask=padding)
         src = src + conv
-        src = src + self.feed_forward3(src)
+        src = self.feed_forward3.add_to(src) if lean else src + self.feed_forward3(src)
         src = self.bypass(src_orig, self.norm(src))
         return src, cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from zipformer_kernels.modules.inference import add_product, hooked, is_untouched
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import join_cache
 from zipformer_kernels.ops.attention import AttentionWeights, aggregate, merge_heads, split_heads
@@ -60,15 +61,23 @@ class NonlinAttention(nn.Module):
         Returns:
             (T, batch, channels).
         """
+        return self.whiten2(self.out_proj(self.identity3(self._attend(x, attn_weights))))
+
+    def add_to(self, src: Tensor, attn_weights: AttentionWeights | Tensor) -> Tensor:
+        """src + self(src, attn_weights) in inference; see `zipformer_kernels.modules.inference`."""
+        if hooked(self, self.identity3, self.whiten2) or not is_untouched(self.out_proj, nn.Linear):
+            return src + self(src, attn_weights)
+        return add_product(src, self._attend(src, attn_weights), self.out_proj.weight, self.out_proj.bias)
+
+    def _attend(self, x: Tensor, attn_weights: AttentionWeights | Tensor) -> Tensor:
+        """All but the last layer."""
         s, x, y = self.in_proj(x).chunk(3, dim=2)
         s = self.balancer(s)
         x = self.whiten1(x)
         y = self.identity2(y)
         if isinstance(attn_weights, AttentionWeights) and not attn_weights.keeps:
-            x = nonlin_attention(attn_weights, s, x, y)  # one kernel: `tanh` and `identity1` have nothing to see
-        else:
-            x = aggregate(attn_weights, self.identity1(x * self.tanh(s))) * y
-        return self.whiten2(self.out_proj(self.identity3(x)))
+            return nonlin_attention(attn_weights, s, x, y)  # one kernel: `tanh` and `identity1` have nothing to see
+        return aggregate(attn_weights, self.identity1(x * self.tanh(s))) * y
 
     def streaming_forward(
         self, x: Tensor, attn_weights: AttentionWeights | Tensor, cached_x: Tensor, left_context_len: int

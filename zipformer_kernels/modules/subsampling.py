@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from zipformer_kernels.library import autocast_dtype, gradient_hook, recomputed, traced_or_transformed
 from zipformer_kernels.modules.bias_norm import BiasNorm
+from zipformer_kernels.modules.inference import hooked, is_untouched
 from zipformer_kernels.modules.scaled_init import ScaledConv2d
 from zipformer_kernels.modules.swoosh import SwooshL, SwooshR
 from zipformer_kernels.ops.depthwise_conv2d import depthwise_conv2d
@@ -112,7 +113,7 @@ class ConvNeXt(nn.Module):
 
     def _depthwise(self, x: Tensor) -> Tensor:
         conv = self.depthwise_conv
-        if _channels_last(x) and _is_untouched(conv, nn.Conv2d):
+        if _channels_last(x) and is_untouched(conv, nn.Conv2d):
             return depthwise_conv2d(x, conv.weight, conv.bias)
         return conv(x)
 
@@ -129,7 +130,7 @@ class ConvNeXt(nn.Module):
         if not (torch.is_grad_enabled() and hidden_needs) or autocast_dtype(x) is not None:
             return False
         layers = (self.pointwise_conv1, self.hidden_balancer, self.activation, self.pointwise_conv2)
-        return all(map(_is_untouched, layers, (nn.Conv2d, Balancer, SwooshL, nn.Conv2d)))
+        return all(map(is_untouched, layers, (nn.Conv2d, Balancer, SwooshL, nn.Conv2d)))
 
     def _recomputed(self, x: Tensor) -> Tensor:
         """The layers after the depthwise convolution, of `ROWS` rows at a time."""
@@ -238,7 +239,7 @@ class Conv2dSubsampling(nn.Module):
         self._check_input(x, x_lens, MIN_FRAMES)
         if self._goes_in_tiles(x):
             x = self._projected_tiles(x)
-        elif _channels_last(x) and _is_untouched(self.out, nn.Linear):
+        elif _channels_last(x) and is_untouched(self.out, nn.Linear):
             x = self._projected(self._features(x), self._channels_last_weight())
         else:
             x = self.out(_flatten_frequencies(self._features(x)))
@@ -290,8 +291,7 @@ class Conv2dSubsampling(nn.Module):
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             return False
         swallowed = (self.conv, self.convnext, self.out)
-        hooked = any(_has_hooks(module) for part in swallowed for module in part.modules())
-        return not hooked and _is_untouched(self.out, nn.Linear)
+        return not hooked(*(m for part in swallowed for m in part.modules())) and is_untouched(self.out, nn.Linear)
 
     def _projected_tiles(self, x: Tensor) -> Tensor:
         """The linear layer's result, of a tile of frames at a time, with the frames that the ConvNeXt block sees."""
@@ -322,15 +322,6 @@ class Conv2dSubsampling(nn.Module):
 def _channels_last(x: Tensor) -> bool:
     """Whether convolutions run with channels last in memory, which measured faster on the CPU."""
     return x.device.type == "cpu" and not traced_or_transformed()
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(module._forward_pre_hooks or module._forward_hooks)
-
-
-def _is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module is what `kind` makes of its attributes: no hooks, not quantized or replaced."""
-    return type(module).forward is kind.forward and "forward" not in vars(module) and not _has_hooks(module)
 
 
 def _tiles(batch: int, frames: int) -> Iterator[tuple[slice, int, int]]:

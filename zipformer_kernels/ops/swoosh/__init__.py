@@ -52,6 +52,28 @@ def swoosh_r(x: Tensor, *, backend: str | None = None) -> Tensor:
     return _swoosh(x, "r", backend)
 
 
+def swoosh_(x: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
+    """Overwrites x with swoosh(x + bias), without a gradient: for inference. The surrounding choice of backends holds.
+
+    Args:
+        x: a contiguous floating-point tensor, (..., channels).
+        kind: "l" or "r".
+        bias: (channels,), contiguous, of the dtype of x; or None.
+    Returns:
+        x.
+    Raises:
+        ValueError: the bias does not fit x.
+        BackendError: the backend asked for cannot serve the call.
+    """
+    if bias is not None and (bias.shape != x.shape[-1:] or bias.dtype != x.dtype):
+        wanted = f"({x.shape[-1]},) in {x.dtype}"
+        raise ValueError(f"bias must be of shape {wanted}, got {tuple(bias.shape)} in {bias.dtype}")
+    if _op.select(None, x, kind) == "cpu" and x.is_contiguous():
+        native.overwrite(x, kind, bias)
+        return x
+    return x.copy_(_op(x if bias is None else x + bias, kind))
+
+
 def _swoosh(x: Tensor, kind: str, backend: str | None) -> Tensor:
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")

@@ -30,6 +30,13 @@ def _forward(call: Callable[..., None], x: Tensor, kind: str) -> tuple[Tensor]:
     return (y,)
 
 
+def overwrite(x: Tensor, kind: str, bias: Tensor | None) -> None:
+    """Puts swoosh(x + bias) in the place of a contiguous x on the CPU; bias (channels,) of the dtype of x, or None."""
+    address, channels = (0, 1) if bias is None else (bias.data_ptr(), bias.numel())
+    codes = DTYPE_CODES[x.dtype], KINDS[kind]
+    call_cpu("swoosh_overwrite", x, x.data_ptr(), address, x.numel(), channels, *codes)
+
+
 def _backward(call: Callable[..., None], needs: tuple, grads: tuple, saved: tuple, x: Tensor, kind: str):
     x = dense(x)
     dy = like(grads[0], x)
