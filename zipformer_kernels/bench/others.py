@@ -146,6 +146,16 @@ def conv_module_upstream(
     return (lambda x, *_: conv(x, padding, **size)), (projected, *conv.parameters())
 
 
+def depthwise_conv2d_upstream(x: Tensor, weight: Tensor, bias: Tensor | None) -> Call:
+    """The convolution that upstream's ``ConvNeXt`` calls, on the layout that upstream has, channels before frames."""
+
+    def run(x: Tensor, weight: Tensor, *bias: Tensor) -> Tensor:
+        pad = [taps // 2 for taps in weight.shape[2:]]
+        return nn.functional.conv2d(x, weight, *bias, padding=pad, groups=x.shape[1])
+
+    return run, (_leaf(x), weight, *(() if bias is None else (bias,)))
+
+
 def attention_flex(*args: Any) -> Call:
     """torch's flex_attention with the positional term as a score modification; 12 channels padded to 16."""
     if DEVICE.type != "cuda":
@@ -182,6 +192,7 @@ OTHERS: dict[str, dict[str, Callable[..., Call]]] = {
     "attention": {"upstream": attention_upstream, "flex_attention": attention_flex},
     "nonlin_attention": {"upstream": nonlin_attention_upstream},
     "conv_module": {"upstream": conv_module_upstream},
+    "depthwise_conv2d": {"upstream": depthwise_conv2d_upstream},
 }
 """By op, then by peer."""
 
