@@ -168,7 +168,8 @@ def build(output: Path, work: Path, *, cuda: bool = False, emulator: bool = Fals
     isas = ISAS if many else {"baseline": []}
     emulate = [f"-I{CSRC / 'emulator'}", "-Wno-unknown-pragmas", "-x c++"]
     compile_file(CSRC / "bindings.cpp", "cxx", [*definitions, *python_flags()])
-    compile_file(CSRC / "common/isa.cpp", "cxx", [])
+    for source in sorted(CSRC.glob("common/*.cpp")):
+        compile_file(source, "cxx", [])
     for source in sorted(CSRC.glob("*/bind.cpp")):
         compile_file(source, "cxx", [*definitions, *python_flags()])
     for source in sorted(CSRC.glob("*/cpu*.cpp")):

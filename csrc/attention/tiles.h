@@ -63,7 +63,7 @@ class Buffer {
 template <class W, class F>
 void for_each_item(int64_t items, int threads, int64_t scratch_size, F&& f) {
   scratch_size = (scratch_size + 63) / 64 * 64;
-  threads = int(items < threads ? items : threads);
+  threads = team_size(items, threads);
   Buffer<W> scratch(threads * scratch_size);
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

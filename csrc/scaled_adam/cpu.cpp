@@ -2,6 +2,7 @@
 // through in blocks that fit the first-level cache. Sums are taken in a fixed order, whatever thread took which chunk.
 #include <cmath>
 
+#include "common/parallel.h"
 #include "scaled_adam/math.h"
 
 namespace zk::ZK_ISA {
@@ -91,7 +92,8 @@ void update_chunk(const AdamTensor& tensor, AdamChunk chunk, const AdamUpdate<W>
 
 template <class Body>
 void for_each_chunk(const AdamStep<double>& args, Body body) {
-#pragma omp parallel for num_threads(args.threads) schedule(dynamic, chunks_at_a_time)
+  int threads = team_size(args.chunks, args.threads);
+#pragma omp parallel for num_threads(threads) if (threads > 1) schedule(dynamic, chunks_at_a_time)
   for (int64_t index = 0; index < args.chunks; ++index) body(index);
 }
 
