@@ -2,6 +2,7 @@
 
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -16,3 +17,19 @@ settings.load_profile("project")
 if os.environ.get("TRITON_INTERPRET") == "1":
     mend_bfloat16_dot()
     mend_bfloat16_rounding()
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512"])
+def isa(request):
+    """Runs a test once for each instruction set of the CPU kernels; its name."""
+    from zipformer_kernels import backend
+
+    if backend.missing["cpu"]:
+        pytest.skip(backend.missing["cpu"])
+    native, before = backend.native, backend.native.current_isa()
+    try:
+        native.set_isa(request.param)
+    except ValueError:
+        pytest.skip(f"a processor with {request.param} would run this")
+    yield request.param
+    native.set_isa(before)

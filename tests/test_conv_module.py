@@ -381,24 +381,14 @@ def test_saves_its_arguments_only():
     assert [t.data_ptr() for t in saved] == [arg.data_ptr() for arg in args[:8]]
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set_agrees(isa):
-    if backend.missing["cpu"]:
-        pytest.skip(backend.missing["cpu"])
-    before = backend.native.current_isa()
-    try:
-        backend.native.set_isa(isa)
-    except ValueError:
-        pytest.skip(f"a processor with {isa} would run this")
-    try:
-        for case in SMALL:
-            for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-                args = case.inputs(dtype, "cpu")
-                with backend.use_backend("cpu"):
-                    y, dy, grads = run(args)
-                assert_matches(args, y, dy, grads)
-    finally:
-        backend.native.set_isa(before)
+@pytest.mark.usefixtures("isa")
+def test_every_instruction_set_agrees():
+    for case in SMALL:
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            args = case.inputs(dtype, "cpu")
+            with backend.use_backend("cpu"):
+                y, dy, grads = run(args)
+            assert_matches(args, y, dy, grads)
 
 
 def test_calls_that_kernels_do_not_serve_say_why():

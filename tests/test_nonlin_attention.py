@@ -4,6 +4,7 @@ import pytest
 import torch
 from lanes import lanes
 
+from zipformer_kernels import use_backend
 from zipformer_kernels.ops import nonlin_attention as package
 from zipformer_kernels.ops.attention import AttentionWeights
 from zipformer_kernels.ops.nonlin_attention import nonlin_attention
@@ -32,22 +33,35 @@ def exact(args, grad):
     return out, torch.autograd.grad(out, leaves, grad.double().cpu())
 
 
+def check(case, dtype, device):
+    """A case on the backend in use, forward and backward, against float64."""
+    torch.manual_seed(0)
+    args = case.inputs(dtype, device)
+    out = OP(*args)
+    grad = torch.randn_like(out)
+    grads = torch.autograd.grad(out, args[:7], grad)
+    expected, expected_grads = exact(args, grad)
+    assert out.dtype == dtype
+    assert relative(out, expected) < TOLERANCE[dtype]
+    floor = 0.1 * grad.double().norm().item()
+    for name, actual, wanted in zip(NAMES, grads, expected_grads, strict=True):
+        assert relative(actual, wanted, floor) < 3 * TOLERANCE[dtype], name
+
+
 @pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
 @pytest.mark.parametrize("lane", lanes(OP))
 def test_cases_match_float64(lane, case):
     for dtype in lane.dtypes:
-        torch.manual_seed(0)
         with lane.active():
-            args = case.inputs(dtype, lane.device)
-            out = OP(*args)
-            grad = torch.randn_like(out)
-            grads = torch.autograd.grad(out, args[:7], grad)
-        expected, expected_grads = exact(args, grad)
-        assert out.dtype == dtype
-        assert relative(out, expected) < TOLERANCE[dtype]
-        floor = 0.1 * grad.double().norm().item()
-        for name, actual, wanted in zip(NAMES, grads, expected_grads, strict=True):
-            assert relative(actual, wanted, floor) < 3 * TOLERANCE[dtype], name
+            check(case, dtype, lane.device)
+
+
+@pytest.mark.usefixtures("isa")
+def test_every_instruction_set_agrees():
+    for case in SMALL:
+        for dtype in TOLERANCE:
+            with use_backend("cpu"):
+                check(case, dtype, "cpu")
 
 
 @pytest.mark.parametrize("lane", lanes(OP))

@@ -238,16 +238,9 @@ def test_any_number_of_threads_gives_the_same_bits():
 
 
 @on_lanes(lambda lane: lane.backend == "cpu")
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    best = backend.native.detected_isa()
-    if ["baseline", "avx2", "avx512"].index(isa) > ["baseline", "avx2", "avx512"].index(best):
-        pytest.skip(f"this processor has {best}")
-    backend.native.set_isa(isa)
-    try:
-        same_after(parameters([40_000, 7, 1, 33]), parameters([40_000, 7, 1, 33]), 9, clipping_scale=1.0)
-    finally:
-        backend.native.set_isa(best)
+@pytest.mark.usefixtures("isa")
+def test_every_instruction_set():
+    same_after(parameters([40_000, 7, 1, 33]), parameters([40_000, 7, 1, 33]), 9, clipping_scale=1.0)
 
 
 @on_gpu_kernels

@@ -194,24 +194,14 @@ def test_half_rounding_on_the_cpu_is_torchs():
         assert (off[~near_zero] > 0).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
-def test_every_instruction_set_agrees(isa):
-    if backend.missing["cpu"]:
-        pytest.skip(backend.missing["cpu"])
-    before = backend.native.current_isa()
-    try:
-        backend.native.set_isa(isa)
-    except ValueError:
-        pytest.skip(f"a processor with {isa} would run this")
-    try:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            x = (torch.randn(1013) * 6).to(dtype).requires_grad_()
-            for kind in "lr":
-                with backend.use_backend("cpu"):
-                    y, dy, dx = run(x, kind)
-                assert_matches(x, y, dy, dx, kind)
-    finally:
-        backend.native.set_isa(before)
+@pytest.mark.usefixtures("isa")
+def test_every_instruction_set_agrees():
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+        x = (torch.randn(1013) * 6).to(dtype).requires_grad_()
+        for kind in "lr":
+            with backend.use_backend("cpu"):
+                y, dy, dx = run(x, kind)
+            assert_matches(x, y, dy, dx, kind)
 
 
 def test_bad_input_is_named():
