@@ -120,7 +120,8 @@ def measure(rounds):
 
 def environment():
     """The machine, and how busy it was at first."""
-    info = dict(line.split("\t: ") for line in Path("/proc/cpuinfo").read_text().splitlines() if "\t: " in line)
+    lines = (line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines())
+    info = {key.strip(): value.strip() for key, _, value in lines}
     flags = info["flags"].split()
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True)
     return {
