@@ -1,6 +1,7 @@
 """Settings of the whole test run: Triton interpreted where there is no GPU, and reproducible generated tests."""
 
 import os
+import random
 
 import pytest
 import torch
@@ -33,3 +34,9 @@ def isa(request):
         pytest.skip(f"a processor with {request.param} would run this")
     yield request.param
     native.set_isa(before)
+
+
+def pytest_runtest_setup(item):
+    """A test draws the same numbers alone and among others."""
+    random.seed(0)
+    torch.manual_seed(0)

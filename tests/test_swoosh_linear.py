@@ -300,7 +300,7 @@ def test_compiles_without_graph_breaks(lane):
                 grads = torch.autograd.grad(y, inputs, dy.to(y.dtype))
                 expected = torch.autograd.grad(wanted, inputs, dy.to(y.dtype))
                 for grad, other in zip(grads, expected, strict=True):
-                    assert relative_error(grad, other) <= rounding(y.dtype)
+                    assert relative_error(grad, other) <= rounding(y.dtype, y.numel())  # sums over rows and channels
 
 
 @pytest.mark.parametrize("lane", lanes(_op))
