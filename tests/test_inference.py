@@ -102,11 +102,18 @@ def test_a_hook_on_any_submodule_sees_it_called(causal):
     assert {"conv_module1.sigmoid", "balancer1", "feed_forward2.out_whiten", "self_attn1", "bypass"} <= names
     for name in sorted(names):
         seen = []
-        hook = module.get_submodule(name).register_forward_hook(lambda *_, seen=seen: seen.append(1))
+
+        def look(module, inputs, output, seen=seen):
+            tensors = [x for x in (*inputs, output) if isinstance(x, torch.Tensor)]
+            seen.append((tensors, [x.clone() for x in tensors]))
+
+        hook = module.get_submodule(name).register_forward_hook(look)
         with torch.no_grad():
             actual = run(module, *args, causal)
         hook.remove()
         assert seen, name
+        for tensors, copies in seen:  # nothing that was looked at is overwritten afterwards
+            assert all(torch.equal(x, copy) for x, copy in zip(tensors, copies, strict=True)), name
         torch.testing.assert_close(actual, run(module, *args, causal).detach())
 
 

@@ -26,49 +26,55 @@ class Softmax {
       memory.load(scores_, pair, block);
       Range all = scores_.all_sources(), seen = scores_.visible_to_block(block);
       bool partial = seen.begin > 0 || seen.end < all.end;
-      if (!fill(pair, block, seen, memory, scratch) && partial) fill(pair, block, seen = all, memory, scratch);
+      W tops[tile_rows];
+      fill(pair, block, seen, memory, scratch, tops);
+      if (partial && !see(tops, scores_.rows_of(block))) fill(pair, block, seen = all, memory, scratch, tops);
       for (int64_t i = 0; i < scores_.rows_of(block); ++i) {
         T* to = to_ + (pair * args.targets + block * tile_rows + i) * args.sources;
         for (int64_t j = 0; j < seen.begin; ++j) to[j] = T{};
-        normalise(scratch + i * row_pitch_, seen.end - seen.begin, to + seen.begin);
+        normalise(scratch + i * row_pitch_, tops[i], seen.end - seen.begin, to + seen.begin);
         for (int64_t j = seen.end; j < all.end; ++j) to[j] = T{};
       }
     });
   }
 
  private:
-  // Masked scores of a block over some sources, as rows. Whether all others have weights of zero.
-  bool fill(int64_t pair, int64_t block, Range sources, const Block<W>& memory, W* rows) const {
+  // Masked scores of a block over some sources, as rows, and the largest of each.
+  void fill(int64_t pair, int64_t block, Range sources, const Block<W>& memory, W* rows, W* tops) const {
     for (int64_t source = sources.begin; source < sources.end; source += tile_columns) {
       int64_t columns = scores_.columns_from(source, sources.end);
       scores_.fill(pair, block, source, columns, memory.q, memory.p, memory.tile);
       for (int64_t i = 0; i < scores_.rows_of(block); ++i) {
         W* from = memory.tile + tile_skew + i * tile_step;
         scores_.mask(pair, block * tile_rows + i, source, columns, masked_score<W>, from);
-        copy(from, columns, rows + i * row_pitch_ + source - sources.begin);
+        W top = copy(from, columns, rows + i * row_pitch_ + source - sources.begin);
+        tops[i] = source == sources.begin || top > tops[i] ? top : tops[i];
       }
     }
-    for (int64_t i = 0; i < scores_.rows_of(block); ++i) {
-      if (!(largest(rows + i * row_pitch_, sources.end - sources.begin) > visible_limit<W>)) return false;
+  }
+
+  // Whether sources out of sight, whose scores are those of masked ones, have no weight for any target.
+  static bool see(const W* tops, int64_t rows) {
+    for (int64_t i = 0; i < rows; ++i) {
+      if (!(tops[i] > visible_limit<W>)) return false;
     }
     return true;
   }
 
-  static void copy(const W* __restrict from, int64_t n, W* __restrict to) {
-#pragma omp simd
-    for (int64_t j = 0; j < n; ++j) to[j] = from[j];
-  }
-
-  static W largest(const W* row, int64_t n) {
+  // Returns the largest.
+  static W copy(const W* __restrict from, int64_t n, W* __restrict to) {
     W top = -W(HUGE_VAL);
 #pragma omp simd reduction(max : top)
-    for (int64_t j = 0; j < n; ++j) top = row[j] > top ? row[j] : top;
+    for (int64_t j = 0; j < n; ++j) {
+      to[j] = from[j];
+      top = from[j] > top ? from[j] : top;
+    }
     return top;
   }
 
   // Not inlined: compiled once, a row gets the same bits on one thread and on several.
-  __attribute__((noinline)) static void normalise(W* __restrict row, int64_t n, T* __restrict to) {
-    W top = largest(row, n), sum = 0;
+  __attribute__((noinline)) static void normalise(W* __restrict row, W top, int64_t n, T* __restrict to) {
+    W sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < n; ++j) {
       W u = row[j] - top, w = exp_nonpositive(u);

@@ -18,12 +18,12 @@ static ConvModuleInputs inputs(const Addresses& in, const Sizes& n, int x_dtype,
           pointer(in[3]), pointer(in[4]), pointer(in[5]),
           pointer(in[6]), pointer(in[7]), {n[0], n[1], n[2], n[3], n[4], n[5], n[6]},
           DType(x_dtype), DType(y_dtype), threads,
-          nullptr};
+          nullptr,        nullptr};
 }
 
 static ConvModuleForward forward_args(const Addresses& in, uintptr_t y, const Sizes& sizes, int x_dtype, int y_dtype,
                                       int threads) {
-  return {inputs(in, sizes, x_dtype, y_dtype, threads), pointer(y), nullptr};
+  return {inputs(in, sizes, x_dtype, y_dtype, threads), pointer(y), nullptr, false};
 }
 
 static ConvModuleBackward backward_args(const Addresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds,
@@ -41,12 +41,14 @@ void bind_conv_module(pybind11::module_& m) {
       },
       release_gil());
   m.def(
-      "conv_module_stream_cpu",
-      [](const Addresses& in, uintptr_t y, uintptr_t left, uintptr_t next, const Sizes& sizes, int x_dtype, int y_dtype,
-         int threads) {
-        ConvModuleForward args = forward_args(in, y, sizes, x_dtype, y_dtype, threads);
+      "conv_module_infer_cpu",
+      [](const Addresses& in, uintptr_t y, uintptr_t projection_bias, uintptr_t left, uintptr_t next,
+         const Sizes& sizes, int dtype, int threads) {
+        ConvModuleForward args = forward_args(in, y, sizes, dtype, dtype, threads);
+        args.in.projection_bias = pointer(projection_bias);
         args.in.left = pointer(left);
         args.next = pointer(next);
+        args.swoosh = true;
         conv_module_forward_cpu(args);
       },
       release_gil());

@@ -32,8 +32,9 @@ struct ConvModuleInputs {
   ConvModuleShape shape;
   DType x_dtype, y_dtype;  // of a and s; of y: the same, or float32
   int threads;             // on the CPU
-  const void* left =
-      nullptr;  // on the CPU: (batch, channels, H), gated input before the first frame; or null for zeros
+  // In inference on the CPU only, null elsewhere:
+  const void* left = nullptr;             // (batch, channels, H), gated input before the first frame; or null for zeros
+  const void* projection_bias = nullptr;  // (2, channels), added to a and to s, of x_dtype; or null
 
   bool chunked() const { return causal_weight != nullptr; }
 };
@@ -41,7 +42,9 @@ struct ConvModuleInputs {
 struct ConvModuleForward {
   ConvModuleInputs in;
   void* y;
-  void* next = nullptr;  // on the CPU: `left` for the frames to come; or null
+  // In inference on the CPU only:
+  void* next = nullptr;  // `left` for the frames to come; or null
+  bool swoosh = false;   // y goes through SwooshR
 };
 
 // Null outputs are not computed; da and ds only both. `partials` is (parts, P): each of `parts` groups of frames leaves

@@ -6,6 +6,7 @@
 #include "conv_module/conv_module.h"
 #include "conv_module/math.h"
 #include "conv_module/strip.h"
+#include "swoosh/math.h"
 
 namespace zk::ZK_ISA {
 
@@ -53,7 +54,13 @@ class Block {
         continue;
       }
       const X *a = row(in.a, b, t), *s = row(in.s, b, t);
-      x.each_channel(r, channels, [&](int64_t c, W& to) { to = gated(widen(a[c]), widen(s[c])); });
+      if (in.projection_bias) {
+        const X *da = static_cast<const X*>(in.projection_bias) + first, *ds = da + n.channels;
+        x.each_channel(r, channels,
+                       [&](int64_t c, W& to) { to = gated(widen(a[c]) + widen(da[c]), widen(s[c]) + widen(ds[c])); });
+      } else {
+        x.each_channel(r, channels, [&](int64_t c, W& to) { to = gated(widen(a[c]), widen(s[c])); });
+      }
     }
   }
 
@@ -128,7 +135,8 @@ class Block {
 template <class X, class Y, class W = Wide<X>>
 class Forward {
  public:
-  explicit Forward(const ConvModuleForward& args) : block_(args.in), y_(static_cast<Y*>(args.y)), next_(args.next) {}
+  explicit Forward(const ConvModuleForward& args)
+      : block_(args.in), y_(static_cast<Y*>(args.y)), next_(args.next), swoosh_(args.swoosh) {}
 
   ZK_TILE void run(int64_t block, int64_t b, int64_t t0) {
     block_.select(block);
@@ -145,7 +153,12 @@ class Forward {
     for (int64_t p = 0; p < block_.panels; ++p) convolve(p, t0, count);
     for (int64_t i = 0; i < count; ++i) {
       Y* y = y_ + block_.dense(b, t0 + i);
-      result_.each_channel(i, block_.channels, [&](int64_t c, W& value) { y[c] = narrow<Y>(value); });
+      if (swoosh_) {
+        using R = Swoosh<SwooshKind::r, W>;
+        result_.each_channel(i, block_.channels, [&](int64_t c, W& value) { y[c] = narrow<Y>(R::value(value)); });
+      } else {
+        result_.each_channel(i, block_.channels, [&](int64_t c, W& value) { y[c] = narrow<Y>(value); });
+      }
     }
   }
 
@@ -177,6 +190,7 @@ class Forward {
   Block<X> block_;
   Y* y_;
   void* next_;
+  bool swoosh_;
   int64_t sized_ = 0;
   Strip<W> x_, result_, isolated_;
 };

@@ -55,11 +55,11 @@ class ActivationDropoutAndLinear(nn.Module):
         mask = self._dropout_mask(x) if self.training else None
         return swoosh_linear(x, self.weight, self.bias, mask, ACTIVATIONS[self.activation])
 
-    def add_to(self, src: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def add_to(self, src: Tensor, x: Tensor, bias: Tensor, over: bool) -> Tensor:
         """src + self(x + bias) in inference, where x is overwritten; see `zipformer_kernels.modules.inference`."""
         if not is_untouched(self, ActivationDropoutAndLinear):
-            return src + self(x if bias is None else x + bias)
-        return add_product(src, swoosh_(x, ACTIVATIONS[self.activation], bias), self.weight, self.bias)
+            return src + self(x + bias)
+        return add_product(src, swoosh_(x, ACTIVATIONS[self.activation], bias), self.weight, self.bias, over)
 
     def _dropout_mask(self, x: Tensor) -> Tensor | None:
         """0 or 1 / (1 - p), in the default dtype; shaped like x, but of size 1 along a shared dimension."""

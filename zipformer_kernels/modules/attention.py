@@ -205,12 +205,13 @@ class SelfAttention(nn.Module):
         """
         return self.whiten(self.out_proj(aggregate(attn_weights, self.in_proj(x))))
 
-    def add_to(self, src: Tensor, attn_weights: AttentionWeights | Tensor) -> Tensor:
+    def add_to(self, src: Tensor, attn_weights: AttentionWeights | Tensor, over: bool) -> Tensor:
         """src + self(src, attn_weights) in inference; see `zipformer_kernels.modules.inference`."""
-        if hooked(self, self.whiten) or not is_untouched(self.out_proj, nn.Linear):
+        linear = is_untouched(self.in_proj, nn.Linear) and is_untouched(self.out_proj, nn.Linear)
+        if hooked(self, self.whiten) or not linear:
             return src + self(src, attn_weights)
         average = aggregate(attn_weights, self.in_proj(src))
-        return add_product(src, average, self.out_proj.weight, self.out_proj.bias)
+        return add_product(src, average, self.out_proj.weight, self.out_proj.bias, over)
 
     def streaming_forward(
         self, x: Tensor, attn_weights: AttentionWeights | Tensor, cached_val: Tensor, left_context_len: int

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
-from zipformer_kernels.modules.inference import hooked, only_computes
+from zipformer_kernels.modules.inference import add_product, hooked, is_untouched, only_computes
 from zipformer_kernels.modules.streaming import join_cache
-from zipformer_kernels.ops.conv_module import chunk_conv_module, conv_module, stream_conv_module
+from zipformer_kernels.ops.conv_module import chunk_conv_module, conv_module, infer_conv_module
 from zipformer_kernels.ops.conv_module.reference import chunk_convolution, chunk_factors
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
 
@@ -148,11 +151,27 @@ class ConvolutionModule(nn.Module):
         x = self.balancer2(x.permute(1, 2, 0)).permute(2, 0, 1)
         return self.out_proj(self.whiten(x))
 
-    def add_to(self, src: Tensor, src_key_padding_mask: Tensor | None, chunk_size: int) -> Tensor:
+    def add_to(self, src: Tensor, src_key_padding_mask: Tensor | None, chunk_size: int, over: bool) -> Tensor:
         """src + self(src, ...) in inference; see `zipformer_kernels.modules.inference`."""
-        if hooked(self, self.balancer2, self.whiten):
+        if hooked(self) or not self._only_computes(src):
             return src + self(src, src_key_padding_mask, chunk_size)
-        return self.out_proj.add_to(src, self._convolve(src, src_key_padding_mask, chunk_size))
+        x, _ = self._infer(src, src_key_padding_mask, chunk_size=chunk_size)
+        return add_product(src, x, self.out_proj.weight, self.out_proj.bias, over)
+
+    def _only_computes(self, x: Tensor) -> bool:
+        """Whether `_infer` and a product do what a call of the module would."""
+        if not (is_untouched(self.in_proj, nn.Linear) and is_untouched(self.out_proj, ActivationDropoutAndLinear)):
+            return False
+        watched = self.balancer1, self.activation1, self.balancer2, self.whiten
+        return only_computes(x, self.out_proj.weight) and not hooked(*watched) and not self._hooked()
+
+    def _infer(self, x: Tensor, padding: Tensor | None, **where: Any) -> tuple[Tensor, Tensor | None]:
+        """All but the last product, and the next left context; `where` as of `infer_conv_module`."""
+        _check_padding(padding, x)
+        conv = self.depthwise_conv
+        parameters = conv.parameters_of_op() if self.causal else (conv.weight, conv.bias)
+        projected = F.linear(x, self.in_proj.weight)
+        return infer_conv_module(projected, self.in_proj.bias, *parameters, key_padding_mask=padding, **where)
 
     def _convolve(self, x: Tensor, padding: Tensor | None, chunk_size: int) -> Tensor:
         """Gate, zeros on padding and convolution, (T, batch, channels): one op, unless parts of it have hooks."""
@@ -179,14 +198,17 @@ class ConvolutionModule(nn.Module):
         Returns:
             (T, batch, channels), and the next `cache`.
         """
+        if self._only_computes(x):
+            if cache.shape[2] != self.depthwise_conv.kernel_size // 2:
+                raise ValueError(
+                    f"cache: wanted {self.depthwise_conv.kernel_size // 2} frames, got {tuple(cache.shape)}"
+                )
+            x, cache = self._infer(x, src_key_padding_mask, left=cache.contiguous())
+            return F.linear(x, self.out_proj.weight, self.out_proj.bias), cache
         x, s = self.in_proj(x).chunk(2, dim=2)
         _check_padding(src_key_padding_mask, x)
-        x = self.activation1(x)
-        conv = self.depthwise_conv
-        if only_computes(x, conv.chunkwise_conv_scale) and not self._hooked():
-            x, cache = stream_conv_module(x, s, cache, *conv.parameters_of_op(), src_key_padding_mask)
-            return self.out_proj(x), cache
-        x, cache = conv.streaming_forward(self._gate(x, s, src_key_padding_mask), cache=cache)
+        x = self._gate(self.activation1(x), s, src_key_padding_mask)
+        x, cache = self.depthwise_conv.streaming_forward(x, cache=cache)
         return self.out_proj(x.permute(2, 0, 1)), cache
 
     def _hooked(self) -> bool:

@@ -47,10 +47,8 @@ class FeedforwardModule(nn.Module):
         """From (T, batch, embed_dim) to the same shape."""
         return self.out_whiten(self.out_proj(self.hidden_balancer(self.in_proj(x))))
 
-    def add_to(self, src: Tensor) -> Tensor:
+    def add_to(self, src: Tensor, over: bool) -> Tensor:
         """src + self(src) in inference; see `zipformer_kernels.modules.inference`."""
-        if hooked(self, self.hidden_balancer, self.out_whiten):
+        if hooked(self, self.hidden_balancer, self.out_whiten) or not is_untouched(self.in_proj, nn.Linear):
             return src + self(src)
-        if not is_untouched(self.in_proj, nn.Linear):
-            return self.out_proj.add_to(src, self.in_proj(src))
-        return self.out_proj.add_to(src, F.linear(src, self.in_proj.weight), self.in_proj.bias)
+        return self.out_proj.add_to(src, F.linear(src, self.in_proj.weight), self.in_proj.bias, over)

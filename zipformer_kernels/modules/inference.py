@@ -1,7 +1,8 @@
 """What a module may leave out when it only computes its result: no gradient, and nobody who looks on.
 
-A module with a method ``add_to(src, ...)`` returns there src + module(src, ...). It writes over its own intermediate
-results, and the sum is taken inside its last product, which starts from src in place of zeros.
+A module with a method ``add_to(src, ..., over)`` returns there src + module(src, ...). It writes over its own
+intermediate results, with `over` also over src, and the sum is taken inside its last product, which starts from src in
+place of zeros.
 """
 
 from __future__ import annotations
@@ -32,15 +33,19 @@ def only_computes(x: Tensor, parameter: Tensor) -> bool:
     return autocast_dtype(x) is None and not traced_or_transformed()
 
 
-def add_product(src: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """src + x W^T + b, a new tensor.
+def add_product(src: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, over: bool) -> Tensor:
+    """src + x W^T + b, in a new tensor or in that of src.
 
     Args:
         src: (..., out_channels).
         x: (..., in_channels), of as many rows.
         weight: (out_channels, in_channels).
         bias: (out_channels,), or None.
+        over: whether the result may replace src.
     """
-    out = src.clone(memory_format=torch.contiguous_format) if bias is None else torch.add(src, bias).contiguous()
+    if over and src.is_contiguous():
+        out = src if bias is None else src.add_(bias)
+    else:
+        out = src.clone(memory_format=torch.contiguous_format) if bias is None else torch.add(src, bias).contiguous()
     out.view(-1, out.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
     return out

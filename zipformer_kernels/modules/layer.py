@@ -220,15 +220,16 @@ class ZipformerEncoderLayer(nn.Module):
         """`forward` in inference, every sum inside a product."""
         src_orig = src
         attn_weights = self.self_attn_weights(src, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=padding)
-        src = self.feed_forward1.add_to(src)
-        src = self.nonlin_attention.add_to(src, attn_weights[0:1])
-        src = self.self_attn1.add_to(src, attn_weights)
-        src = self.conv_module1.add_to(src, padding, chunk_size)
-        src = self.feed_forward2.add_to(src)
+        src = self.feed_forward1.add_to(src, over=False)
+        src = self.nonlin_attention.add_to(src, attn_weights[0:1], over=True)
+        src = self.self_attn1.add_to(src, attn_weights, over=True)
+        src = self.conv_module1.add_to(src, padding, chunk_size, over=True)
+        src = self.feed_forward2.add_to(src, over=True)
         src = self.bypass_mid(src_orig, src)
-        src = self.self_attn2.add_to(src, attn_weights)
-        src = self.conv_module2.add_to(src, padding, chunk_size)
-        src = self.feed_forward3.add_to(src)
+        over = not hooked(self.bypass_mid)  # who looks on may keep what it saw
+        src = self.self_attn2.add_to(src, attn_weights, over=over)
+        src = self.conv_module2.add_to(src, padding, chunk_size, over=True)
+        src = self.feed_forward3.add_to(src, over=True)
         return self.bypass(src_orig, self.norm(src))
 
     def streaming_forward(
@@ -270,7 +271,7 @@ class ZipformerEncoderLayer(nn.Module):
             key_padding_mask=src_key_padding_mask,
         )
         lean = only_computes(src, self.bypass_scale)
-        src = self.feed_forward1.add_to(src) if lean else src + self.feed_forward1(src)
+        src = self.feed_forward1.add_to(src, over=False) if lean else src + self.feed_forward1(src)
         attended, cached_nonlin_attn = self.nonlin_attention.streaming_forward(
             src, attn_weights[0:1], cached_x=cached_nonlin_attn, left_context_len=left_context_len
         )
@@ -281,7 +282,7 @@ class ZipformerEncoderLayer(nn.Module):
         src = src + attended
         conv, cached_conv1 = self.conv_module1.streaming_forward(src, cache=cached_conv1, src_key_padding_mask=padding)
         src = src + conv
-        src = self.feed_forward2.add_to(src) if lean else src + self.feed_forward2(src)
+        src = self.feed_forward2.add_to(src, over=True) if lean else src + self.feed_forward2(src)
         src = self.bypass_mid(src_orig, src)
         attended, cached_val2 = self.self_attn2.streaming_forward(
             src, attn_weights, cached_val=cached_val2, left_context_len=left_context_len
@@ -289,7 +290,7 @@ class ZipformerEncoderLayer(nn.Module):
         src = src + attended
         conv, cached_conv2 = self.conv_module2.streaming_forward(src, cache=cached_conv2, src_key_padding_mask=padding)
         src = src + conv
-        src = self.feed_forward3.add_to(src) if lean else src + self.feed_forward3(src)
+        src = self.feed_forward3.add_to(src, over=True) if lean else src + self.feed_forward3(src)
         src = self.bypass(src_orig, self.norm(src))
         return src, cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2
 

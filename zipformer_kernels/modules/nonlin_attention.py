@@ -63,11 +63,12 @@ class NonlinAttention(nn.Module):
         """
         return self.whiten2(self.out_proj(self.identity3(self._attend(x, attn_weights))))
 
-    def add_to(self, src: Tensor, attn_weights: AttentionWeights | Tensor) -> Tensor:
+    def add_to(self, src: Tensor, attn_weights: AttentionWeights | Tensor, over: bool) -> Tensor:
         """src + self(src, attn_weights) in inference; see `zipformer_kernels.modules.inference`."""
-        if hooked(self, self.identity3, self.whiten2) or not is_untouched(self.out_proj, nn.Linear):
+        linear = is_untouched(self.in_proj, nn.Linear) and is_untouched(self.out_proj, nn.Linear)
+        if hooked(self, self.identity3, self.whiten2) or not linear:
             return src + self(src, attn_weights)
-        return add_product(src, self._attend(src, attn_weights), self.out_proj.weight, self.out_proj.bias)
+        return add_product(src, self._attend(src, attn_weights), self.out_proj.weight, self.out_proj.bias, over)
 
     def _attend(self, x: Tensor, attn_weights: AttentionWeights | Tensor) -> Tensor:
         """All but the last layer."""

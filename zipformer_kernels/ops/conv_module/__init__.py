@@ -43,15 +43,18 @@ _op = Op(
     fake=lambda a, *rest: (a.new_empty(a.shape, dtype=rest[-1]),),
 )
 
-_stream = Op(
-    "conv_module_stream",
-    "Tensor a, Tensor s, Tensor left, Tensor weight, Tensor? bias, Tensor causal_weight, Tensor? causal_bias, "
-    "Tensor edge_scale, Tensor? padding",
-    reference=reference.stream,
-    backends={"eager": reference.eager_stream, "cpu": native.cpu_stream},
+_infer = Op(
+    "conv_module_infer",
+    "Tensor x, Tensor? x_bias, Tensor? left, Tensor weight, Tensor? bias, Tensor? causal_weight, Tensor? causal_bias, "
+    "Tensor? edge_scale, Tensor? padding, int chunk_size",
+    reference=reference.infer,
+    backends={"eager": reference.eager_infer, "cpu": native.cpu_infer},
     saves=(),
     outputs=2,
-    fake=lambda a, s, left, *_: (a.new_empty(a.shape), left.new_empty(left.shape)),
+    fake=lambda x, x_bias, left, *_: (
+        x.new_empty(*x.shape[:2], x.shape[2] // 2),
+        x.new_empty(0) if left is None else left.new_empty(left.shape),
+    ),
 )
 
 
@@ -142,41 +145,47 @@ def chunk_conv_module(
     )
 
 
-def stream_conv_module(
-    a: Tensor,
-    s: Tensor,
-    left: Tensor,
+def infer_conv_module(
+    x: Tensor,
+    x_bias: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    causal_weight: Tensor,
-    causal_bias: Tensor | None,
-    edge_scale: Tensor,
-    key_padding_mask: Tensor | None = None,
+    causal_weight: Tensor | None = None,
+    causal_bias: Tensor | None = None,
+    edge_scale: Tensor | None = None,
     *,
+    chunk_size: int = -1,
+    key_padding_mask: Tensor | None = None,
+    left: Tensor | None = None,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`chunk_conv_module` on one chunk of a stream, for inference: results carry no gradient.
+) -> tuple[Tensor, Tensor | None]:
+    """SwooshR of `conv_module`, or of `chunk_conv_module`, of both halves of a projection; results carry no gradient.
 
     Args:
-        left: (batch, channels, K // 2), the gated input of the frames before the chunk, in the dtype of a.
-        others: as of `chunk_conv_module`; all of one dtype.
+        x: (T, batch, 2 channels): a, then s, less their bias.
+        x_bias: (2 channels,), or None.
+        weight, bias, causal_weight, causal_bias, edge_scale, chunk_size, key_padding_mask: as of `chunk_conv_module`;
+            without causal_weight as of `conv_module`. All of one dtype.
+        left: (batch, channels, K // 2), the gated input of the frames before x, which then is one chunk; or None.
     Returns:
-        (T, batch, channels) in the dtype of a, and `left` for the next chunk.
+        (T, batch, channels) in the dtype of x; and, with `left`, that for the next chunk, otherwise None.
     Raises:
-        As `chunk_conv_module`; ValueError also for a `left` that does not fit.
+        ValueError: x or `left` does not fit the weights.
+        BackendError: `backend` cannot serve the call.
     """
-    parameters = {
-        "weight": weight,
-        "bias": bias,
-        "causal_weight": causal_weight,
-        "causal_bias": causal_bias,
-        "edge_scale": edge_scale,
-    }
-    _check(a, s, parameters, {"weight": weight, "causal_weight": causal_weight}, key_padding_mask)
-    wanted = (*a.shape[1:], weight.shape[2] // 2)
-    if left.shape != wanted or left.dtype != a.dtype:
-        raise ValueError(f"left must be {wanted} in {a.dtype}, got {tuple(left.shape)} in {left.dtype}")
-    return _stream(a, s, left, *parameters.values(), key_padding_mask, backend=backend)
+    frames, batch, channels = x.shape[0], x.shape[1], weight.shape[0]
+    if x.shape[2] != 2 * channels:
+        raise ValueError(f"x must have {2 * channels} channels, twice those of weight, got {tuple(x.shape)}")
+    if key_padding_mask is not None and key_padding_mask.shape != (batch, frames):
+        raise ValueError(f"key_padding_mask must have shape {(batch, frames)}, got {tuple(key_padding_mask.shape)}")
+    wanted = (batch, channels, weight.shape[2] // 2)
+    if left is not None and left.shape != wanted:
+        raise ValueError(f"left must have shape {wanted}, got {tuple(left.shape)}")
+    if left is not None or chunk_size < 0 or chunk_size > frames:
+        chunk_size = max(frames, 1)
+    parameters = weight, bias, causal_weight, causal_bias, edge_scale
+    y, following = _infer(x, x_bias, left, *parameters, key_padding_mask, chunk_size, backend=backend)
+    return y, None if left is None else following
 
 
 def _check(

@@ -26,18 +26,37 @@ def _forward(call: Callable[..., None], *args: Any) -> tuple[Tensor]:
     return (y,)
 
 
-def _stream(a: Tensor, s: Tensor, left: Tensor, weight: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Small chunks come often: arguments are taken as they are, see `_unsupported_stream`."""
-    *parameters, padding = (x if x is None else x.contiguous() for x in rest)
-    left, weight = left.contiguous(), weight.contiguous()
-    y, following = a.new_empty(a.shape), torch.empty_like(left)
+def _infer(
+    x: Tensor,
+    x_bias: Tensor | None,
+    left: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    causal_weight: Tensor | None,
+    causal_bias: Tensor | None,
+    edge_scale: Tensor | None,
+    padding: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Chunks of a stream are small and come often: arguments are taken as they are, see `_unsupported_infer`."""
+    frames, batch, channels = x.shape[0], x.shape[1], x.shape[2] // 2
+    y = x.new_empty(frames, batch, channels)
+    following = x.new_empty(0) if left is None else torch.empty_like(left)
     if y.numel() == 0:
-        return y, left.clone()
-    tensors = a, s, padding, weight, *parameters
-    sizes = (*a.shape, *a.stride()[:2], weight.shape[2], a.shape[0])
-    addresses = y.data_ptr(), left.data_ptr(), following.data_ptr()
-    dtype = DTYPE_CODES[a.dtype]
-    call_cpu("conv_module_stream", y, tuple(map(_pointer, tensors)), *addresses, sizes, dtype, dtype)
+        return y, following if left is None else left.clone()
+    parameters = (p if p is None else p.contiguous() for p in (weight, bias, causal_weight, causal_bias, edge_scale))
+    tensors = x, x[..., channels:], padding if padding is None else padding.contiguous(), *parameters
+    more = y, x_bias, left, None if left is None else following
+    sizes = (
+        frames,
+        batch,
+        channels,
+        *x.stride()[:2],
+        weight.shape[2],
+        chunk_size if causal_weight is not None else frames,
+    )
+    addresses = tuple(map(_pointer, tensors)), *map(_pointer, more)
+    call_cpu("conv_module_infer", x, *addresses, sizes, DTYPE_CODES[x.dtype])
     return y, following
 
 
@@ -85,16 +104,17 @@ def _launchers(
     return Launchers(supports, partial(_forward, call), partial(_backward, call, most_parts))
 
 
-def _unsupported_stream(a: Tensor, s: Tensor, left: Tensor, *rest: Tensor | None) -> str | None:
-    if a.dtype not in (torch.float32, torch.float64):
-        return f"it takes float32, float64, got {a.dtype}"
-    if a.stride(2) != 1 or a.stride() != s.stride():
-        return f"it takes a and s of equal strides, 1 for channels, got {a.stride()} and {s.stride()}"
-    others = {x.dtype for x in (left, *rest[:-1]) if x is not None} - {a.dtype}
-    return f"it takes tensors of one dtype, got {a.dtype} and {others.pop()}" if others else None
+def _unsupported_infer(x: Tensor, *rest: Any) -> str | None:
+    if x.dtype not in (torch.float32, torch.float64):
+        return f"it takes float32, float64, got {x.dtype}"
+    x_bias, left, *parameters = rest[:-2]
+    if x.stride(2) != 1 or not all(t is None or t.is_contiguous() for t in (x_bias, left)):
+        return "it takes x with channels of stride 1, contiguous x_bias and left"
+    others = {t.dtype for t in (x_bias, left, *parameters) if t is not None} - {x.dtype}
+    return f"it takes tensors of one dtype, got {x.dtype} and {others.pop()}" if others else None
 
 
-cpu_stream = Launchers(_unsupported_stream, _stream, None)
+cpu_infer = Launchers(_unsupported_infer, _infer, None)
 
 # Groups of frames whose gradients of parameters are summed apart: on the CPU so many that threads share them out
 # evenly, on the GPU one for each block.

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zipformer_kernels.library import Launchers
+from zipformer_kernels.ops.swoosh.reference import swoosh
 
 
 def conv_module(
@@ -75,24 +76,29 @@ def chunk_factors(edge_scale: Tensor, chunk_size: int) -> Tensor:
     return 1.0 + (F.pad(left, (0, missing)) + F.pad(right, (missing, 0)))
 
 
-def stream(
-    a: Tensor,
-    s: Tensor,
-    left: Tensor,
+def infer(
+    x: Tensor,
+    x_bias: Tensor | None,
+    left: Tensor | None,
     weight: Tensor,
     bias: Tensor | None,
-    causal_weight: Tensor,
+    causal_weight: Tensor | None,
     causal_bias: Tensor | None,
-    edge_scale: Tensor,
+    edge_scale: Tensor | None,
     padding: Tensor | None,
+    chunk_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """`conv_module` on one chunk of all frames with K // 2 frames before it, and those before the next chunk."""
-    x = (a * torch.sigmoid(s)).permute(1, 2, 0)
+    """SwooshR of `conv_module` of the halves of x + x_bias; with `left` one chunk, and `left` for the next."""
+    a, s = (x if x_bias is None else x + x_bias).chunk(2, dim=2)
+    parameters = weight, bias, causal_weight, causal_bias, edge_scale
+    if left is None:
+        return swoosh(conv_module(a, s, *parameters, padding, chunk_size, x.dtype), "r"), x.new_empty(0)
+    gated = (a * torch.sigmoid(s)).permute(1, 2, 0)
     if padding is not None:
-        x = x.masked_fill(padding.unsqueeze(1), 0.0)
-    joined = torch.cat([left, x], dim=2)
-    y = chunk_with_context(x, joined, weight, bias, causal_weight, causal_bias, edge_scale)
-    return y.permute(2, 0, 1), joined.narrow(2, x.shape[2], left.shape[2])
+        gated = gated.masked_fill(padding.unsqueeze(1), 0.0)
+    joined = torch.cat([left, gated], dim=2)
+    y = chunk_with_context(gated, joined, *parameters) if gated.numel() > 0 else gated
+    return swoosh(y.permute(2, 0, 1), "r"), joined.narrow(2, gated.shape[2], left.shape[2])
 
 
 def chunk_with_context(
@@ -131,4 +137,4 @@ def backward(
 
 
 eager = Launchers(lambda *_: None, forward, backward)
-eager_stream = Launchers(lambda *_: None, lambda *args: tuple(x.contiguous() for x in stream(*args)), None)
+eager_infer = Launchers(lambda *_: None, lambda *args: tuple(x.contiguous() for x in infer(*args)), None)
