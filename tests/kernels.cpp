@@ -3,12 +3,12 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
-#include <cstring>
 #include <random>
 #include <vector>
 
 #include "attention/attention.h"
 #include "bias_norm/bias_norm.h"
+#include "conv_module/conv_module.h"
 #include "swoosh/swoosh.h"
 
 namespace {
@@ -121,6 +121,45 @@ void bias_norm(int threads) {
   check("bias_norm", y, expected);
 }
 
+// Without chunks; the last frame of each sequence is padding.
+template <class T>
+void conv_module(int threads) {
+  using W = zk::Wide<T>;
+  constexpr int64_t frames = 211, batch = 2, channels = 45, kernel = 15, half = kernel / 2;
+  auto a = random<T>(frames * batch * channels), s = random<T>(frames * batch * channels);
+  auto weight = random<W>(channels * kernel, 0.3), bias = random<W>(channels);
+  std::vector<uint8_t> padding(batch * frames);
+  for (int64_t b = 0; b < batch; ++b) padding[b * frames + frames - 1] = 1;
+  std::vector<T> y(a.size());
+  zk::ConvModuleForward args{};
+  args.in.a = a.data();
+  args.in.s = s.data();
+  args.in.padding = padding.data();
+  args.in.weight = weight.data();
+  args.in.bias = bias.data();
+  args.in.shape = {frames, batch, channels, batch * channels, channels, kernel, frames};
+  args.in.x_dtype = args.in.y_dtype = Type<T>::dtype;
+  args.in.threads = threads;
+  args.y = y.data();
+  zk::conv_module_forward_cpu(args);
+  Doubles value = doubles(a), gate = doubles(s), expected;
+  for (int64_t t = 0; t < frames; ++t) {
+    for (int64_t b = 0; b < batch; ++b) {
+      for (int64_t c = 0; c < channels; ++c) {
+        double sum = double(bias[c]);
+        for (int64_t k = 0; k < kernel; ++k) {
+          int64_t from = t + k - half;
+          if (from < 0 || from >= frames - 1) continue;
+          int64_t i = (from * batch + b) * channels + c;
+          sum += double(weight[c * kernel + k]) * value[i] / (1 + std::exp(-gate[i]));
+        }
+        expected.push_back(sum);
+      }
+    }
+  }
+  check("conv_module", y, expected);
+}
+
 // One sequence, two heads, no masks; channels end in the middle of a register.
 template <class T>
 void attention(int threads) {
@@ -219,6 +258,7 @@ template <class T>
 void check_all(int threads) {
   swoosh<T>(threads);
   bias_norm<T>(threads);
+  conv_module<T>(threads);
   attention<T>(threads);
 }
 
