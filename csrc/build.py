@@ -1,7 +1,8 @@
 """Compiles csrc/ into one extension module with ninja: for setup.py, and for the tests in the emulator.
 
 Needs Python's headers, pybind11 and ninja; no torch. Every ``csrc/<op>/cpu.cpp`` is compiled once for each
-instruction set of `ISAS`; every ``*.cu`` by nvcc, or for the emulator by the host compiler.
+instruction set of `ISAS` where machine and compiler know them; every ``*.cu`` by nvcc, or for the emulator by the host
+compiler.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 CSRC = Path(__file__).parent
@@ -27,6 +29,7 @@ ISAS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
 }
+BASELINE = {"baseline": ISAS["baseline"]}
 NVCC_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -64,7 +67,7 @@ def cpu_fault() -> str | None:
         return "no C++ compiler is on the PATH or named by CXX"
     flags = [*COMMON_FLAGS, "-fopenmp", python_include(), *LINK_FLAGS]
     source = "#include <Python.h>\n#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n"
-    return _fault([*shlex.split(compiler), *flags], "probe.cpp", source)
+    return fault([*shlex.split(compiler), *flags], "probe.cpp", source)
 
 
 def cuda_fault() -> str | None:
@@ -74,10 +77,10 @@ def cuda_fault() -> str | None:
         return "no nvcc is on the PATH or in CUDA_HOME"
     if not cuda_targets():
         return f"{compiler} compiles for none of {', '.join(CUDA_TARGETS)}"
-    return _fault([compiler, "-std=c++17", "-c"], "probe.cu", "__global__ void probe() {}\n")
+    return fault([compiler, "-std=c++17", "-c"], "probe.cu", "__global__ void probe() {}\n")
 
 
-def _fault(command: list[str], name: str, source: str) -> str | None:
+def fault(command: list[str], name: str, source: str) -> str | None:
     """What a compiler has against a source file, in one line; None if it compiles."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / name).write_text(source)
@@ -138,6 +141,67 @@ def python_flags() -> list[str]:
     return [python_include(), f"-I{pybind11.get_include()}"]
 
 
+def many_isas(compiler: str) -> bool:
+    """Whether kernels are compiled for all of `ISAS`: on x86-64, by a compiler that knows their flags."""
+    flags = [flag for isa in ISAS.values() for flag in isa]
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return x86 and fault([*shlex.split(compiler), *flags, "-c"], "probe.cpp", "int probe;\n") is None
+
+
+class Plan:
+    """What ninja is to compile and link.
+
+    Args:
+        compiler: the command of the C++ compiler.
+        definitions: flags for every file.
+        nvcc_flags: for every CUDA file.
+    """
+
+    def __init__(self, compiler: str, definitions: list[str], nvcc_flags: Sequence[str] = ()) -> None:
+        self.rules = f"""rule cxx
+  command = {compiler} {" ".join([*COMMON_FLAGS, *definitions])} $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule nvcc
+  command = {nvcc()} {" ".join([*nvcc_flags, *definitions])} -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {compiler} $in $flags -o $out
+"""
+        self.edges: list[str] = []
+        self.objects: list[str] = []
+
+    def compile(self, source: Path, flags: Sequence[str] = (), suffix: str = "", rule: str = "cxx") -> None:
+        """Adds a file; `suffix` tells apart several ways of compiling it."""
+        target = "_".join(source.relative_to(CSRC.parent).with_suffix("").parts) + suffix + ".o"
+        self.objects.append(target)
+        self.edges.append(f"build {target}: {rule} {source}\n  flags = {' '.join(flags)}\n")
+
+    def compile_cpu(self, isas: dict[str, list[str]]) -> None:
+        """Adds the CPU kernels, once for each instruction set, and what they share."""
+        for source in sorted(CSRC.glob("common/*.cpp")):
+            self.compile(source, CPU_FLAGS)
+        for source in sorted(CSRC.glob("*/cpu*.cpp")):
+            for isa, flags in isas.items():
+                self.compile(source, [*CPU_FLAGS, *flags, f"-DZK_ISA={isa}"], f"_{isa}")
+
+    def run(self, output: Path, work: Path, link_flags: list[str], verbose: bool = False) -> None:
+        """Compiles what changed since the last run in the folder `work`, and links it to `output`.
+
+        Raises:
+            RuntimeError: a compiler failed; its output is in the message.
+        """
+        link = f"build {output.resolve()}: link {' '.join(self.objects)}\n  flags = {' '.join(link_flags)}\n"
+        work.mkdir(parents=True, exist_ok=True)
+        (work / "build.ninja").write_text(self.rules + "".join(self.edges) + link)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "ninja", "-C", str(work)]
+        result = subprocess.run(command, capture_output=not verbose, text=True)
+        if result.returncode != 0:
+            raise RuntimeError(f"compiling {output.name} failed:\n{result.stdout or ''}{result.stderr or ''}")
+
+
 def build(output: Path, work: Path, *, cuda: bool = False, emulator: bool = False, verbose: bool = False) -> None:
     """Compiles and links the extension module to `output`, with object files under `work`.
 
@@ -156,52 +220,32 @@ def build(output: Path, work: Path, *, cuda: bool = False, emulator: bool = Fals
         f"-DZK_WITH_CUDA={int(cuda or emulator)}",
         f"-DZK_CUDA_TARGETS='\"{' '.join(targets)}\"'",
     ]
-    objects: list[str] = []
-    edges: list[str] = []
-
-    def compile_file(source: Path, rule: str, flags: list[str], suffix: str = "") -> None:
-        target = "_".join(source.relative_to(CSRC).with_suffix("").parts) + suffix + ".o"
-        objects.append(target)
-        edges.append(f"build {target}: {rule} {source}\n  flags = {' '.join(flags)}\n")
-
-    many = platform.machine() in ("x86_64", "AMD64") and not emulator
-    isas = ISAS if many else {"baseline": []}
-    emulate = [f"-I{CSRC / 'emulator'}", "-Wno-unknown-pragmas", "-x c++"]
-    compile_file(CSRC / "bindings.cpp", "cxx", [*definitions, *python_flags()])
-    for source in sorted(CSRC.glob("common/*.cpp")):
-        compile_file(source, "cxx", [])
-    for source in sorted(CSRC.glob("*/bind.cpp")):
-        compile_file(source, "cxx", [*definitions, *python_flags()])
-    for source in sorted(CSRC.glob("*/cpu*.cpp")):
-        for isa, flags in isas.items():
-            compile_file(source, "cxx", [*CPU_FLAGS, *flags, f"-DZK_ISA={isa}"], f"_{isa}")
-    for source in sorted(CSRC.glob("*/*.cu")) if cuda or emulator else ():
-        compile_file(source, "cxx" if emulator else "nvcc", emulate if emulator else [])
-    if emulator:
-        compile_file(CSRC / "emulator/emulator.cpp", "cxx", [f"-I{CSRC / 'emulator'}"])
-
+    many = not emulator and many_isas(cxx())
     nvcc_flags = [*NVCC_FLAGS, *gencode(targets)] if cuda else []
-    libraries = ["-fopenmp"]
+    plan = Plan(cxx(), [f"-DZK_EMULATED={int(emulator)}", f"-DZK_MANY_ISAS={int(many)}"], nvcc_flags)
+    for source in (CSRC / "bindings.cpp", *sorted(CSRC.glob("*/bind.cpp"))):
+        plan.compile(source, [*definitions, *python_flags()])
+    plan.compile_cpu(ISAS if many else BASELINE)
+    emulate = [f"-I{CSRC / 'emulator'}", "-Wno-unknown-pragmas", "-x c++"]
+    for source in sorted(CSRC.glob("*/*.cu")) if cuda or emulator else ():
+        plan.compile(source, emulate if emulator else [], rule="cxx" if emulator else "nvcc")
+    if emulator:
+        plan.compile(CSRC / "emulator/emulator.cpp", [f"-I{CSRC / 'emulator'}"])
+    link_flags = [*LINK_FLAGS, "-fopenmp"]
     if cuda:
         lib = next(cuda_home(nvcc()).glob("**/libcudart_static.a")).parent
-        libraries += [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-    work.mkdir(parents=True, exist_ok=True)
-    (work / "build.ninja").write_text(
-        f"""rule cxx
-  command = {cxx()} {" ".join(COMMON_FLAGS)} -DZK_EMULATED={int(emulator)} $flags -MMD -MF $out.d -c $in -o $out
-  depfile = $out.d
-  deps = gcc
-rule nvcc
-  command = {nvcc()} {" ".join(nvcc_flags)} -MD -MF $out.d -c $in -o $out
-  depfile = $out.d
-  deps = gcc
-rule link
-  command = {cxx()} {" ".join(LINK_FLAGS)} $in {" ".join(libraries)} -o $out
-{"".join(edges)}build {output.resolve()}: link {" ".join(objects)}
-"""
-    )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "ninja", "-C", str(work)]
-    result = subprocess.run(command, capture_output=not verbose, text=True)
-    if result.returncode != 0:
-        raise RuntimeError(f"compiling {output.name} failed:\n{result.stdout or ''}{result.stderr or ''}")
+        link_flags += [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    plan.run(output, work, link_flags, verbose)
+
+
+def build_program(main: Path, output: Path, work: Path, compiler: str) -> None:
+    """Compiles a C++ program and the baseline CPU kernels, without Python, by any compiler, for its own machine.
+
+    Raises:
+        RuntimeError: the compiler failed or warned; its output is in the message.
+    """
+    # -Wno-pass-failed: clang leaves some loops scalar and says so; gcc ignores the flag.
+    plan = Plan(compiler, ["-DZK_MANY_ISAS=0", "-Werror", "-Wno-pass-failed"])
+    plan.compile(main)
+    plan.compile_cpu(BASELINE)
+    plan.run(output, work, ["-fopenmp"])

@@ -7,8 +7,9 @@
 namespace zk::ZK_ISA {
 
 // The lanes of a and b in turn: a0 b0 a1 b1 ... in low, the other half in high.
-template <class W, class V = typename Register<W>::type>
-ZK_HD void interleave(const V& a, const V& b, V& low, V& high) {
+template <class W>
+ZK_HD void interleave(const typename Register<W>::type& a, const typename Register<W>::type& b,
+                      typename Register<W>::type& low, typename Register<W>::type& high) {
 #if defined(__clang__)
   for (int n = 0; n < lanes<W>; ++n) {
     low[n] = n % 2 ? b[n / 2] : a[n / 2];

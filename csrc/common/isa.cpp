@@ -7,7 +7,7 @@
 namespace zk {
 
 Isa detected_isa() {
-#if defined(__x86_64__) && !ZK_EMULATED
+#if ZK_MANY_ISAS
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl"))
     return Isa::avx512;

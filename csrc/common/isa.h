@@ -15,7 +15,7 @@ void set_isa(Isa isa);  // throws std::invalid_argument above detected_isa()
 
 }  // namespace zk
 
-#if defined(__x86_64__) && !ZK_EMULATED  // the emulator's build is about its CUDA kernels
+#if ZK_MANY_ISAS  // csrc/build.py decides
 #define ZK_DECLARE_CPU(name, Args)                    \
   namespace baseline { void name(const Args& args); } \
   namespace avx2 { void name(const Args& args); }     \
