@@ -129,12 +129,18 @@ def test_results_do_not_depend_on_the_number_of_threads(name, set_threads):
 
 @pytest.mark.parametrize("name", ops.names())
 def test_python_runs_during_kernels(name, watch, set_threads):
-    """Kernels give up Python's lock, which nobody takes from a thread within the interval set here."""
+    """Kernels give up Python's lock, which nobody takes from a thread within the interval set here.
+
+    On a busy machine the watcher may not wake up within a short kernel: it gets more than one.
+    """
     set_threads(1)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(PATIENCE)
     try:
-        run_op(name)
+        for _ in range(100):
+            run_op(name)
+            if watch.overlapped:
+                break
     finally:
         sys.setswitchinterval(interval)
     assert watch.overlapped
