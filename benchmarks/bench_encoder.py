@@ -6,6 +6,7 @@ BENCHMARKS = (
     "training-step",
     "streaming-chunk",
     "encoder-products",
+    "conformer",
 )
 
 

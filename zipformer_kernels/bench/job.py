@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels.bench import memory, statistics
-from zipformer_kernels.bench.timing import Run, take_turns
+from zipformer_kernels.bench.timing import Run, replays, take_turns
 
 
 @dataclass
@@ -94,7 +94,8 @@ class Job:
             A row for each peer that ran: the key, ``peer``, ``samples_s``, ``median_s``, ``interval_s`` (of the median,
             95%), ``spread_s`` (between quartiles), ``p95_s``, ``bytes``, ``flops`` and from them ``bytes_per_s``,
             ``flops_per_s``, ``of_copy`` and ``of_matrix`` (shares of the machine's rates), ``peak_bytes``,
-            ``launches``, and ``times_as_long``: for every other peer, how many times longer it takes.
+            ``launches``, ``graph`` (whether a CUDA graph was timed), and ``times_as_long``: for every other peer, how
+            many times longer it takes.
         """
         prepared = self.prepare(self.peers if peers is None else peers)
         found = Measured(
@@ -103,12 +104,14 @@ class Job:
         )
         if not prepared.runs:
             return found
-        samples = take_turns(prepared.runs, seconds=self.seconds, least=self.rounds, graphs=self.graphs)
+        graphs = replays(prepared.runs) if self.graphs else {}
+        samples = take_turns(prepared.runs | graphs, seconds=self.seconds, least=self.rounds)
         for peer, times in samples.items():
             run = prepared.runs[peer]
             others = {name: statistics.ratio(theirs, times) for name, theirs in samples.items() if name != peer}
             usage = {"peak_bytes": memory.peak_bytes(run), "launches": memory.launches(run)}
             numbers = figures(times, self.bytes, self.flops, self.key["dtype"], rates)
+            usage["graph"] = peer in graphs
             found.rows.append({**self.key, "peer": peer, **numbers, **usage, "times_as_long": others})
         return found
 

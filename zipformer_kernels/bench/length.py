@@ -1,7 +1,8 @@
 """One long recording, offline: time and peak memory of the whole process against length.
 
 Each point is a fresh process, ``python -m zipformer_kernels.bench.length PEER MINUTES``, that runs conv embed and
-encoder of preset S on random features once after a short warm-up, and prints its time and the most memory it ever held.
+encoder of preset S on random features once after a warm-up, and prints its time and the most memory it ever held. The
+warm-up is short, but what is compiled is compiled for the very length in it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,18 +36,16 @@ WARM_UP_MINUTES = 0.25
 
 @dataclass(frozen=True)
 class LengthJob(Job):
-    """One length by all peers that take it."""
+    """One length by all peers that take it. What it prepares are fresh processes, which time themselves."""
 
     minutes: float = 0.0
 
     def measure(self, rates: dict[str, Any], peers: Sequence[str] | None = None) -> Measured:
-        found = Measured()
-        for peer in self.peers if peers is None else peers:
-            reason = models.unserved(peer)
-            if reason is not None:
-                found.skipped.append({**self.key, "peer": peer, "reason": reason})
-                continue
-            point = in_fresh_process(peer, self.minutes)
+        prepared = self.prepare(self.peers if peers is None else peers)
+        skipped = [{**self.key, "peer": peer, "reason": reason} for peer, reason in prepared.skipped.items()]
+        found = Measured(skipped=skipped)
+        for peer, run in prepared.runs.items():
+            point = run()
             numbers = figures([point["seconds"]], None, None, self.key["dtype"], rates)
             usage = {"peak_bytes": point["peak_bytes"], "launches": None, "minutes": self.minutes}
             found.rows.append({**self.key, "peer": peer, **numbers, **usage})
@@ -61,7 +62,17 @@ def jobs(every: bool = False) -> Iterator[Job]:
     for minutes in sorted(set().union(*taken.values())):
         peers = tuple(peer for peer in taken if minutes in taken[peer])
         case = f"{PRESET}, 1 x {minutes:g} min"
-        yield LengthJob("length", case, "forward", torch.float32, peers, lambda _: Prepared(), minutes=minutes)
+        yield LengthJob(
+            *("length", case, "forward", torch.float32, peers), partial(_prepare, minutes), rounds=1, minutes=minutes
+        )
+
+
+def _prepare(minutes: float, wanted: Sequence[str]) -> Prepared:
+    reasons = {peer: models.unserved(peer) for peer in wanted}
+    return Prepared(
+        runs={peer: partial(in_fresh_process, peer, minutes) for peer in wanted if reasons[peer] is None},
+        skipped={peer: reason for peer, reason in reasons.items() if reason is not None},
+    )
 
 
 def in_fresh_process(peer: str, minutes: float) -> dict[str, float]:
@@ -77,6 +88,10 @@ def peak_memory() -> int:
     """The most memory that this process ever held, or that tensors took on a GPU, in bytes."""
     if DEVICE.type == "cuda":
         return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, whose getrusage also counts what the parent held when it started this process
+        peak = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        return int(peak.split()[1]) * 1024
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -86,8 +101,9 @@ def main() -> None:
     """Runs one peer on one length and prints what it took."""
     peer, minutes = sys.argv[1], float(sys.argv[2])
     module = models.model(peer, PRESET).to(DEVICE).eval()
-    run = torch.compile(module, dynamic=True) if peer == "upstream compiled" else module
-    for length in (WARM_UP_MINUTES, minutes):
+    compiles = peer == "upstream compiled"
+    run = torch.compile(module) if compiles else module
+    for length in (minutes if compiles else WARM_UP_MINUTES, minutes):
         features = torch.randn(1, int(length * 60 * models.FEATURES_PER_SECOND), FBANK_BINS, device=DEVICE)
         start = time.perf_counter()
         with torch.no_grad():

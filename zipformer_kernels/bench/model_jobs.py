@@ -1,25 +1,21 @@
-"""Jobs of whole models: encoder forward, conv embed, training step, streaming chunk, optimizer step, Conformer beside.
+"""Jobs of whole models: encoder forward, conv embed, training step, streaming chunk, Conformer beside.
 
-On a CPU the sizes of issue-sized batches in float32; on a GPU preset L in bfloat16 by autocast.
+On a CPU presets S and M in float32, batches of 4 x 16 s; on a GPU preset L in bfloat16 by autocast.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels import backend, ops, use_backend
-from zipformer_kernels.bench import models, upstream
+from zipformer_kernels.bench import models
 from zipformer_kernels.bench.conformer import conformer_l
 from zipformer_kernels.bench.job import Job, Prepared
 from zipformer_kernels.bench.machine import DEVICE
 from zipformer_kernels.bench.models import FEATURES_PER_SECOND, FRAMES_PER_SECOND, PEERS
-from zipformer_kernels.bench.timing import captured
-from zipformer_kernels.optim import ScaledAdam
 from zipformer_kernels.presets import FBANK_BINS, preset
 
 ON_GPU = DEVICE.type == "cuda"
@@ -39,7 +35,7 @@ def sizes(name: str, batch: int, seconds: int) -> str:
 
 def encoder_forward(every: bool = False) -> Iterator[Job]:
     """The encoder in eval mode; on a GPU also as the replay of a CUDA graph."""
-    peers = (*PEERS, "ours, CUDA graph") if ON_GPU else PEERS
+    peers = (*PEERS, models.OURS_AS_GRAPH) if ON_GPU else PEERS
     for name, batch, seconds in FORWARD:
         yield Job(
             *("encoder-forward", sizes(name, batch, seconds), "forward", DTYPE, peers),
@@ -84,19 +80,6 @@ def streaming_chunk(every: bool = False) -> Iterator[Job]:
         )
 
 
-def scaled_adam(every: bool = False) -> Iterator[Job]:
-    """One step of the optimizer over all parameters of a preset's conv embed and encoder."""
-    peers = (*backend.BACKENDS, "upstream", "AdamW(fused=True)")
-    for name in ("L",) if ON_GPU else ("S",):
-        count = sum(p.numel() for p in models.model("ours", name).parameters())
-        yield Job(
-            *("scaled_adam", f"all parameters of {name}", "step", torch.float32, peers),
-            partial(_optimizers, name),
-            bytes=36 * count,  # p and g read for the sums; p, g, v, m read and p, v, m written
-            rounds=20,
-        )
-
-
 def conformer(every: bool = False) -> Iterator[Job]:
     """Zipformer beside a Conformer of its size, with conv embeds; on a CPU only if `every`."""
     if not ON_GPU and not every:
@@ -133,12 +116,7 @@ def _embed(name: str, peer: str) -> nn.Module:
 def _forward(
     build: Callable[[str], nn.Module], x: Callable[[], Tensor], dtype: torch.dtype, wanted: Sequence[str]
 ) -> Prepared:
-    plain = [peer for peer in wanted if peer != "ours, CUDA graph"]
-    prepared = models.prepare(build, models.inference(x, dtype), dtype, plain)
-    if "ours, CUDA graph" in wanted:
-        run = models.inference(x, dtype)(build("ours").to(DEVICE))
-        prepared.runs["ours, CUDA graph"] = captured(run)
-    return prepared
+    return models.prepare(build, models.inference(x, dtype), dtype, wanted)
 
 
 def _stream(name: str, module: nn.Module) -> Callable[[], Tensor]:
@@ -156,46 +134,6 @@ def _stream(name: str, module: nn.Module) -> Callable[[], Tensor]:
         return y
 
     return run
-
-
-def _optimizers(name: str, wanted: Sequence[str]) -> Prepared:
-    options = {"lr": 0.045, "clipping_scale": 2.0}
-    operation, args = ops.get("scaled_adam"), ops.example("scaled_adam", device=DEVICE)
-    prepared = Prepared()
-
-    def parameters() -> list[nn.Parameter]:
-        made = [nn.Parameter(p.detach().to(DEVICE)) for p in models.model("ours", name).parameters()]
-        for p in made:
-            p.grad = torch.randn_like(p) * 1e-2
-        return made
-
-    def ours(peer: str) -> Callable[[], Any]:
-        optimizer = ScaledAdam(parameters(), **options)
-
-        def step() -> None:
-            with use_backend(peer):
-                optimizer.step()
-
-        return step
-
-    for peer in wanted:
-        if peer == "AdamW(fused=True)":
-            prepared.runs[peer] = torch.optim.AdamW(parameters(), fused=True).step
-        elif peer == "upstream":
-            reason = upstream.unavailable()
-            if reason is None:
-                (module,) = upstream.load("optim")
-                theirs = module.ScaledAdam(parameters(), **options)
-                theirs.show_dominant_parameters = False  # it only logs
-                prepared.runs[peer] = theirs.step
-        else:
-            simulated = (peer == "triton" and backend.TRITON_INTERPRETS) or (peer == "cuda" and backend.emulated())
-            reason = "it runs in a simulation here" if simulated else operation.unsupported(peer, *args)
-            if reason is None:
-                prepared.runs[peer] = ours(peer)
-        if peer not in prepared.runs:
-            prepared.skipped[peer] = reason
-    return prepared
 
 
 def _conformer(name: str, make_run: Callable[[nn.Module], Callable[[], Tensor]], wanted: Sequence[str]) -> Prepared:

@@ -15,12 +15,15 @@ from zipformer_kernels.bench import upstream
 from zipformer_kernels.bench.job import Prepared, off_by
 from zipformer_kernels.bench.machine import DEVICE
 from zipformer_kernels.bench.op_jobs import no_compiler
+from zipformer_kernels.bench.timing import captured
 from zipformer_kernels.encoder import Zipformer
 from zipformer_kernels.modules.subsampling import Conv2dSubsampling
 from zipformer_kernels.presets import FBANK_BINS, preset
 
 PEERS = ("upstream", "upstream as shipped", "upstream compiled", "ours")
 """Upstream with its activations called, with them compiled as it ships, and compiled as a whole; ours on `auto`."""
+
+OURS_AS_GRAPH = "ours, CUDA graph"
 
 BATCH_COUNT = 10000.0  # of training steps done: where schedules have mostly settled
 CHECKED_TO = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -73,7 +76,7 @@ def encoder(peer: str, name: str, **options: Any) -> nn.Module:
     """A peer's encoder of a preset: `options` are arguments of `Zipformer`. All peers' weights are the same."""
     seed(0)
     ours = Zipformer.from_preset(name, **options)
-    if peer == "ours":
+    if is_ours(peer):
         return ours
     (module,) = upstream.load("zipformer")
     with upstream.activations(compiled=peer == "upstream as shipped"):
@@ -86,7 +89,7 @@ def conv_embed(peer: str, name: str) -> nn.Module:
     """A peer's conv embed of a preset."""
     seed(0)
     ours = Conv2dSubsampling.from_preset(name)
-    if peer == "ours":
+    if is_ours(peer):
         return ours
     module, scaling = upstream.load("subsampling", "scaling")
     dropout = scaling.ScheduledFloat((0.0, 0.3), (20000.0, 0.1))
@@ -107,9 +110,14 @@ def seed(number: int) -> None:
     torch.manual_seed(number)
 
 
+def is_ours(peer: str) -> bool:
+    """Whether a peer runs our model."""
+    return peer in ("ours", OURS_AS_GRAPH)
+
+
 def unserved(peer: str) -> str | None:
     """Why a peer cannot run here, or None if it can."""
-    if peer == "ours":
+    if is_ours(peer):
         return None
     return upstream.unavailable() or (None if peer == "upstream" else no_compiler())
 
@@ -143,7 +151,7 @@ def prepare(
         if peer == "upstream compiled":
             torch.compiler.reset()
             made = torch.compile(made)
-        run = make_run(made)
+        run = captured(make_run(made)) if peer == OURS_AS_GRAPH else make_run(made)
         try:
             result = run().detach()
         except torch.cuda.OutOfMemoryError:

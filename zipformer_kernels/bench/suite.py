@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from zipformer_kernels.bench import length, machine, model_jobs, op_jobs, products, results
+from zipformer_kernels.bench import length, machine, model_jobs, op_jobs, optimizer, products, results
 from zipformer_kernels.bench.job import Job, Measured
 
 MODELS: dict[str, Callable[[bool], Iterator[Job]]] = {
-    "scaled_adam": model_jobs.scaled_adam,
+    "scaled_adam": optimizer.jobs,
     "conv-embed": model_jobs.conv_embed,
     "encoder-forward": model_jobs.encoder_forward,
     "training-step": model_jobs.training_step,

@@ -1,12 +1,13 @@
 """Times functions in turns, so that whatever else the machine does falls on all of them alike.
 
-On a CPU by the clock. On a GPU by events, each run after the L2 cache was overwritten; where it can be captured, a run
-is the replay of a CUDA graph, so that the kernels are timed and not Python.
+On a CPU by the clock. On a GPU by events, each run after the L2 cache was overwritten. `replays` turns functions into
+CUDA graphs, so that the kernels are timed and not Python.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -18,17 +19,16 @@ Run = Callable[[], Any]
 WARM_UP = 2
 
 
-def take_turns(runs: dict[str, Run], *, seconds: float, least: int, graphs: bool = False) -> dict[str, list[float]]:
+def take_turns(runs: dict[str, Run], *, seconds: float, least: int) -> dict[str, list[float]]:
     """Seconds of every run of every function.
 
     Args:
         runs: the functions by name.
         seconds: rounds go on until so much time has passed,
         least: but there are at least so many.
-        graphs: on a GPU, replay each function as a CUDA graph.
     """
     if DEVICE.type == "cuda":
-        return _gpu(runs, seconds, least, graphs)
+        return _gpu(runs, seconds, least)
     for run in runs.values():
         run()
     samples: dict[str, list[float]] = {name: [] for name in runs}
@@ -43,7 +43,11 @@ def take_turns(runs: dict[str, Run], *, seconds: float, least: int, graphs: bool
 
 
 def captured(run: Run) -> Run:
-    """The function as the replay of a CUDA graph. Raises RuntimeError where it does something that none can hold."""
+    """The replay of a CUDA graph of the function, which returns what it returned, written anew by each replay.
+
+    Raises:
+        RuntimeError: the function does something that no graph can hold.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -52,16 +56,30 @@ def captured(run: Run) -> Run:
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        run()
-    return graph.replay
+        result = run()
+
+    def replay() -> Any:
+        graph.replay()
+        return result
+
+    return replay
 
 
-def _gpu(runs: dict[str, Run], seconds: float, least: int, graphs: bool) -> dict[str, list[float]]:
+def replays(runs: dict[str, Run]) -> dict[str, Run]:
+    """Replays of those functions that can be captured, on a GPU; none elsewhere."""
+    found = {}
+    for name, run in runs.items() if DEVICE.type == "cuda" else ():
+        try:
+            found[name] = captured(run)
+        except RuntimeError as reason:
+            warnings.warn(f"{name} is timed without a CUDA graph: {str(reason).splitlines()[0]}", stacklevel=2)
+    return found
+
+
+def _gpu(runs: dict[str, Run], seconds: float, least: int) -> dict[str, list[float]]:
     for run in runs.values():
         for _ in range(WARM_UP):
             run()
-    if graphs:
-        runs = {name: captured(run) for name, run in runs.items()}
     cache = torch.empty(4 * torch.cuda.get_device_properties(DEVICE).L2_cache_size, dtype=torch.int8, device=DEVICE)
     samples: dict[str, list[float]] = {name: [] for name in runs}
     start, rounds = time.perf_counter(), 0

@@ -1,0 +1,100 @@
+"""The optimizer's step over all parameters of a model: ours on each backend, upstream's ScaledAdam, and fused AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from zipformer_kernels import backend, ops, use_backend
+from zipformer_kernels.bench import models, upstream
+from zipformer_kernels.bench.job import Job, Prepared, off_by
+from zipformer_kernels.bench.machine import DEVICE
+from zipformer_kernels.optim import ScaledAdam
+
+OPTIONS = {"lr": 0.045, "clipping_scale": 2.0}
+ADAMW = "AdamW(fused=True)"
+CHECKED_STEPS = 5  # past the fourth, which moves the scales
+CHECKED_TO = 1e-3
+
+
+def jobs(every: bool = False) -> Iterator[Job]:
+    """One step over all parameters of a preset's conv embed and encoder."""
+    for name in ("L",) if DEVICE.type == "cuda" else ("S",):
+        count = sum(p.numel() for p in models.model("ours", name).parameters())
+        yield Job(
+            *("scaled_adam", f"all parameters of {name}", "step", torch.float32),
+            (*backend.BACKENDS, "upstream", ADAMW),
+            partial(prepare, name),
+            bytes=36 * count,  # p and g read for the sums; p, g, v, m read and p, v, m written
+            rounds=20,
+        )
+
+
+def prepare(name: str, wanted: Sequence[str]) -> Prepared:
+    """Steps of the peers wanted, each on its own copy. Where the first takes the parameters, all but AdamW must."""
+    prepared, expected = Prepared(), None
+    for peer in wanted:
+        reason = unserved(peer)
+        if reason is not None:
+            prepared.skipped[peer] = reason
+            continue
+        made = parameters(name)
+        run = step(peer, made)
+        if peer != ADAMW:
+            moved = movement(made, run)
+            expected = moved if expected is None else expected
+            error = off_by(moved, expected)
+            if error > CHECKED_TO:
+                prepared.wrong[peer] = f"it is off by {error:.1e}"
+                continue
+        prepared.runs[peer] = run
+    return prepared
+
+
+def unserved(peer: str) -> str | None:
+    """Why a peer cannot run here, or None if it can."""
+    if peer == ADAMW:
+        return None
+    if peer == "upstream":
+        return upstream.unavailable()
+    if (peer == "triton" and backend.TRITON_INTERPRETS) or (peer == "cuda" and backend.emulated()):
+        return "it runs in a simulation here"
+    return ops.get("scaled_adam").unsupported(peer, *ops.example("scaled_adam", device=DEVICE))
+
+
+def parameters(name: str) -> list[nn.Parameter]:
+    """A preset's parameters with gradients, the same at every call."""
+    made = [nn.Parameter(p.detach().to(DEVICE)) for p in models.model("ours", name).parameters()]
+    for p in made:
+        p.grad = torch.randn_like(p) * 1e-2
+    return made
+
+
+def step(peer: str, made: list[nn.Parameter]) -> Callable[[], Any]:
+    """A peer's step over the parameters as a function without arguments."""
+    if peer == ADAMW:
+        return torch.optim.AdamW(made, fused=True).step
+    if peer == "upstream":
+        (module,) = upstream.load("optim")
+        theirs = module.ScaledAdam(made, **OPTIONS)
+        theirs.show_dominant_parameters = False  # it only logs
+        return theirs.step
+    ours = ScaledAdam(made, **OPTIONS)
+
+    def run() -> None:
+        with use_backend(peer):
+            ours.step()
+
+    return run
+
+
+def movement(made: list[nn.Parameter], run: Callable[[], Any]) -> Tensor:
+    """How far the first steps move the parameters, as one vector."""
+    before = torch.cat([p.detach().flatten() for p in made])
+    for _ in range(CHECKED_STEPS):
+        run()
+    return torch.cat([p.detach().flatten() for p in made]) - before
