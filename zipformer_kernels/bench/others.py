@@ -34,7 +34,7 @@ def _leaf(x: Tensor) -> Tensor:
     return x.detach().contiguous().requires_grad_()
 
 
-def _bare(module: nn.Module, *names: str) -> nn.Module:
+def bare(module: nn.Module, *names: str) -> nn.Module:
     """The module with these children taken out, so that only the op's work is left of it."""
     for name in names:
         setattr(module, name, nn.Identity())
@@ -80,8 +80,10 @@ def swoosh_linear_upstream(
 def attention_upstream(*args: Any) -> Call:
     """``RelPositionMultiheadAttentionWeights`` and ``SelfAttention`` without their projections."""
     (module,) = _upstream("zipformer")
-    v = args[4]
-    value = _bare(module.SelfAttention(1, 1, 1), "in_proj", "out_proj", "whiten")
+    v, penalty = args[4], args[10]
+    if penalty != 0.0:
+        raise Unserved("upstream adds a penalty in training only, and at random")
+    value = bare(module.SelfAttention(1, 1, 1), "in_proj", "out_proj", "whiten")
     shape = (v.shape[0], v.shape[1], v.shape[2] * v.shape[3])
     weights, inputs = _weights(module, *args[:4], *args[6:10])
 
@@ -96,7 +98,7 @@ def nonlin_attention_upstream(*args: Any) -> Call:
     (module,) = _upstream("zipformer")
     q, k, p, e, gate, x, y, _, *masks = args
     hidden = gate.shape[2] * gate.shape[3]
-    nonlin = _bare(module.NonlinAttention(1, hidden), "in_proj", "out_proj", "balancer", "whiten1", "whiten2")
+    nonlin = bare(module.NonlinAttention(1, hidden), "in_proj", "out_proj", "balancer", "whiten1", "whiten2")
     weights, inputs = _weights(module, q, k, p, e, *masks)
 
     def run(x: Tensor, e: Tensor, parts: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ def _weights(
     if q.shape[0] != k.shape[0] or chunks[0] > 0:
         raise Unserved("upstream's self-attention takes as many sources as targets, and dense masks")
     made = module.RelPositionMultiheadAttentionWeights(1, 1, q.shape[2], q.shape[3], p.shape[3], pos_emb_skip_rate=0.0)
-    made = _bare(made, "in_proj", "linear_pos", "whiten_keys", "balance_keys")
+    made = bare(made, "in_proj", "linear_pos", "whiten_keys", "balance_keys")
     projected = torch.cat([part.flatten(2) for part in (q, k, p)], dim=2)
     return (lambda x, e: made(x, e, padding, mask)), (_leaf(projected), _leaf(e.flatten(1).unsqueeze(0)))
 
@@ -132,7 +134,7 @@ def conv_module_upstream(
     """``ConvolutionModule`` without its projections."""
     (module,) = _upstream("zipformer")
     conv = module.ConvolutionModule(a.shape[2], weight.shape[2], causal=chunk_size > 0)
-    conv = _bare(conv, "in_proj", "out_proj", "balancer1", "balancer2", "whiten").to(a.dtype)
+    conv = bare(conv, "in_proj", "out_proj", "balancer1", "balancer2", "whiten").to(a.dtype)
     inner = conv.depthwise_conv
     if chunk_size > 0:
         inner.chunkwise_conv_scale.data.copy_(edge_scale)
@@ -140,7 +142,7 @@ def conv_module_upstream(
         inner.causal_conv.bias.data.copy_(causal_bias)
         inner = inner.chunkwise_conv
     inner.weight.data.copy_(weight)
-    inner.bias.data.copy_(0 if bias is None else bias)
+    inner.bias.requires_grad_(bias is not None).data.copy_(0 if bias is None else bias)
     size = {"chunk_size": chunk_size} if chunk_size > 0 else {}
     projected = _leaf(torch.cat([a, s], dim=2))
     return (lambda x, *_: conv(x, padding, **size)), (projected, *conv.parameters())

@@ -10,6 +10,7 @@ import matplotlib
 
 matplotlib.use("agg")
 from matplotlib import pyplot
+from matplotlib.ticker import NullFormatter, NullLocator
 
 Row = dict[str, Any]
 OURS = ("ours", "cuda", "triton", "cpu")
@@ -51,6 +52,7 @@ def speedup(rows: list[Row], rates: dict[str, Any]) -> Any:
     bars = axes.barh(names, [row["times_as_long"]["upstream"] for row in found.values()])
     axes.bar_label(bars, fmt="%.1f", padding=2)
     axes.axvline(1.0, color="black", linewidth=1)
+    axes.margins(x=0.08, y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("upstream's time over ours")
     return figure
@@ -86,6 +88,16 @@ def length(rows: list[Row], rates: dict[str, Any]) -> Any:
         left.plot(minutes, [row["median_s"] for row in own], marker="o", label=peer)
         right.plot(minutes, [row["peak_bytes"] / 1e9 for row in own], marker="o", label=peer)
     left.set(xscale="log", yscale="log", xlabel="minutes of audio", ylabel="seconds")
-    right.set(xlabel="minutes of audio", ylabel="peak memory of the process, GB")
-    left.legend()
+    right.set(xscale="log", yscale="log", xlabel="minutes of audio", ylabel="peak memory of the process, GB")
+    every = sorted({row["minutes"] for row in found})
+    longest = max(found, key=lambda row: row["minutes"])
+    line = [longest["peak_bytes"] / 1e9 * minutes / longest["minutes"] for minutes in every]
+    right.plot(every, line, color="gray", linestyle="dotted", zorder=0, label="proportional to length")
+    for axes in (left, right):
+        axes.set_xticks(every, [f"{minutes:g}" for minutes in every])
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.grid(alpha=0.3)
+        axes.legend()
     return figure

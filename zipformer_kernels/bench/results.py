@@ -64,9 +64,15 @@ def read(path: Path) -> dict[str, Any]:
         raise ResultsError(f"{path}: cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise ResultsError(f"{path}: is not JSON: {error}") from error
-    if not isinstance(results, dict) or results.get("format") != FORMAT:
+    if not isinstance(results, dict) or results.get("format") != FORMAT or not _whole(results.get("rows")):
         raise ResultsError(f"{path}: is not a results file of this version: wanted the format {FORMAT!r}")
     return results
+
+
+def _whole(rows: Any) -> bool:
+    """Whether these are rows that can be compared."""
+    wanted = {*KEY, "median_s", "interval_s", "samples_s"}
+    return isinstance(rows, list) and all(isinstance(row, dict) and wanted <= set(row) for row in rows)
 
 
 def read_rows(path: Path) -> dict[tuple[str, ...], dict[str, Any]]:

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from zipformer_kernels.bench import length, machine, model_jobs, op_jobs, optimizer, products, results
+from zipformer_kernels.bench import length, machine, model_jobs, op_jobs, optimizer, products, results, shared_attention
 from zipformer_kernels.bench.job import Job, Measured
 
 MODELS: dict[str, Callable[[bool], Iterator[Job]]] = {
+    "shared-attention": shared_attention.jobs,
     "scaled_adam": optimizer.jobs,
     "conv-embed": model_jobs.conv_embed,
     "encoder-forward": model_jobs.encoder_forward,

@@ -1,0 +1,113 @@
+"""What a layer does with its attention weights: made once, averaged with by NonlinAttention and by SelfAttention twice.
+
+Projections are left out. The benchmarks of the ops `attention` and `nonlin_attention` time one use of weights whose
+log-sum-exp is given; here ours goes through `AttentionWeights` on ``auto``, which on a CPU keeps small weights and
+computes large ones again at each use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import zipformer_kernels.modules
+from zipformer_kernels import use_backend
+from zipformer_kernels.bench import models, upstream
+from zipformer_kernels.bench.job import Job, Prepared
+from zipformer_kernels.bench.machine import DEVICE
+from zipformer_kernels.bench.op_jobs import CHECK_EPSILONS, Passes, off
+from zipformer_kernels.bench.others import bare
+
+QUERY, POSITION, VALUE = 32, 4, 12  # channels of a head
+DIRECTIONS = ("forward", "both")
+ON_GPU = {"L stack 1, 30 x 30 s": (1500, 30, 4, 144), "L stack 4, 30 x 30 s": (188, 30, 8, 576)}
+ON_CPU = {
+    "S stack 2, 4 x 16 s": (400, 4, 4, 192),
+    "S stack 4, 4 x 16 s": (100, 4, 8, 192),
+    "S stack 1, 1 x 60 s": (3000, 1, 4, 144),
+}
+CASES = ON_GPU if DEVICE.type == "cuda" else ON_CPU
+"""Frames, batch, heads, and channels of NonlinAttention, by name."""
+
+
+class Attentions(nn.Module):
+    """All uses of one layer's attention weights, by modules of upstream's or of ours, which have the same names."""
+
+    def __init__(self, modules: Any, heads: int, hidden: int) -> None:
+        super().__init__()
+        weights = modules.RelPositionMultiheadAttentionWeights(
+            1, 1, heads, QUERY, POSITION, dropout=0.0, pos_emb_skip_rate=0.0
+        )
+        self.weights = bare(weights, "in_proj", "linear_pos", "whiten_keys", "balance_keys")
+        nonlin = modules.NonlinAttention(1, hidden)
+        self.nonlin = bare(nonlin, "in_proj", "out_proj", "balancer", "whiten1", "whiten2")
+        self.attention = bare(modules.SelfAttention(1, 1, 1), "in_proj", "out_proj", "whiten")
+
+    def forward(self, x: Tensor, positions: Tensor, parts: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        w = self.weights(x, positions)
+        return torch.cat([self.nonlin(parts, w[0:1]), self.attention(first, w), self.attention(second, w)], dim=2)
+
+
+def jobs(every: bool = False) -> Iterator[Job]:
+    """One for each case and direction."""
+    for name, (frames, batch, heads, hidden) in CASES.items():
+        channels = heads * (QUERY + POSITION) + hidden + 2 * heads * VALUE
+        flops = 2 * frames * frames * batch * channels
+        for direction in DIRECTIONS:
+            yield Job(
+                *("shared-attention", name, direction, torch.float32),
+                ("upstream", "upstream compiled", "eager", "ours"),
+                partial(prepare, frames, batch, heads, hidden, direction),
+                flops=flops if direction == "forward" else 3 * flops,
+                graphs=True,
+            )
+
+
+def inputs(frames: int, batch: int, heads: int, hidden: int) -> tuple[Tensor, ...]:
+    """The projections that the modules would make: q, k, p; positions; NonlinAttention's parts; values, twice."""
+    sizes = [
+        (frames, batch, heads * (2 * QUERY + POSITION)),
+        (1, 2 * frames - 1, heads * POSITION),
+        (frames, batch, 3 * hidden),
+        *2 * [(frames, batch, heads * VALUE)],
+    ]
+    scales = (QUERY**-0.25, 1.0, 1.0, 1.0, 1.0)
+    return tuple(
+        (scale * torch.randn(size, device=DEVICE)).requires_grad_() for size, scale in zip(sizes, scales, strict=True)
+    )
+
+
+def prepare(frames: int, batch: int, heads: int, hidden: int, direction: str, wanted: Sequence[str]) -> Prepared:
+    """Functions for the peers wanted, on the same inputs; results and gradients are checked against the first's."""
+    torch.manual_seed(0)
+    args = inputs(frames, batch, heads, hidden)
+    prepared, expected = Prepared(), None
+    for peer in wanted:
+        reason = None if peer == "eager" else models.unserved(peer)
+        if reason is not None:
+            prepared.skipped[peer] = reason
+            continue
+        passes = Passes(function(peer, heads, hidden), args)
+        results = passes.results()
+        expected = expected or results
+        error = off(results, expected, alike=True)
+        if error > CHECK_EPSILONS * torch.finfo(torch.float32).eps:
+            prepared.wrong[peer] = f"it is off by {error:.1e}"
+        else:
+            prepared.runs[peer] = passes.run(direction)
+    return prepared
+
+
+def function(peer: str, heads: int, hidden: int) -> Callable[..., Tensor]:
+    """A peer's module."""
+    if peer == "ours":
+        return Attentions(zipformer_kernels.modules, heads, hidden)
+    if peer == "eager":
+        return use_backend("eager")(Attentions(zipformer_kernels.modules, heads, hidden))
+    (module,) = upstream.load("zipformer")
+    theirs = Attentions(module, heads, hidden)
+    return theirs if peer == "upstream" else torch.compile(theirs)
