@@ -12,10 +12,23 @@ import upstream  # noqa: F401  it must be there, or no peer of upstream's would 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zipformer_kernels import cli
-from zipformer_kernels.bench import job, machine, op_jobs, others, results, statistics, suite
+from zipformer_kernels import backend, cli
+from zipformer_kernels.bench import (
+    job,
+    length,
+    machine,
+    op_jobs,
+    optimizer,
+    others,
+    rates,
+    results,
+    shared_attention,
+    statistics,
+    suite,
+)
 from zipformer_kernels.bench.compare import compare
 from zipformer_kernels.ops import attention
+from zipformer_kernels.ops.attention import native
 from zipformer_kernels.ops.attention.cases import CASES as ATTENTION
 
 RATES = {"copy_bytes_per_s": 1e10, "matrix_flops_per_s": {"float32": 1e11}}
@@ -50,8 +63,8 @@ def test_percentiles_and_ratios():
 # ---- verdicts ----
 
 
-def row(median, low, high):
-    return {"median_s": median, "interval_s": [low, high]}
+def row(median, low, high, samples=9):
+    return {"median_s": median, "interval_s": [low, high], "samples_s": [median] * samples}
 
 
 @pytest.mark.parametrize(
@@ -61,6 +74,8 @@ def row(median, low, high):
         (row(0.5, 0.4, 0.6), "improvement"),
         (row(1.15, 1.05, 1.3), "noise"),  # the intervals overlap
         (row(1.03, 1.11, 1.2), "noise"),  # too little to tell one boot from another
+        (row(1.2, 1.2, 1.2, samples=1), "noise"),  # too few
+        (row(1.3, 1.3, 1.3, samples=1), "regression"),
     ],
 )
 def test_verdicts(after, verdict):
@@ -74,6 +89,43 @@ def test_rows_in_one_set_only_are_named():
 
 
 # ---- peers ----
+
+
+def test_gradients_that_are_off_are_found_in_any_layout():
+    y, dx, dw = torch.ones(2), torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    joined = torch.tensor([4.0, 0.0, 3.0])
+    assert op_jobs.off([y, joined], [y, dx, dw], alike=False) == 0.0
+    assert op_jobs.off([y, 2 * joined], [y, dx, dw], alike=False) == pytest.approx(1.0)
+    assert op_jobs.off([y, dx, 1.5 * dw], [y, dx, dw], alike=True) == pytest.approx(0.5)
+    assert op_jobs.off([y, dx, 1e-8 + 0 * dw], [y, dx, 0 * dw], alike=True) < 1e-8
+    with pytest.raises(ValueError, match="shorter"):
+        op_jobs.off([y, dx], [y, dx, dw], alike=True)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_all_uses_of_a_layers_weights_agree_whether_they_are_kept_or_not(monkeypatch, kept):
+    asked = []
+    monkeypatch.setattr(native, "keeps_weights", lambda q, k: asked.append(q) or kept)
+    prepared = shared_attention.prepare(100, 1, 2, 24, "both", ("upstream", "eager", "ours"))
+    assert (prepared.wrong, prepared.skipped) == ({}, {})
+    assert set(prepared.runs) == {"upstream", "eager", "ours"}
+    assert asked or backend.missing["cpu"] or torch.cuda.is_available()
+
+
+def test_an_optimizer_that_does_nothing_is_not_timed(monkeypatch):
+    made = [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    monkeypatch.setattr(optimizer, "parameters", lambda name: made)
+    monkeypatch.setattr(optimizer, "step", lambda peer, made: lambda: made[0].data.add_(peer != "upstream"))
+    prepared = optimizer.prepare("S", ("eager", "upstream"))
+    assert set(prepared.runs) == {"eager"}
+    assert "off by" in prepared.wrong["upstream"]
+
+
+def test_every_takes_awkward_cases_that_are_not_empty():
+    few, all_ = ({case.name for case in op_jobs.cases_of("conv_module", every)} for every in (False, True))
+    assert few < all_
+    assert "odd sizes, padded" in all_
+    assert "no frames" not in all_
 
 
 @pytest.mark.parametrize("op", op_jobs.names())
@@ -110,6 +162,28 @@ def test_a_peer_that_is_wrong_is_not_timed(monkeypatch):
     assert "off by" in prepared.wrong["upstream"]
 
 
+# ---- length ----
+
+
+def test_a_fresh_process_reports_its_own_memory():
+    """Not what its parent holds, which getrusage adds to it."""
+    held = torch.ones(1 << 28)  # 1 GB
+    point = length.in_fresh_process("ours", 0.05)
+    assert held.numel() * 4 > 1e9 > point["peak_bytes"] > 1e8
+    assert point["seconds"] > 0
+
+
+def test_a_process_that_fails_says_why():
+    with pytest.raises(RuntimeError, match=r"ours on -1 minutes failed: .+"):
+        length.in_fresh_process("ours", -1)
+
+
+def test_the_longest_recording_and_upstreams_limit_are_measured():
+    points = {(job.minutes, peer) for job in length.jobs() for peer in job.peers}
+    assert {(14.0, "ours"), (3.0, "ours"), (3.0, "upstream"), (3.0, "upstream compiled")} <= points
+    assert {job.minutes for job in length.jobs(every=True)} >= {30.0, 60.0}
+
+
 # ---- measuring ----
 
 
@@ -124,7 +198,7 @@ def tiny(monkeypatch):
         yield job.Job(**{**vars(made), "benchmark": "tiny", "peers": peers, "seconds": 0.0})
 
     monkeypatch.setitem(suite.MODELS, "tiny", jobs)
-    monkeypatch.setattr(machine, "rates", lambda: RATES)
+    monkeypatch.setattr(rates, "measure", lambda: RATES)
 
 
 @pytest.fixture
@@ -172,9 +246,18 @@ def test_compare_exits_with_1_only_where_something_got_slower(command, tmp_path,
     assert command("--compare", second, first)[0] == 0
 
 
+CUT = json.dumps({"format": results.FORMAT, "rows": [{"peer": "cpu"}]})
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "cannot be read"), ("{", "is not JSON"), ('{"rows": []}', "is not a results file"), ("[]", "is not a")],
+    [
+        (None, "cannot be read"),
+        ("{", "is not JSON"),
+        ('{"rows": []}', "is not a results file"),
+        ("[]", "is not a"),
+        (CUT, "is not"),
+    ],
 )
 def test_foreign_files_are_told_in_one_line(command, tmp_path, content, message):
     path = tmp_path / "a.json"

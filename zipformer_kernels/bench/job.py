@@ -88,7 +88,7 @@ class Job:
         """Prepares, checks and times the peers in turns.
 
         Args:
-            rates: the machine's, from `machine.rates`.
+            rates: the machine's, from `rates.measure`.
             peers: which of them; all by default.
         Returns:
             A row for each peer that ran: the key, ``peer``, ``samples_s``, ``median_s``, ``interval_s`` (of the median,

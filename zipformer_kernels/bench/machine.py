@@ -1,4 +1,4 @@
-"""The machine that is measured on: its name, its rates, and what a result depends on besides the code."""
+"""The machine that is measured on: its name, and what a result depends on besides the code."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import os
 import platform
 import re
 import subprocess
-import time
-from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from typing import Any
 import torch
 
 from zipformer_kernels import backend
-from zipformer_kernels.bench.statistics import median
 
 ROOT = Path(__file__).parent.parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -76,37 +73,3 @@ def _git(*command: str) -> str | None:
         return None
     result = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
     return result.stdout.strip() if result.returncode == 0 else None
-
-
-def rates(dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)) -> dict[str, Any]:
-    """What the machine reaches on a large copy and on large square matrix products, to hold kernels against."""
-    return {
-        "copy_bytes_per_s": copy_rate(),
-        "matrix_flops_per_s": {str(dtype).removeprefix("torch."): matrix_rate(dtype) for dtype in dtypes},
-    }
-
-
-def copy_rate(size: int = 1 << 29) -> float:
-    """Bytes per second, read and written, of a copy of `size` bytes from memory to memory."""
-    source = torch.ones(size // 4, device=DEVICE)
-    target = torch.empty_like(source)
-    return 2 * size / _fastest_half(lambda: target.copy_(source))
-
-
-def matrix_rate(dtype: torch.dtype, size: int | None = None) -> float:
-    """Floating-point operations per second of a product of random square matrices."""
-    n = size or (8192 if DEVICE.type == "cuda" else 1536)
-    a, b = (torch.randn(n, n, device=DEVICE).to(dtype) for _ in "ab")
-    return 2 * n**3 / _fastest_half(lambda: a @ b)
-
-
-def _fastest_half(run: Callable[[], Any], rounds: int = 10) -> float:
-    """The median of the faster half of the times: what the machine can do, not what disturbed it."""
-    times = []
-    for _ in range(rounds + 2):
-        synchronize()
-        start = time.perf_counter()
-        run()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return median(sorted(times[2:])[: rounds // 2])

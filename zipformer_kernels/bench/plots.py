@@ -10,7 +10,7 @@ import matplotlib
 
 matplotlib.use("agg")
 from matplotlib import pyplot
-from matplotlib.ticker import NullFormatter, NullLocator
+from matplotlib.ticker import NullLocator
 
 Row = dict[str, Any]
 OURS = ("ours", "cuda", "triton", "cpu")
@@ -88,16 +88,13 @@ def length(rows: list[Row], rates: dict[str, Any]) -> Any:
         left.plot(minutes, [row["median_s"] for row in own], marker="o", label=peer)
         right.plot(minutes, [row["peak_bytes"] / 1e9 for row in own], marker="o", label=peer)
     left.set(xscale="log", yscale="log", xlabel="minutes of audio", ylabel="seconds")
-    right.set(xscale="log", yscale="log", xlabel="minutes of audio", ylabel="peak memory of the process, GB")
-    every = sorted({row["minutes"] for row in found})
-    longest = max(found, key=lambda row: row["minutes"])
-    line = [longest["peak_bytes"] / 1e9 * minutes / longest["minutes"] for minutes in every]
-    right.plot(every, line, color="gray", linestyle="dotted", zorder=0, label="proportional to length")
+    right.set(xlabel="minutes of audio", ylabel="peak memory of the process, GB")
+    right.set_ylim(bottom=0.0)
+    minutes = sorted({row["minutes"] for row in found})
+    left.set_xticks(minutes, [f"{x:g}" for x in minutes])
+    left.xaxis.set_minor_locator(NullLocator())
+    left.yaxis.set_major_formatter("{x:g}")
     for axes in (left, right):
-        axes.set_xticks(every, [f"{minutes:g}" for minutes in every])
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.grid(alpha=0.3)
         axes.legend()
     return figure

@@ -76,9 +76,8 @@ def inputs(frames: int, batch: int, heads: int, hidden: int) -> tuple[Tensor, ..
         *2 * [(frames, batch, heads * VALUE)],
     ]
     scales = (QUERY**-0.25, 1.0, 1.0, 1.0, 1.0)
-    return tuple(
-        (scale * torch.randn(size, device=DEVICE)).requires_grad_() for size, scale in zip(sizes, scales, strict=True)
-    )
+    drawn = (scale * torch.randn(size, device=DEVICE) for size, scale in zip(sizes, scales, strict=True))
+    return tuple(x.requires_grad_() for x in drawn)
 
 
 def prepare(frames: int, batch: int, heads: int, hidden: int, direction: str, wanted: Sequence[str]) -> Prepared:

@@ -9,7 +9,17 @@ from typing import Any
 
 import torch
 
-from zipformer_kernels.bench import length, machine, model_jobs, op_jobs, optimizer, products, results, shared_attention
+from zipformer_kernels.bench import (
+    length,
+    machine,
+    model_jobs,
+    op_jobs,
+    optimizer,
+    products,
+    rates,
+    results,
+    shared_attention,
+)
 from zipformer_kernels.bench.job import Job, Measured
 
 MODELS: dict[str, Callable[[bool], Iterator[Job]]] = {
@@ -60,16 +70,16 @@ def run(
         ResultsError: a file cannot be written.
     """
     planned = {name: jobs(name, every) for name in wanted}
-    rates = machine.rates()
+    reached = rates.measure()
     found = {}
     for name, its_jobs in planned.items():
         found[name] = Measured()
         environment = machine.environment()
         for job in its_jobs:
-            gave = job.measure(rates)
+            gave = job.measure(reached)
             found[name].add(gave)
             on_job(job, gave)
             torch.compiler.reset()
         if its_jobs:
-            results.write(folder / f"{name}.json", results.content(name, environment, rates, found[name]))
+            results.write(folder / f"{name}.json", results.content(name, environment, reached, found[name]))
     return found
