@@ -13,9 +13,12 @@ parts by default, in this order. Needs no network: what the machine lacks of pyt
   --wheels FOLDER  wheels to install beside the output, for this run only
   PYTHON           environment variable: the Python that has torch; python3 by default
 
-Exits with 1 if a part failed, with 2 if the call was wrong or there is no GPU.
+All parts together take at most 8 minutes: the tests get 4, the sanitizer 1, the benchmarks what is left; each has a file
+of its own as soon as it is done. Exits with 1 if a part failed, with 2 if the call was wrong or there is no GPU.
 TEXT
 }
+
+readonly LIMIT=480 # seconds
 
 fail() { echo "gpu_check: $*" >&2; exit 2; }
 
@@ -34,12 +37,14 @@ done
 [ ${#parts[@]} -gt 0 ] || parts=(build test sanitize bench)
 [ -z "$wheels" ] || [ -d "$wheels" ] || fail "no folder $wheels"
 
+python=${PYTHON:-python3}
+"$python" -c 'import torch' 2>/dev/null || fail "$python has no torch; PYTHON names another"
+"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || fail "torch sees no CUDA device"
 mkdir -p "$out" || fail "cannot make $out"
 out=$(cd "$out" && pwd)
 [ -z "$wheels" ] || wheels=$(cd "$wheels" && pwd)
+case $python in */*) python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python") ;; esac
 cd "$(dirname "$0")/.." || fail "cannot enter the checkout"
-python=${PYTHON:-python3}
-"$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null || fail "torch sees no CUDA device"
 
 export PYTHONPATH="$out/site:$PWD:$PWD/tests" ZIPFORMER_KERNELS_BUILD=cuda PYTHONUNBUFFERED=1
 unset TRITON_INTERPRET ZIPFORMER_KERNELS_BACKEND
@@ -48,21 +53,29 @@ if [ -n "$wheels" ]; then
 fi
 capability=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
 
+within() { # SECONDS COMMAND...: stops it after so long, and when all time is up
+  local left=$((LIMIT - SECONDS)) most=$1
+  shift
+  [ $left -gt 0 ] || { echo "no time is left"; return 124; }
+  timeout $((most < left ? most : left)) "$@"
+}
+
 build() {
-  TORCH_CUDA_ARCH_LIST=$capability "$python" setup.py build_py build_ext --inplace &&
+  TORCH_CUDA_ARCH_LIST=$capability within $LIMIT "$python" setup.py build_py build_ext --inplace &&
     cp build/lib*/zipformer_kernels/_build.json zipformer_kernels/ # what an installation leaves there
 }
 
 run_tests() {
   local workers=()
   "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
-  timeout 240 "$python" -m pytest -q "${workers[@]}" --junit-xml="$out/tests.xml" tests
+  within 240 "$python" -m pytest -q "${workers[@]}" --junit-xml="$out/tests.xml" tests
 }
 
 sanitize() {
   local tool failed=0
+  command -v compute-sanitizer || { echo "compute-sanitizer is not on the PATH"; return 1; }
   for tool in memcheck racecheck synccheck initcheck; do
-    timeout 60 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" benchmarks/sanitize.py >"$out/sanitize-$tool.log" 2>&1 &
+    within 60 compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" benchmarks/sanitize.py >"$out/sanitize-$tool.log" 2>&1 &
   done
   for tool in memcheck racecheck synccheck initcheck; do
     wait -n || failed=1
@@ -72,7 +85,7 @@ sanitize() {
 }
 
 bench() {
-  timeout 180 "$python" -m zipformer_kernels.cli bench --output "$out/results"
+  within $LIMIT "$python" -m zipformer_kernels.cli bench --output "$out/results"
 }
 
 status=0 table=""
