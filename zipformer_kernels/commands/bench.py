@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +25,10 @@ def bench(
         Path | None, typer.Option(help="Folder for the JSON files and plots; by default named after the device.")
     ] = None,
     every: Annotated[
-        bool, typer.Option("--every", help="All sizes, which takes an hour, not the telling ones.")
+        bool,
+        typer.Option(
+            "--every", help="All sizes and awkward ones, up to an hour of audio, not the telling ones: hours."
+        ),
     ] = False,
     compared: Annotated[
         tuple[Path, Path] | None,
@@ -65,6 +69,7 @@ def report_changes(first: Path, second: Path) -> int:
 def measure(wanted: list[str], folder: Path, every: bool) -> int:
     """Runs benchmarks, prints their tables and writes files; 1 if a peer's results were wrong, else 0."""
     logging.getLogger().setLevel(logging.ERROR)  # upstream logs its clipping
+    warnings.filterwarnings("ignore", module="torch._dynamo")  # compiled upstream draws random numbers in Python
     console = wide_console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     total = sum(len(suite.jobs(name, every)) for name in wanted)
