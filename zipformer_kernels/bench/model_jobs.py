@@ -70,12 +70,9 @@ def streaming_chunk(every: bool = False) -> Iterator[Job]:
     """One chunk of one stream by a causal encoder, which carries its states from call to call."""
     peers = PEERS if ON_GPU or every else tuple(peer for peer in PEERS if peer != "upstream compiled")
     for name in ("L",) if ON_GPU else ("S",):
-        build = partial(
-            models.encoder, name=name, causal=True, chunk_size=(CHUNK,), left_context_frames=(LEFT_CONTEXT,)
-        )
         yield Job(
             *("streaming-chunk", f"causal {name}, 320 ms", "forward", torch.float32, peers),
-            partial(models.prepare, build, partial(_stream, name), torch.float32),
+            partial(models.prepare, partial(_streaming, name), partial(_stream, name), torch.float32),
             rounds=CHUNKS,
         )
 
@@ -119,18 +116,23 @@ def _forward(
     return models.prepare(build, models.inference(x, dtype), dtype, wanted)
 
 
+def _streaming(name: str, peer: str) -> nn.Module:
+    options = {"causal": True, "chunk_size": (CHUNK,), "left_context_frames": (LEFT_CONTEXT,)}
+    return models.Streaming(models.encoder(peer, name, **options))
+
+
 def _stream(name: str, module: nn.Module) -> Callable[[], Tensor]:
-    """A function that feeds one chunk; only upstream compiled has no attribute to call."""
+    """A function that feeds one chunk."""
     module.eval()
     x = torch.randn(CHUNK, 1, preset(name)["encoder_dim"][0], generator=torch.Generator().manual_seed(0)).to(DEVICE)
     lengths = torch.full((1,), CHUNK, device=DEVICE)
     padding = torch.zeros(1, LEFT_CONTEXT + CHUNK, dtype=torch.bool, device=DEVICE)
-    states = [state.to(DEVICE) for state in module.get_init_states(1)]
+    states = [state.to(DEVICE) for state in module.encoder.get_init_states(1)]
 
     def run() -> Tensor:
         nonlocal states
         with torch.no_grad():
-            y, _, states = module.streaming_forward(x, lengths, states, padding)
+            y, _, states = module(x, lengths, states, padding)
         return y
 
     return run

@@ -67,6 +67,17 @@ class Encoder(nn.Module):
         return self.encoder(x, lengths, no_padding(x))[0]
 
 
+class Streaming(nn.Module):
+    """A causal encoder on one chunk, so that what is compiled is what is called."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, x: Tensor, lengths: Tensor, states: list[Tensor], padding: Tensor) -> Any:
+        return self.encoder.streaming_forward(x, lengths, states, padding)
+
+
 def no_padding(x: Tensor) -> Tensor:
     """The mask of sequences (T, batch, channels) that all have full length."""
     return torch.zeros(x.shape[1], x.shape[0], dtype=torch.bool, device=x.device)

@@ -26,9 +26,7 @@ def bench(
     ] = None,
     every: Annotated[
         bool,
-        typer.Option(
-            "--every", help="All sizes and awkward ones, up to an hour of audio, not the telling ones: hours."
-        ),
+        typer.Option("--every", help="All sizes, awkward ones too, up to an hour of audio: takes hours."),
     ] = False,
     compared: Annotated[
         tuple[Path, Path] | None,
