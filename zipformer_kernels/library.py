@@ -102,7 +102,7 @@ class Op:
             return backends.missing[name] or f"{self.name} has no {name} kernels"
         if name != "eager" and _transformed():
             return "it cannot be transformed by torch.func (vmap, grad, jvp, ...); only eager can"
-        device = next(args[i] for i in self.tensors if args[i] is not None).device.type
+        device = args[self.tensors[0]].device.type
         return backends.unserved_device(name, device) or self.backends[name].supports(*args)
 
     def select(self, backend: str | None, *args: Any) -> str:
@@ -111,8 +111,10 @@ class Op:
         if request == "auto":
             if _exporting():  # what is exported must not need this package
                 return "eager"
-            order = backends.PREFERENCE.get(args[self.tensors[0]].device.type, ("eager",))
-            return next(name for name in order if self._serves_well(name, *args))
+            for name in backends.PREFERENCE.get(args[self.tensors[0]].device.type, ()):
+                if self.unsupported(name, *args) is None and self.backends[name].worthwhile(*args):
+                    return name
+            return "eager"
         reasons = []
         for name in request.split(","):
             reason = self.unsupported(name, *args)
@@ -120,9 +122,6 @@ class Op:
                 return name
             reasons.append(f"backend {name!r} cannot serve this call: {reason}")
         raise backends.BackendError(f"{self.name}: {'; '.join(reasons)}")
-
-    def _serves_well(self, name: str, *args: Any) -> bool:
-        return self.unsupported(name, *args) is None and self.backends[name].worthwhile(*args)
 
     def explain(self, *args: Any, backend: str | None = None) -> str:
         """Says which backend a call gets, and why each other one would not serve it."""

@@ -16,10 +16,10 @@
 #include <new>
 
 #include "attention/attention.h"
-#include "attention/gemm.h"
-#include "attention/transpose.h"
+#include "common/gemm.h"
 #include "common/math.h"
 #include "common/parallel.h"
+#include "common/transpose.h"
 
 namespace zk::ZK_ISA {
 

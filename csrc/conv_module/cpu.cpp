@@ -3,9 +3,10 @@
 #include <algorithm>
 
 #include "common/parallel.h"
+#include "common/strip.h"
+#include "common/transpose.h"
 #include "conv_module/conv_module.h"
 #include "conv_module/math.h"
-#include "conv_module/strip.h"
 #include "swoosh/math.h"
 
 namespace zk::ZK_ISA {
@@ -30,14 +31,13 @@ class Block {
     first = block * block_channels;
     channels = std::min(block_channels, n.channels - first);
     panels = (channels + Lanes<W>::count - 1) / Lanes<W>::count;
-    read_taps(in.weight, n.kernel, weight, flipped_weight);
+    read_taps(in.weight, n.kernel, weight);
     read_row(in.bias, bias);
     if (!in.chunked()) return;
-    read_taps(in.causal_weight, half + 1, causal_weight, flipped_causal);
+    read_taps(in.causal_weight, half + 1, causal_weight);
     read_row(in.causal_bias, causal_bias);
-    Strip<W> unused;
-    read_taps(in.edge_scale, n.kernel, left, unused);
-    read_taps(static_cast<const W*>(in.edge_scale) + n.channels * n.kernel, n.kernel, right, unused);
+    read_taps(in.edge_scale, n.kernel, left);
+    read_taps(static_cast<const W*>(in.edge_scale) + n.channels * n.kernel, n.kernel, right);
   }
 
   // Rows of x: the gated input of frames t0 - H .. t0 + count + H - 1 of sequence b.
@@ -109,19 +109,17 @@ class Block {
   const ConvModuleInputs& in;
   const ConvModuleShape& n;
   int64_t half, first = 0, channels = 0, panels = 0;
-  Strip<W> weight, flipped_weight, bias, causal_weight, flipped_causal, causal_bias, left, right;
+  Strip<W> weight, bias, causal_weight, causal_bias, left, right;
 
  private:
-  // Parameters of (channels, count), forwards and backwards in time.
-  void read_taps(const void* from, int64_t count, Strip<W>& taps, Strip<W>& flipped) {
+  // Parameters of (channels, count).
+  void read_taps(const void* from, int64_t count, Strip<W>& taps) {
+    constexpr int64_t size = Lanes<W>::count;
     taps.resize(panels, count);
-    flipped.resize(panels, count);
     const W* values = static_cast<const W*>(from) + first * count;
-    for (int64_t c = 0; c < channels; ++c) {
-      int64_t p = c / Lanes<W>::count, lane = c % Lanes<W>::count;
-      for (int64_t k = 0; k < count; ++k) {
-        taps.panel(p)[k].data()[lane] = flipped.panel(p)[count - 1 - k].data()[lane] = values[c * count + k];
-      }
+    for (int64_t p = 0; p < panels; ++p) {
+      int64_t rows = std::min(size, channels - p * size);
+      transpose(values + p * size * count, count, rows, count, taps.panel(p)->data(), size);
     }
   }
 
@@ -205,6 +203,8 @@ class Backward {
   ZK_TILE void run(int64_t block, int64_t part) {
     block_.select(block);
     const ConvModuleShape& n = block_.n;
+    flip(block_.weight, n.kernel, flipped_weight_);
+    if (args_.in.chunked()) flip(block_.causal_weight, block_.half + 1, flipped_causal_);
     int64_t rows = tile + 2 * block_.half + group, taps = round_up(n.kernel, group);
     if (sized_ != block_.panels) {
       sized_ = block_.panels;
@@ -227,6 +227,14 @@ class Backward {
   }
 
  private:
+  // The taps backwards in time.
+  void flip(Strip<W>& taps, int64_t count, Strip<W>& flipped) const {
+    flipped.resize(block_.panels, count);
+    for (int64_t p = 0; p < block_.panels; ++p) {
+      std::reverse_copy(taps.panel(p), taps.panel(p) + count, flipped.panel(p));
+    }
+  }
+
   ZK_TILE void run_tile(int64_t b, int64_t t0) {
     int64_t count = std::min(tile, block_.n.frames - t0), half = block_.half;
     for (int64_t r = 0; r < count + 2 * half; ++r) {
@@ -259,11 +267,11 @@ class Backward {
   }
 
   void differentiate(int64_t p, int64_t t0, int64_t count) {
-    const Lanes<W>*dy = dy_.panel(p), *weight = block_.flipped_weight.panel(p);
+    const Lanes<W>*dy = dy_.panel(p), *weight = flipped_weight_.panel(p);
     Lanes<W>* dx = dx_.panel(p);
     int64_t kernel = block_.n.kernel, half = block_.half;
     if (!args_.in.chunked()) return correlate_rows(dy, weight, kernel, count, Lanes<W>{}, dx);
-    correlate_rows(dy + half, block_.flipped_causal.panel(p), half + 1, count, Lanes<W>{}, dx);
+    correlate_rows(dy + half, flipped_causal_.panel(p), half + 1, count, Lanes<W>{}, dx);
     Lanes<W>*rows = isolated_.panel(0), *within = isolated_.panel(1);
     block_.each_chunk(t0, count, [&](int64_t from, int64_t to) {
       block_.isolate(scaled_.panel(p), t0, from, to, rows);
@@ -339,7 +347,7 @@ class Backward {
   Block<X> block_;
   ParameterOffsets offsets_;
   int64_t sized_ = 0;
-  Strip<W> x_, dy_, scaled_, dx_, isolated_;
+  Strip<W> x_, dy_, scaled_, dx_, isolated_, flipped_weight_, flipped_causal_;
   Strip<W> dweight_, dbias_, dcausal_, dcausal_bias_, dleft_, dright_;
 };
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "common/parallel.h"
-#include "conv_module/strip.h"
+#include "common/strip.h"
 #include "depthwise_conv2d/depthwise_conv2d.h"
 
 namespace zk::ZK_ISA {

@@ -160,10 +160,11 @@ class ConvolutionModule(nn.Module):
 
     def _only_computes(self, x: Tensor) -> bool:
         """Whether `_infer` and a product do what a call of the module would."""
-        if not (is_untouched(self.in_proj, nn.Linear) and is_untouched(self.out_proj, ActivationDropoutAndLinear)):
+        if not only_computes(x, self.out_proj.weight):
             return False
         watched = self.balancer1, self.activation1, self.balancer2, self.whiten
-        return only_computes(x, self.out_proj.weight) and not hooked(*watched) and not self._hooked()
+        linear = is_untouched(self.in_proj, nn.Linear) and is_untouched(self.out_proj, ActivationDropoutAndLinear)
+        return linear and not hooked(*watched) and not self._hooked()
 
     def _infer(self, x: Tensor, padding: Tensor | None, **where: Any) -> tuple[Tensor, Tensor | None]:
         """All but the last product, and the next left context; `where` as of `infer_conv_module`."""

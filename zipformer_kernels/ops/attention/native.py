@@ -18,8 +18,9 @@ LEAST_WEIGHTS_BFLOAT16 = 1 << 24
 """Elements of the weights from which on eager loses in bfloat16, for which processors may have instructions."""
 
 KEPT_BYTES = 32 << 20
-"""Size of all heads' weights but one below which they are kept: to read them again is faster than to compute them
-again, but not in memory that allocators hand back to the system, as glibc's does from this size on."""
+"""Size of the weights of all heads but the first, which may lie apart, below which they are kept: to read them again is
+faster than to compute them again, but not in memory that allocators hand back to the system, as glibc's does from this
+size on."""
 
 
 def _unit_stride(x: Tensor | None) -> Tensor | None:
@@ -167,10 +168,9 @@ def worthwhile(q: Tensor, k: Tensor, *rest: object) -> bool:
     return scores >= LEAST_SCORES[q.dtype]
 
 
-def keeps_weights(q: Tensor, k: Tensor) -> bool:
-    """Whether the weights of these queries and keys are small enough to keep; see `KEPT_BYTES`."""
-    targets, batch, heads, _ = q.shape
-    return max(heads - 1, 1) * batch * targets * k.shape[0] * q.element_size() < KEPT_BYTES
+def keeps_weights(heads: int, batch: int, targets: int, sources: int, dtype: torch.dtype, trained: bool) -> bool:
+    """Whether weights of this shape, and where they are `trained` their gradient too, are small enough to keep."""
+    return (2 if trained else 1) * heads * batch * targets * sources * dtype.itemsize < KEPT_BYTES
 
 
 cpu = Launchers(unsupported, forward, backward, worthwhile)

@@ -89,7 +89,9 @@ class AttentionWeights:
         self.backend = attention._log_sum_exp.select(backend, *detached, *self.masks)
         self._dense: tuple[Tensor, ...] = ()
         self.lse: Tensor | None = None
-        self.keeps = self.backend == "eager" or (self.backend == "cpu" and native.keeps_weights(q, k))
+        trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.scores)
+        largest = max(self.shape[0] - 1, 1), *self.shape[1:], q.dtype, trained
+        self.keeps = self.backend == "eager" or (self.backend == "cpu" and native.keeps_weights(*largest))
         if not self.keeps:
             self.lse = attention._log_sum_exp(*detached, *self.masks, backend=self.backend)
 
@@ -154,13 +156,16 @@ class AttentionWeights:
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
     def _pieces(self) -> tuple[Tensor, ...]:
-        """W, made once; on ``cpu`` with the first head apart, which nonlin_attention takes alone."""
+        """W, made once. On ``cpu`` the first head, which nonlin_attention takes alone, may lie apart: see below."""
         if not self._dense and self.backend == "eager":
             self._dense = (self._reference(),)
         elif not self._dense:
+            # A slice's gradient is as large as its base; and together all heads may be too large to keep.
+            apart = torch.is_grad_enabled() or not native.keeps_weights(*self.shape, self.dtype, False)
+            groups = (slice(0, 1), slice(1, None)) if apart and self.shape[0] > 1 else (slice(None),)
             self._dense = tuple(
                 attention._weights(*self._scores_of(heads), *self.masks, *self._penalty, backend=self.backend)
-                for heads in (slice(0, 1), slice(1, None))[: self.shape[0]]
+                for heads in groups
             )
         return self._dense
 

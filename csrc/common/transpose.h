@@ -1,8 +1,8 @@
 // Transposition of small matrices in registers. Compiled once for each instruction set.
 #pragma once
 
-#include "attention/gemm.h"
 #include "common/dtypes.h"
+#include "common/gemm.h"
 
 namespace zk::ZK_ISA {
 
