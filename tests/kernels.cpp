@@ -9,6 +9,7 @@
 #include "attention/attention.h"
 #include "bias_norm/bias_norm.h"
 #include "conv_module/conv_module.h"
+#include "linear/linear.h"
 #include "swoosh/swoosh.h"
 
 namespace {
@@ -160,6 +161,27 @@ void conv_module(int threads) {
   check("conv_module", y, expected);
 }
 
+// Rows, columns and depth end in the middle of a block; the activation is SwooshR.
+template <class T>
+void linear(int threads) {
+  constexpr int64_t rows = 15, depth = 77, columns = 203;
+  auto x = random<T>(rows * depth), weight = random<T>(columns * depth, 0.2);
+  auto bias = random<T>(columns), residual = random<T>(rows * columns);
+  std::vector<T> y(rows * columns);
+  zk::linear_cpu({x.data(), weight.data(), bias.data(), residual.data(), y.data(), rows, depth, columns, Type<T>::dtype,
+                  zk::Activation::swoosh_r, threads});
+  Doubles a = doubles(x), b = doubles(weight), expected;
+  for (int64_t m = 0; m < rows; ++m) {
+    for (int64_t n = 0; n < columns; ++n) {
+      double sum = double(bias[n]);
+      for (int64_t k = 0; k < depth; ++k) sum += a[m * depth + k] * b[n * depth + k];
+      double activated = std::log1p(std::exp(sum - 1)) - 0.08 * sum - 0.313261687;
+      expected.push_back(activated + double(residual[m * columns + n]));
+    }
+  }
+  check("linear", y, expected);
+}
+
 // One sequence, two heads, no masks; channels end in the middle of a register.
 template <class T>
 void attention(int threads) {
@@ -260,6 +282,7 @@ void check_all(int threads) {
   bias_norm<T>(threads);
   conv_module<T>(threads);
   attention<T>(threads);
+  if constexpr (sizeof(T) >= sizeof(float)) linear<T>(threads);
 }
 
 }  // namespace

@@ -105,14 +105,16 @@ def _missing(name: str) -> str | None:
 missing: dict[str, str | None] = {}
 """For each backend, why it cannot run in this process at all, or None if it can."""
 
+serving: dict[str, tuple[str, ...]] = {}
+"""For each type of device, the backends of `PREFERENCE` that run on its tensors in this process, in that order."""
+
 
 def refresh() -> None:
-    """Fills `missing`. Called at import, and by tests that put another compiled module in place."""
+    """Fills `missing` and `serving`. Called at import, and by tests that put another compiled module in place."""
     for name in BACKENDS:
         missing[name] = _missing(name)
-
-
-refresh()
+    for device, order in PREFERENCE.items():
+        serving[device] = tuple(name for name in order if unserved_device(name, device) is None)
 
 
 def unserved_device(name: str, device: str) -> str | None:
@@ -122,3 +124,6 @@ def unserved_device(name: str, device: str) -> str | None:
     stands_in = TRITON_INTERPRETS if name == "triton" else emulated()
     wanted = "cpu" if name == "cpu" or stands_in else "cuda"
     return None if device == wanted else f"it takes {wanted} tensors, got one on {device}"
+
+
+refresh()

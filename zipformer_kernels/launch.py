@@ -15,6 +15,14 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.floa
 GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CPU_DTYPES = (*GPU_DTYPES, torch.float64)
 
+FEW_ROWS = 16
+"""Rows up to which `csrc/linear` measured faster than torch's products: those of a stream's chunk."""
+
+
+def few_rows(x: Tensor) -> bool:
+    """Whether x, (..., channels), has no more than `FEW_ROWS` rows."""
+    return x.numel() <= FEW_ROWS * x.shape[-1]
+
 
 def unsupported_dtype(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why kernels for `dtypes` cannot take x, or None if they can."""

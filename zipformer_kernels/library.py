@@ -98,26 +98,35 @@ class Op:
 
     def unsupported(self, name: str, *args: Any) -> str | None:
         """Why backend `name` cannot serve a call with these arguments, or None if it can."""
+        return self._unsupported(name, watcher(), args)
+
+    def _unsupported(self, name: str, watched_by: str | None, args: tuple[Any, ...]) -> str | None:
         if name not in self.backends:
             return backends.missing[name] or f"{self.name} has no {name} kernels"
-        if name != "eager" and _transformed():
+        if watched_by == "transform" and name != "eager":
             return "it cannot be transformed by torch.func (vmap, grad, jvp, ...); only eager can"
         device = args[self.tensors[0]].device.type
         return backends.unserved_device(name, device) or self.backends[name].supports(*args)
 
     def select(self, backend: str | None, *args: Any) -> str:
         """The name of the backend that a call with these arguments gets. Raises `BackendError`."""
+        return self._select(backend, watcher(), args)
+
+    def _select(self, backend: str | None, watched_by: str | None, args: tuple[Any, ...]) -> str:
         request = backends.requested(backend)
         if request == "auto":
-            if _exporting():  # what is exported must not need this package
+            if watched_by == "export":  # what is exported must not need this package
                 return "eager"
-            for name in backends.PREFERENCE.get(args[self.tensors[0]].device.type, ()):
-                if self.unsupported(name, *args) is None and self.backends[name].worthwhile(*args):
+            for name in backends.serving.get(args[self.tensors[0]].device.type, ()):
+                launchers = self.backends.get(name)
+                if launchers is None or (watched_by == "transform" and name != "eager"):
+                    continue
+                if launchers.supports(*args) is None and launchers.worthwhile(*args):
                     return name
             return "eager"
         reasons = []
         for name in request.split(","):
-            reason = self.unsupported(name, *args)
+            reason = self._unsupported(name, watched_by, args)
             if reason is None:
                 return name
             reasons.append(f"backend {name!r} cannot serve this call: {reason}")
@@ -135,8 +144,9 @@ class Op:
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Runs the op. Arguments as in its schema."""
-        name = self.select(backend, *args)
-        if traced_or_transformed():
+        watched_by = watcher()
+        name = self._select(backend, watched_by, args)
+        if watched_by is not None:
             if name == "eager":
                 return self.reference(*args)
             results = getattr(torch.ops.zipformer_kernels, self.name)(*args, name)
@@ -257,19 +267,21 @@ class Op:
         )
 
 
-def _exporting() -> bool:
-    """Whether a program is being recorded to run elsewhere: torch.export, torch.jit.trace, or an ONNX exporter."""
-    return torch.jit.is_tracing() or getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)()
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # since torch 2.7
 
 
-def _transformed() -> bool:
-    """Whether a transform of torch.func (vmap, grad, jvp, ...) is around the call."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+def watcher() -> str | None:
+    """Who takes calls apart, rather than to run them.
 
-
-def traced_or_transformed() -> bool:
-    """Whether a call is recorded, by torch.compile or an exporter, or under a transform of torch.func."""
-    return torch.compiler.is_compiling() or _exporting() or _transformed()
+    Returns:
+        "export" where a program is recorded to run elsewhere (torch.export, torch.jit.trace, an ONNX exporter),
+        "compile" under torch.compile, "transform" under a transform of torch.func (vmap, grad, jvp, ...), or None.
+    """
+    if torch.jit.is_tracing() or _is_exporting():
+        return "export"
+    if torch.compiler.is_compiling():
+        return "compile"
+    return "transform" if torch._C._are_functorch_transforms_active() else None
 
 
 def _one_or_all(results: tuple[Tensor, ...]) -> Any:
@@ -339,7 +351,7 @@ def gradient_hook(x: Tensor, function: Callable[..., Tensor], *saved: Tensor) ->
     Raises:
         NotImplementedError: a transform of torch.func is around the call.
     """
-    if _transformed():
+    if watcher() == "transform":
         raise NotImplementedError(
             "balancers, whitening and limits change the backward pass and cannot be transformed by torch.func "
             "(vmap, grad, jvp, ...): use zipformer_kernels.training.without_draws()"

@@ -54,6 +54,27 @@ struct AttentionBackward {
   double penalty, limit;
 };
 
+// A module that averages over a chunk of a stream and its left context, whole, for few rows:
+//
+//     v = src W1^T + b1, or x tanh(s) of its thirds s, x, g
+//     joined = the left context, then v
+//     y = src + (W joined, for each head; times g where there is one) W2^T + b2
+struct AttentionStream {
+  const void* src;                  // (targets, sequences, channels)
+  const void *in_weight, *in_bias;  // W1 (values, or 3 values, channels), b1 or null
+  const void* context;              // (sources - targets, sequences, values) of these strides
+  int64_t context_frame, context_sequence;
+  const void* w;                      // (heads, sequences, targets, sources), contiguous
+  const void *out_weight, *out_bias;  // W2 (channels, values), b2 or null
+  void* joined;                       // (sources, sequences, values)
+  void* y;                            // (targets, sequences, channels)
+  int64_t targets, sources, sequences, channels, heads, values;
+  bool gated;
+  DType dtype;  // float32 or float64
+  int threads;
+};
+
+ZK_DECLARE_CPU(attention_stream, AttentionStream)
 ZK_DECLARE_CPU(attention_log_sum_exp, AttentionWeights)
 ZK_DECLARE_CPU(attention_weights_forward, AttentionDense)
 ZK_DECLARE_CPU(attention_forward, AttentionForward)

@@ -2,9 +2,11 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <memory>
 
 #include "common/bind.h"
 #include "conv_module/conv_module.h"
+#include "linear/linear.h"
 
 namespace zk {
 
@@ -26,11 +28,40 @@ static ConvModuleForward forward_args(const Addresses& in, uintptr_t y, const Si
   return {inputs(in, sizes, x_dtype, y_dtype, threads), pointer(y), nullptr, false};
 }
 
+static ConvModuleForward infer_args(const Addresses& in, uintptr_t y, uintptr_t projection_bias, uintptr_t left,
+                                    uintptr_t next, const Sizes& sizes, int dtype, int threads) {
+  ConvModuleForward args = forward_args(in, y, sizes, dtype, dtype, threads);
+  args.in.projection_bias = pointer(projection_bias);
+  args.in.left = pointer(left);
+  args.next = pointer(next);
+  args.swoosh = true;
+  return args;
+}
+
 static ConvModuleBackward backward_args(const Addresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds,
                                         uintptr_t partials, int64_t parts, const Sizes& sizes, int x_dtype, int y_dtype,
                                         int threads) {
   return {
       inputs(in, sizes, x_dtype, y_dtype, threads), pointer(dy), pointer(da), pointer(ds), pointer(partials), parts};
+}
+
+// Addresses of: src, in_weight, out_weight, out_bias, y.
+using Around = std::array<uintptr_t, 5>;
+
+// y = src + the whole module of src, for few rows: `middle` lacks its input and output.
+static void stream(const Around& around, ConvModuleForward middle) {
+  auto [src, in_weight, out_weight, out_bias, y] = around;
+  ConvModuleInputs& in = middle.in;
+  int64_t channels = in.shape.channels, rows = in.shape.frames * in.shape.batch;
+  std::unique_ptr<double[]> buffers(new double[3 * rows * channels]);  // large enough for either dtype
+  middle.y = buffers.get() + 2 * rows * channels;
+  linear_cpu({pointer(src), pointer(in_weight), nullptr, nullptr, buffers.get(), rows, channels, 2 * channels,
+              in.x_dtype, Activation::none, in.threads});
+  in.a = buffers.get();
+  in.s = static_cast<const char*>(in.a) + channels * (in.x_dtype == DType::f64 ? 8 : 4);
+  conv_module_forward_cpu(middle);
+  linear_cpu({middle.y, pointer(out_weight), pointer(out_bias), pointer(src), pointer(y), rows, channels, channels,
+              in.x_dtype, Activation::none, in.threads});
 }
 
 void bind_conv_module(pybind11::module_& m) {
@@ -44,12 +75,7 @@ void bind_conv_module(pybind11::module_& m) {
       "conv_module_infer_cpu",
       [](const Addresses& in, uintptr_t y, uintptr_t projection_bias, uintptr_t left, uintptr_t next,
          const Sizes& sizes, int dtype, int threads) {
-        ConvModuleForward args = forward_args(in, y, sizes, dtype, dtype, threads);
-        args.in.projection_bias = pointer(projection_bias);
-        args.in.left = pointer(left);
-        args.next = pointer(next);
-        args.swoosh = true;
-        conv_module_forward_cpu(args);
+        conv_module_forward_cpu(infer_args(in, y, projection_bias, left, next, sizes, dtype, threads));
       },
       release_gil());
   m.def(
@@ -58,6 +84,12 @@ void bind_conv_module(pybind11::module_& m) {
          const Sizes& sizes, int x_dtype, int y_dtype, int threads) {
         conv_module_backward_cpu(backward_args(in, dy, da, ds, partials, parts, sizes, x_dtype, y_dtype, threads));
       },
+      release_gil());
+  m.def(
+      "conv_module_stream_cpu",
+      [](const Around& around, const Addresses& in, uintptr_t projection_bias, uintptr_t left, uintptr_t next,
+         const Sizes& sizes, int dtype,
+         int threads) { stream(around, infer_args(in, 0, projection_bias, left, next, sizes, dtype, threads)); },
       release_gil());
 #if ZK_WITH_CUDA
   m.def("conv_module_forward_cuda",

@@ -13,8 +13,14 @@ namespace zk::ZK_ISA {
 
 namespace {
 
-constexpr int64_t tile = 128;  // frames
-constexpr int64_t block_channels = 256;
+constexpr int64_t tile = 128;           // frames
+constexpr int64_t most_channels = 256;  // of a block
+
+// Channels of a block: few where `tiles` alone would leave threads without work, as in a stream.
+int64_t block_width(const ConvModuleShape& n, int64_t tiles, int threads) {
+  int64_t blocks = std::max((n.channels + most_channels - 1) / most_channels, (threads + tiles - 1) / tiles);
+  return round_up((n.channels + blocks - 1) / blocks, 64);
+}
 
 // Tiles are not inlined: compiled once, they give the same bits on one thread and on several.
 #define ZK_TILE __attribute__((noinline))
@@ -23,13 +29,13 @@ constexpr int64_t block_channels = 256;
 template <class X, class W = Wide<X>>
 class Block {
  public:
-  explicit Block(const ConvModuleInputs& in) : in(in), n(in.shape), half(n.half()) {}
+  Block(const ConvModuleInputs& in, int64_t width) : in(in), n(in.shape), half(n.half()), width_(width) {}
 
   // Turns to a block of channels.
   void select(int64_t block) {
-    if (block * block_channels == first && channels > 0) return;
-    first = block * block_channels;
-    channels = std::min(block_channels, n.channels - first);
+    if (block * width_ == first && channels > 0) return;
+    first = block * width_;
+    channels = std::min(width_, n.channels - first);
     panels = (channels + Lanes<W>::count - 1) / Lanes<W>::count;
     read_taps(in.weight, n.kernel, weight);
     read_row(in.bias, bias);
@@ -128,13 +134,15 @@ class Block {
     const W* values = static_cast<const W*>(from);
     if (values) row.each_channel(0, channels, [&](int64_t c, W& to) { to = values[first + c]; });
   }
+
+  int64_t width_;
 };
 
 template <class X, class Y, class W = Wide<X>>
 class Forward {
  public:
-  explicit Forward(const ConvModuleForward& args)
-      : block_(args.in), y_(static_cast<Y*>(args.y)), next_(args.next), swoosh_(args.swoosh) {}
+  Forward(const ConvModuleForward& args, int64_t width)
+      : block_(args.in, width), y_(static_cast<Y*>(args.y)), next_(args.next), swoosh_(args.swoosh) {}
 
   ZK_TILE void run(int64_t block, int64_t b, int64_t t0) {
     block_.select(block);
@@ -196,8 +204,8 @@ class Forward {
 template <class X, class Y, class W = Wide<X>>
 class Backward {
  public:
-  explicit Backward(const ConvModuleBackward& args)
-      : args_(args), block_(args.in), offsets_(args.in.shape, args.in.chunked()) {}
+  Backward(const ConvModuleBackward& args, int64_t width)
+      : args_(args), block_(args.in, width), offsets_(args.in.shape, args.in.chunked()) {}
 
   // The share of one part of all tiles.
   ZK_TILE void run(int64_t block, int64_t part) {
@@ -351,8 +359,6 @@ class Backward {
   Strip<W> dweight_, dbias_, dcausal_, dcausal_bias_, dleft_, dright_;
 };
 
-int64_t blocks_of(const ConvModuleShape& n) { return (n.channels + block_channels - 1) / block_channels; }
-
 const auto dispatch = [](DType dtype, auto&& f) { dispatch_cpu(dtype, f); };
 
 }  // namespace
@@ -360,18 +366,21 @@ const auto dispatch = [](DType dtype, auto&& f) { dispatch_cpu(dtype, f); };
 void conv_module_forward(const ConvModuleForward& args) {
   const ConvModuleShape& n = args.in.shape;
   int64_t across = (n.frames + tile - 1) / tile, tiles = n.batch * across;
+  int64_t width = block_width(n, tiles, args.in.threads), blocks = (n.channels + width - 1) / width;
   dispatch_conv_module(dispatch, args.in.x_dtype, args.in.y_dtype, [&](auto x, auto y) {
-    parallel_for(blocks_of(n) * tiles, 1, args.in.threads, [&](int64_t begin, int64_t end) {
-      Forward<decltype(x), decltype(y)> forward(args);
+    parallel_for(blocks * tiles, 1, args.in.threads, [&](int64_t begin, int64_t end) {
+      Forward<decltype(x), decltype(y)> forward(args, width);
       for (int64_t i = begin; i < end; ++i) forward.run(i / tiles, i % tiles / across, i % across * tile);
     });
   });
 }
 
 void conv_module_backward(const ConvModuleBackward& args) {
+  const ConvModuleShape& n = args.in.shape;
+  int64_t width = block_width(n, args.parts, args.in.threads), blocks = (n.channels + width - 1) / width;
   dispatch_conv_module(dispatch, args.in.x_dtype, args.in.y_dtype, [&](auto x, auto y) {
-    parallel_for(blocks_of(args.in.shape) * args.parts, 1, args.in.threads, [&](int64_t begin, int64_t end) {
-      Backward<decltype(x), decltype(y)> backward(args);
+    parallel_for(blocks * args.parts, 1, args.in.threads, [&](int64_t begin, int64_t end) {
+      Backward<decltype(x), decltype(y)> backward(args, width);
       for (int64_t i = begin; i < end; ++i) backward.run(i / args.parts, i % args.parts);
     });
   });

@@ -1,5 +1,8 @@
 // Python's entry points to swoosh_linear's kernels; zipformer_kernels/ops/swoosh_linear/native.py calls them.
+#include <memory>
+
 #include "common/bind.h"
+#include "linear/linear.h"
 #include "swoosh_linear/swoosh_linear.h"
 
 namespace zk {
@@ -31,6 +34,17 @@ void bind_swoosh_linear(pybind11::module_& m) {
          int64_t inner, int x_dtype, int a_dtype, int kind, int threads) {
         swoosh_linear_backward_cpu(
             backward_args(da, x, mask, dx, a, outer, shared, inner, x_dtype, a_dtype, kind, threads));
+      },
+      release_gil());
+  m.def(
+      "swoosh_linear_infer_cpu",
+      [](uintptr_t src, uintptr_t in_weight, uintptr_t in_bias, uintptr_t out_weight, uintptr_t out_bias, uintptr_t y,
+         int64_t rows, int64_t channels, int64_t hidden, int dtype, int kind, int threads) {
+        std::unique_ptr<double[]> middle(new double[rows * hidden]);  // large enough for either dtype
+        linear_cpu({pointer(src), pointer(in_weight), pointer(in_bias), nullptr, middle.get(), rows, channels, hidden,
+                    DType(dtype), Activation(kind), threads});
+        linear_cpu({middle.get(), pointer(out_weight), pointer(out_bias), pointer(src), pointer(y), rows, hidden,
+                    channels, DType(dtype), Activation::none, threads});
       },
       release_gil());
 #if ZK_WITH_CUDA

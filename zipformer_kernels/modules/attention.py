@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zipformer_kernels.modules.inference import add_product, hooked, is_untouched
 from zipformer_kernels.modules.scaled_init import ScaledLinear
-from zipformer_kernels.modules.streaming import join_cache
+from zipformer_kernels.modules.streaming import average_chunk, averages_whole, check_cache, join_cache
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, aggregate
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
 from zipformer_kernels.training.randomness import happens, logging_draw
@@ -208,7 +208,7 @@ class SelfAttention(nn.Module):
     def add_to(self, src: Tensor, attn_weights: AttentionWeights | Tensor, over: bool) -> Tensor:
         """src + self(src, attn_weights) in inference; see `zipformer_kernels.modules.inference`."""
         linear = is_untouched(self.in_proj, nn.Linear) and is_untouched(self.out_proj, nn.Linear)
-        if hooked(self, self.whiten) or not linear:
+        if hooked(self) or not linear:
             return src + self(src, attn_weights)
         average = aggregate(attn_weights, self.in_proj(src))
         return add_product(src, average, self.out_proj.weight, self.out_proj.bias, over)
@@ -229,3 +229,13 @@ class SelfAttention(nn.Module):
         """
         values, cached_val = join_cache("cached_val", cached_val, self.in_proj(x), left_context_len, dim=0)
         return self.out_proj(aggregate(attn_weights, values)), cached_val
+
+    def add_chunk_to(
+        self, src: Tensor, attn_weights: AttentionWeights | Tensor, cached_val: Tensor, left_context_len: int
+    ) -> tuple[Tensor, Tensor]:
+        """src + self.streaming_forward(src, ...), and the next `cached_val`."""
+        if not averages_whole(self, src):
+            x, cached_val = self.streaming_forward(src, attn_weights, cached_val, left_context_len)
+            return src + x, cached_val
+        check_cache("cached_val", cached_val, left_context_len, dim=0)
+        return average_chunk(self, src, attn_weights, cached_val, gated=False)

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zipformer_kernels.launch import few_rows
 from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
 from zipformer_kernels.modules.inference import add_product, hooked, is_untouched, only_computes
 from zipformer_kernels.modules.streaming import join_cache
 from zipformer_kernels.ops.conv_module import chunk_conv_module, conv_module, infer_conv_module
 from zipformer_kernels.ops.conv_module.reference import chunk_convolution, chunk_factors
+from zipformer_kernels.ops.conv_module.stream import stream_conv_module
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
 
 
@@ -153,18 +155,16 @@ class ConvolutionModule(nn.Module):
 
     def add_to(self, src: Tensor, src_key_padding_mask: Tensor | None, chunk_size: int, over: bool) -> Tensor:
         """src + self(src, ...) in inference; see `zipformer_kernels.modules.inference`."""
-        if hooked(self) or not self._only_computes(src):
+        if not self._only_computes(src):
             return src + self(src, src_key_padding_mask, chunk_size)
         x, _ = self._infer(src, src_key_padding_mask, chunk_size=chunk_size)
         return add_product(src, x, self.out_proj.weight, self.out_proj.bias, over)
 
     def _only_computes(self, x: Tensor) -> bool:
         """Whether `_infer` and a product do what a call of the module would."""
-        if not only_computes(x, self.out_proj.weight):
+        if not only_computes(x, self.out_proj.weight) or hooked(self, self.depthwise_conv):
             return False
-        watched = self.balancer1, self.activation1, self.balancer2, self.whiten
-        linear = is_untouched(self.in_proj, nn.Linear) and is_untouched(self.out_proj, ActivationDropoutAndLinear)
-        return linear and not hooked(*watched) and not self._hooked()
+        return is_untouched(self.in_proj, nn.Linear) and is_untouched(self.out_proj, ActivationDropoutAndLinear)
 
     def _infer(self, x: Tensor, padding: Tensor | None, **where: Any) -> tuple[Tensor, Tensor | None]:
         """All but the last product, and the next left context; `where` as of `infer_conv_module`."""
@@ -181,7 +181,7 @@ class ConvolutionModule(nn.Module):
         s = self.balancer1(s)
         x = self.activation1(x)
         conv = self.depthwise_conv
-        if self._hooked():
+        if hooked(self.sigmoid, self.activation2, conv):
             x = self._gate(x, s, padding)
             return (conv(x, chunk_size=chunk_size) if self.causal else conv(x)).permute(2, 0, 1)
         if self.causal:
@@ -212,11 +212,15 @@ class ConvolutionModule(nn.Module):
         x, cache = self.depthwise_conv.streaming_forward(x, cache=cache)
         return self.out_proj(x.permute(2, 0, 1)), cache
 
-    def _hooked(self) -> bool:
-        """Whether somebody wants to see what happens inside of the op."""
-        conv = self.depthwise_conv
-        inside = (conv, conv.causal_conv, conv.chunkwise_conv) if self.causal else (conv,)
-        return hooked(self.sigmoid, self.activation2, *inside)
+    def add_chunk_to(self, src: Tensor, cache: Tensor, src_key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """src + self.streaming_forward(src, ...), and the next `cache`."""
+        if not few_rows(src) or not self._only_computes(src):
+            x, cache = self.streaming_forward(src, cache, src_key_padding_mask)
+            return src + x, cache
+        first, last, conv = self.in_proj, self.out_proj, self.depthwise_conv.parameters_of_op()
+        return stream_conv_module(
+            src, first.weight, first.bias, cache.contiguous(), *conv, src_key_padding_mask, last.weight, last.bias
+        )
 
     def _gate(self, x: Tensor, s: Tensor, padding: Tensor | None) -> Tensor:
         """The gated input with zeros on padding, (batch, channels, T)."""

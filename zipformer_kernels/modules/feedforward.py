@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zipformer_kernels.launch import few_rows
 from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
 from zipformer_kernels.modules.inference import hooked, is_untouched
+from zipformer_kernels.ops.swoosh_linear import infer_feed_forward
 from zipformer_kernels.training import Balancer, FloatLike, Whiten, whitening_schedule
 
 
@@ -49,6 +51,9 @@ class FeedforwardModule(nn.Module):
 
     def add_to(self, src: Tensor, over: bool) -> Tensor:
         """src + self(src) in inference; see `zipformer_kernels.modules.inference`."""
-        if hooked(self, self.hidden_balancer, self.out_whiten) or not is_untouched(self.in_proj, nn.Linear):
+        if hooked(self) or not is_untouched(self.in_proj, nn.Linear):
             return src + self(src)
-        return self.out_proj.add_to(src, F.linear(src, self.in_proj.weight), self.in_proj.bias, over)
+        first, last = self.in_proj, self.out_proj
+        if few_rows(src) and is_untouched(last, ActivationDropoutAndLinear):
+            return infer_feed_forward(src, first.weight, first.bias, last.weight, last.bias, "l")
+        return last.add_to(src, F.linear(src, first.weight), first.bias, over)

@@ -10,20 +10,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.library import autocast_dtype, traced_or_transformed
+from zipformer_kernels.library import watcher
 
 
 def hooked(*modules: nn.Module) -> bool:
-    """Whether any of the modules has forward hooks, which want to see it called."""
-    for module in modules:  # noqa: SIM110 -- asked for every module of every layer: `any` takes twice as long
+    """Whether any of the modules or of their children has forward hooks, which want to see it called."""
+    for module in modules:  # asked for every module of every layer: loops and `_modules` take half the time
         if module._forward_hooks or module._forward_pre_hooks:
             return True
+        for child in module._modules.values():
+            if child._forward_hooks or child._forward_pre_hooks:
+                return True
     return False
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of the module is what `kind` makes of its attributes: no hooks, not quantized or replaced."""
-    return type(module).forward is kind.forward and "forward" not in vars(module) and not hooked(module)
+    return type(module).forward is kind.forward and "forward" not in module.__dict__ and not hooked(module)
 
 
 def only_computes(x: Tensor, parameter: Tensor) -> bool:
@@ -33,7 +36,7 @@ def only_computes(x: Tensor, parameter: Tensor) -> bool:
     """
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != parameter.dtype:
         return False
-    return autocast_dtype(x) is None and not traced_or_transformed()
+    return not torch.is_autocast_enabled("cpu") and watcher() is None
 
 
 def add_product(src: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, over: bool) -> Tensor:

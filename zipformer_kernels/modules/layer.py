@@ -272,24 +272,15 @@ class ZipformerEncoderLayer(nn.Module):
         )
         lean = only_computes(src, self.bypass_scale)
         src = self.feed_forward1.add_to(src, over=False) if lean else src + self.feed_forward1(src)
-        attended, cached_nonlin_attn = self.nonlin_attention.streaming_forward(
-            src, attn_weights[0:1], cached_x=cached_nonlin_attn, left_context_len=left_context_len
+        src, cached_nonlin_attn = self.nonlin_attention.add_chunk_to(
+            src, attn_weights[0:1], cached_nonlin_attn, left_context_len
         )
-        src = src + attended
-        attended, cached_val1 = self.self_attn1.streaming_forward(
-            src, attn_weights, cached_val=cached_val1, left_context_len=left_context_len
-        )
-        src = src + attended
-        conv, cached_conv1 = self.conv_module1.streaming_forward(src, cache=cached_conv1, src_key_padding_mask=padding)
-        src = src + conv
+        src, cached_val1 = self.self_attn1.add_chunk_to(src, attn_weights, cached_val1, left_context_len)
+        src, cached_conv1 = self.conv_module1.add_chunk_to(src, cached_conv1, padding)
         src = self.feed_forward2.add_to(src, over=True) if lean else src + self.feed_forward2(src)
         src = self.bypass_mid(src_orig, src)
-        attended, cached_val2 = self.self_attn2.streaming_forward(
-            src, attn_weights, cached_val=cached_val2, left_context_len=left_context_len
-        )
-        src = src + attended
-        conv, cached_conv2 = self.conv_module2.streaming_forward(src, cache=cached_conv2, src_key_padding_mask=padding)
-        src = src + conv
+        src, cached_val2 = self.self_attn2.add_chunk_to(src, attn_weights, cached_val2, left_context_len)
+        src, cached_conv2 = self.conv_module2.add_chunk_to(src, cached_conv2, padding)
         src = self.feed_forward3.add_to(src, over=True) if lean else src + self.feed_forward3(src)
         src = self.bypass(src_orig, self.norm(src))
         return src, cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2

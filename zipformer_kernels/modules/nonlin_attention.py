@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from zipformer_kernels.modules.inference import add_product, hooked, is_untouched
 from zipformer_kernels.modules.scaled_init import ScaledLinear
-from zipformer_kernels.modules.streaming import join_cache
+from zipformer_kernels.modules.streaming import average_chunk, averages_whole, check_cache, join_cache
 from zipformer_kernels.ops.attention import AttentionWeights, aggregate, merge_heads, split_heads
 from zipformer_kernels.ops.nonlin_attention import nonlin_attention
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
@@ -66,7 +66,7 @@ class NonlinAttention(nn.Module):
     def add_to(self, src: Tensor, attn_weights: AttentionWeights | Tensor, over: bool) -> Tensor:
         """src + self(src, attn_weights) in inference; see `zipformer_kernels.modules.inference`."""
         linear = is_untouched(self.in_proj, nn.Linear) and is_untouched(self.out_proj, nn.Linear)
-        if hooked(self, self.identity3, self.whiten2) or not linear:
+        if hooked(self) or not linear:
             return src + self(src, attn_weights)
         return add_product(src, self._attend(src, attn_weights), self.out_proj.weight, self.out_proj.bias, over)
 
@@ -99,3 +99,14 @@ class NonlinAttention(nn.Module):
         values, cache = join_cache("cached_x", merge_heads(cached_x), gated, left_context_len, dim=0)
         x = self.out_proj(aggregate(attn_weights, values) * y)
         return x, split_heads(cache, attn_weights.shape[0])
+
+    def add_chunk_to(
+        self, src: Tensor, attn_weights: AttentionWeights | Tensor, cached_x: Tensor, left_context_len: int
+    ) -> tuple[Tensor, Tensor]:
+        """src + self.streaming_forward(src, ...), and the next `cached_x`."""
+        if not averages_whole(self, src):
+            x, cached_x = self.streaming_forward(src, attn_weights, cached_x, left_context_len)
+            return src + x, cached_x
+        check_cache("cached_x", cached_x, left_context_len, dim=2)
+        src, cache = average_chunk(self, src, attn_weights, merge_heads(cached_x), gated=True)
+        return src, split_heads(cache, attn_weights.shape[0])

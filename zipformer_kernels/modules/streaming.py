@@ -1,9 +1,14 @@
-"""The caches that carry left context from one chunk of a stream to the next."""
+"""What carries left context from one chunk of a stream to the next, and modules that take a chunk in one kernel."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from zipformer_kernels.launch import few_rows
+from zipformer_kernels.modules.inference import hooked, is_untouched, only_computes
+from zipformer_kernels.ops.attention import AttentionWeights
+from zipformer_kernels.ops.attention.stream import stream_attention
 
 
 def join_cache(name: str, cache: Tensor, x: Tensor, length: int, dim: int) -> tuple[Tensor, Tensor]:
@@ -22,7 +27,42 @@ def join_cache(name: str, cache: Tensor, x: Tensor, length: int, dim: int) -> tu
     Raises:
         ValueError: the cache has not `length` frames.
     """
-    if cache.shape[dim] != length:
-        raise ValueError(f"{name}: wanted {length} frames along dimension {dim}, got {tuple(cache.shape)}")
+    check_cache(name, cache, length, dim)
     joined = torch.cat([cache, x], dim=dim)
     return joined, joined.narrow(dim, joined.shape[dim] - length, length)
+
+
+def check_cache(name: str, cache: Tensor, length: int, dim: int) -> None:
+    """Raises ValueError unless the cache has `length` frames along a dimension."""
+    if cache.shape[dim] != length:
+        raise ValueError(f"{name}: wanted {length} frames along dimension {dim}, got {tuple(cache.shape)}")
+
+
+def averages_whole(module: nn.Module, src: Tensor) -> bool:
+    """Whether `average_chunk` does what the module, SelfAttention or NonlinAttention, would do."""
+    if not few_rows(src) or not only_computes(src, module.out_proj.weight) or hooked(module):
+        return False
+    return is_untouched(module.in_proj, nn.Linear) and is_untouched(module.out_proj, nn.Linear)
+
+
+def average_chunk(
+    module: nn.Module, src: Tensor, attn_weights: AttentionWeights | Tensor, cache: Tensor, gated: bool
+) -> tuple[Tensor, Tensor]:
+    """src + module(src), in inference.
+
+    Args:
+        module: SelfAttention, or, `gated`, NonlinAttention.
+        src: (T, batch, channels), with few rows.
+        attn_weights: (heads, batch, T, L + T).
+        cache: (L, batch, values).
+        gated: which of the two it is.
+
+    Returns:
+        (T, batch, channels), and the next `cache`.
+    """
+    weights = attn_weights.materialize() if isinstance(attn_weights, AttentionWeights) else attn_weights
+    first, last = module.in_proj, module.out_proj
+    src, joined = stream_attention(
+        src.contiguous(), first.weight, first.bias, cache, weights, last.weight, last.bias, gated
+    )
+    return src, joined[joined.shape[0] - cache.shape[0] :]

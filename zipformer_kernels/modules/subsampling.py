@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipformer_kernels.library import autocast_dtype, gradient_hook, recomputed, traced_or_transformed
+from zipformer_kernels.library import autocast_dtype, gradient_hook, recomputed, watcher
 from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.inference import hooked, is_untouched
 from zipformer_kernels.modules.scaled_init import ScaledConv2d
@@ -321,7 +321,7 @@ class Conv2dSubsampling(nn.Module):
 
 def _channels_last(x: Tensor) -> bool:
     """Whether convolutions run with channels last in memory, which measured faster on the CPU."""
-    return x.device.type == "cpu" and not traced_or_transformed()
+    return x.device.type == "cpu" and watcher() is None
 
 
 def _tiles(batch: int, frames: int) -> Iterator[tuple[slice, int, int]]:

@@ -44,7 +44,7 @@ class AttentionWeights:
     for code that wants a tensor; torch's functions do that by themselves.
 
     Attributes:
-        scores: q, k, p, e.
+        scores: q, k, p, e; where W is kept, of all heads that it was made of.
         masks: key_padding_mask, attn_mask as a tensor, chunk, left_chunks.
         keeps: whether W itself is made, at its first use, and kept: on ``eager``, and on ``cpu`` while it is small.
         lse: the log-sum-exp of the masked scores, (H, B, T), -inf where all are masked; None where W is kept.
@@ -85,7 +85,9 @@ class AttentionWeights:
         self.masks = key_padding_mask, mask, rule.chunk, rule.left_chunks
         self._penalty = penalty, limit
         self.dtype, self.device = q.dtype, q.device
-        detached = tuple(None if x is None else x.detach() for x in self.scores)
+        detached = self.scores
+        if torch.is_grad_enabled():
+            detached = tuple(None if x is None else x.detach() for x in self.scores)
         self.backend = attention._log_sum_exp.select(backend, *detached, *self.masks)
         self._dense: tuple[Tensor, ...] = ()
         self.lse: Tensor | None = None
@@ -101,11 +103,12 @@ class AttentionWeights:
             raise TypeError(f"heads must be a slice without a step, such as [0:1], got {heads!r}")
         part = object.__new__(AttentionWeights)
         part.__dict__.update(self.__dict__)
-        part.scores = self._scores_of(heads)
         part._penalty = 0.0, 0.0  # the whole's uses bring it
-        part._dense = _slice_heads(self._pieces(), heads) if self.keeps else ()
-        part.lse = None if self.lse is None else self.lse[heads]
-        part.shape = torch.Size((part.scores[0].shape[2], *self.shape[1:]))
+        if self.keeps:
+            part._dense = _slice_heads(self._pieces(), heads)
+        else:
+            part.scores, part.lse = self._scores_of(heads), self.lse[heads]
+        part.shape = torch.Size((len(range(self.shape[0])[heads]), *self.shape[1:]))
         return part
 
     def constant(self) -> AttentionWeights:

@@ -10,6 +10,9 @@ is the product da, one pass that reads da and x and writes both dx and a once mo
 sum db, which torch takes: no pass of ours reads dy. All products are torch's, in its precision settings.
 
 Source: ``ActivationDropoutAndLinear`` in upstream's ``scaling.py``.
+
+A stream brings few frames at a time, and its feed-forward modules take the time in which their weights are read. There
+`infer_feed_forward` is one kernel, both products included.
 """
 
 from __future__ import annotations
@@ -32,6 +35,14 @@ _op = Op(
     },
     saves=("x", "weight", "bias", "mask"),
     fake=lambda x, weight, bias, mask, kind, dtype: (x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype),),
+)
+
+_infer = Op(
+    "swoosh_linear_infer",
+    "Tensor src, Tensor in_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, str kind",
+    reference=reference.infer,
+    backends={"eager": reference.eager_infer, "cpu": native.cpu_infer},
+    saves=(),
 )
 
 
@@ -93,6 +104,46 @@ def swoosh_linear(
         if tensor is not None and tensor.dtype != x.dtype:
             raise TypeError(f"{name} must be of the dtype of x, {x.dtype}, without autocast, got {tensor.dtype}")
     return _op(x, weight, bias, mask, kind, x.dtype, backend=backend)
+
+
+def infer_feed_forward(
+    src: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    kind: str,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """src + linear(Swoosh(linear(src, in_weight, in_bias)), out_weight, out_bias); the result carries no gradient.
+
+    Args:
+        src: (..., channels). ``auto`` takes the kernel for few rows, see `zipformer_kernels.launch.few_rows`.
+        in_weight: (hidden, channels).
+        in_bias: (hidden,), or None.
+        out_weight: (channels, hidden).
+        out_bias: (channels,), or None. All of one dtype.
+        kind: ``l`` for SwooshL, ``r`` for SwooshR.
+        backend: which backend to use; see `zipformer_kernels.backend`.
+    Returns:
+        A new tensor of the shape and dtype of src.
+    Raises:
+        ValueError: a shape or kind does not fit.
+        BackendError: `backend` cannot serve the call.
+    """
+    hidden, channels = in_weight.shape
+    if src.shape[-1] != channels or out_weight.shape != (channels, hidden):
+        raise ValueError(
+            f"out_weight must have shape (channels, hidden) for src in (..., channels) and in_weight in (hidden, "
+            f"channels), got {tuple(out_weight.shape)} for {tuple(src.shape)} and {tuple(in_weight.shape)}"
+        )
+    for name, bias, size in (("in_bias", in_bias, hidden), ("out_bias", out_bias, channels)):
+        if bias is not None and bias.shape != (size,):
+            raise ValueError(f"{name} must have shape ({size},), got {tuple(bias.shape)}")
+    if kind not in ("l", "r"):
+        raise ValueError(f"kind must be 'l' or 'r', got {kind!r}")
+    return _infer(src, in_weight, in_bias, out_weight, out_bias, kind, backend=backend)
 
 
 def _check_mask(mask: Tensor, x: Tensor) -> None:

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, GPU_DTYPES, as_empty_like, call_cpu, call_cuda
+from zipformer_kernels.launch import (
+    CPU_DTYPES,
+    DTYPE_CODES,
+    GPU_DTYPES,
+    as_empty_like,
+    call_cpu,
+    call_cuda,
+    few_rows,
+    unsupported_dtype,
+)
 from zipformer_kernels.library import Launchers
 from zipformer_kernels.ops.swoosh_linear.layout import layout
 from zipformer_kernels.ops.swoosh_linear.product import around_product, unsupported
@@ -38,6 +48,27 @@ def _differentiate(
     return as_empty_like(dx, given), a
 
 
+def _infer(
+    src: Tensor, in_weight: Tensor, in_bias: Tensor | None, out_weight: Tensor, out_bias: Tensor | None, kind: str
+) -> tuple[Tensor]:
+    src = src.contiguous()
+    y = torch.empty_like(src)
+    if y.numel() > 0:
+        parameters = (p if p is None else p.contiguous() for p in (in_weight, in_bias, out_weight, out_bias))
+        hidden, channels = in_weight.shape
+        sizes = src.numel() // channels, channels, hidden
+        tensors = (src, *parameters, y)
+        call_cpu("swoosh_linear_infer", src, *map(_pointer, tensors), *sizes, DTYPE_CODES[src.dtype], KINDS[kind])
+    return (y,)
+
+
+def _unsupported_infer(src: Tensor, *rest: Any) -> str | None:
+    others = {t.dtype for t in rest if isinstance(t, Tensor)} - {src.dtype}
+    if others:
+        return f"it takes tensors of one dtype, got {src.dtype} and {others.pop()}"
+    return unsupported_dtype(src, (torch.float32, torch.float64))
+
+
 def _pointer(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
@@ -47,4 +78,5 @@ def _launchers(call: Callable[..., None], dtypes: tuple[torch.dtype, ...]) -> La
 
 
 cpu = _launchers(call_cpu, CPU_DTYPES)
+cpu_infer = Launchers(_unsupported_infer, _infer, None, lambda src, *_: few_rows(src))
 cuda = _launchers(call_cuda, GPU_DTYPES)
