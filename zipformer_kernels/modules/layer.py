@@ -182,24 +182,26 @@ class ZipformerEncoderLayer(nn.Module):
         first_head = attn_weights[0:1]
         if self.training and happens(self.const_attention_rate):
             first_head = constant_attention(first_head)
-        src = src + _drop(self.balancer_na(self.nonlin_attention(src, first_head)), attention_mask)
-        src = src + _drop(self.self_attn1(src, attn_weights), attention_mask)
+        src = _add(src, self.balancer_na(self.nonlin_attention(src, first_head)), attention_mask)
+        src = _add(src, self.self_attn1(src, attn_weights), attention_mask)
 
         skip_rate = float(self.conv_skip_rate)
         conv = self.conv_module1(src, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask)
-        src = src + self.sequence_dropout(conv, skip_rate)
+        src = _add(src, conv, self.get_sequence_dropout_mask(conv, skip_rate))
 
         skip_rate = float(self.ff2_skip_rate)
-        src = src + self.sequence_dropout(self.balancer_ff2(self.feed_forward2(src)), skip_rate)
+        branch = self.balancer_ff2(self.feed_forward2(src))
+        src = _add(src, branch, self.get_sequence_dropout_mask(branch, skip_rate))
         src = self.bypass_mid(src_orig, src)
-        src = src + _drop(self.self_attn2(src, attn_weights), attention_mask)
+        src = _add(src, self.self_attn2(src, attn_weights), attention_mask)
 
         skip_rate = float(self.conv_skip_rate)
         conv = self.conv_module2(src, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask)
-        src = src + self.sequence_dropout(conv, skip_rate)
+        src = _add(src, conv, self.get_sequence_dropout_mask(conv, skip_rate))
 
         skip_rate = float(self.ff3_skip_rate)
-        src = src + self.sequence_dropout(self.balancer_ff3(self.feed_forward3(src)), skip_rate)
+        branch = self.balancer_ff3(self.feed_forward3(src))
+        src = _add(src, branch, self.get_sequence_dropout_mask(branch, skip_rate))
         src = self.norm(self.balancer1(src))
         src = self.bypass(src_orig, src)
         return self.whiten(self.balancer2(src))
@@ -293,8 +295,10 @@ class ZipformerEncoderLayer(nn.Module):
 
     def sequence_dropout(self, x: Tensor, dropout_rate: float) -> Tensor:
         """Zeroes whole sequences of x, (T, batch, channels), at a given rate; the rest is not rescaled."""
-        return _drop(x, self.get_sequence_dropout_mask(x, dropout_rate))
+        mask = self.get_sequence_dropout_mask(x, dropout_rate)
+        return x if mask is None else x * mask
 
 
-def _drop(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask
+def _add(src: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:
+    """src + branch * mask, in one pass."""
+    return src + branch if mask is None else torch.addcmul(src, branch, mask)

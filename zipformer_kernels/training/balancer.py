@@ -97,8 +97,7 @@ class Moments:
     def add(self, x: Tensor) -> None:
         """Takes in x, (rows, channels), at least one row."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = x.mean(0)
-        variance = (x - mean).square_().mean(0)  # torch.var_mean is slow along the outer dimension
+        variance, mean = _variance_and_mean(x, [0])
         if self.rows == 0:
             self.rows, self.mean, self.variance = len(x), mean, variance
             return
@@ -144,7 +143,7 @@ def balanced_gradient(
     x, wide_grad = x.to(wide), grad.to(wide)
     if moments is None:
         others = [dim for dim in range(x.ndim) if dim != channel_dim % x.ndim]
-        variance, mean = torch.var_mean(x, others, correction=0, keepdim=True)
+        variance, mean = _variance_and_mean(x, others)
     else:
         variance, mean = moments.variance, moments.mean
     square = variance + mean * mean
@@ -159,6 +158,14 @@ def balanced_gradient(
 
     direction = torch.addcmul(level * scale, x - mean, slope * scale / stddev)
     return torch.addcmul(wide_grad, wide_grad.abs(), direction).to(grad.dtype)
+
+
+def _variance_and_mean(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
+    """Over some dimensions, which are kept; by N, not N - 1."""
+    if x.device.type != "cpu":
+        return torch.var_mean(x, dims, correction=0, keepdim=True)
+    mean = x.mean(dims, keepdim=True)  # torch.var_mean takes five times as long along outer dimensions
+    return (x - mean).square_().mean(dims, keepdim=True), mean
 
 
 def _abs_to_rms(mean_abs: float) -> float:
