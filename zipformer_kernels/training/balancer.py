@@ -97,7 +97,7 @@ class Moments:
     def add(self, x: Tensor) -> None:
         """Takes in x, (rows, channels), at least one row."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        variance, mean = _variance_and_mean(x, [0])
+        variance, mean, _ = _moments(x, [0])
         if self.rows == 0:
             self.rows, self.mean, self.variance = len(x), mean, variance
             return
@@ -143,9 +143,9 @@ def balanced_gradient(
     x, wide_grad = x.to(wide), grad.to(wide)
     if moments is None:
         others = [dim for dim in range(x.ndim) if dim != channel_dim % x.ndim]
-        variance, mean = _variance_and_mean(x, others)
+        variance, mean, centred = _moments(x, others)
     else:
-        variance, mean = moments.variance, moments.mean
+        variance, mean, centred = moments.variance, moments.mean, x - moments.mean
     square = variance + mean * mean
     stddev, rms = variance.clamp(min=TINY).sqrt(), square.clamp(min=TINY).sqrt()
     ratio = mean / stddev
@@ -156,16 +156,18 @@ def balanced_gradient(
     slope = -mean_push * ratio * (variance >= TINY) - rms_push
     scale = grad_scale / (level.square() + slope.square() * (variance / stddev.square())).sqrt().clamp(min=TINY)
 
-    direction = torch.addcmul(level * scale, x - mean, slope * scale / stddev)
+    direction = torch.addcmul(level * scale, centred, slope * scale / stddev)
     return torch.addcmul(wide_grad, wide_grad.abs(), direction).to(grad.dtype)
 
 
-def _variance_and_mean(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor]:
-    """Over some dimensions, which are kept; by N, not N - 1."""
+def _moments(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Variance, by N, and mean over some dimensions, which are kept; and x - mean."""
     if x.device.type != "cpu":
-        return torch.var_mean(x, dims, correction=0, keepdim=True)
+        variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+        return variance, mean, x - mean
     mean = x.mean(dims, keepdim=True)  # torch.var_mean takes five times as long along outer dimensions
-    return (x - mean).square_().mean(dims, keepdim=True), mean
+    centred = x - mean
+    return centred.square().mean(dims, keepdim=True), mean, centred
 
 
 def _abs_to_rms(mean_abs: float) -> float:

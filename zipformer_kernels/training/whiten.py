@@ -90,7 +90,7 @@ class Whiten(nn.Module):
         self.prob = self.max_prob
         direction = whitening_direction(centred, covariance).reshape(x.shape)
         scale = float(self.grad_scale) * grad.to(direction.dtype).norm() / (direction.norm() + TINY)
-        return grad + (direction * scale).to(grad.dtype)
+        return direction.mul_(scale).to(grad.dtype).add_(grad)
 
 
 def grouped_covariance(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
@@ -125,7 +125,7 @@ def whitening_metric(covariance: Tensor) -> Tensor:
 
 def whitening_direction(centred: Tensor, covariance: Tensor) -> Tensor:
     """The gradient of the metric with respect to the features, up to a positive factor: X (C - tr(C^2) /
-    tr(C) I).
+    tr(C) I). A new tensor.
 
     Centring needs no term of its own: the result already has zero mean over the frames.
 
@@ -137,4 +137,6 @@ def whitening_direction(centred: Tensor, covariance: Tensor) -> Tensor:
         (frames, groups, channels).
     """
     balance = covariance.square().sum() / covariance.diagonal(dim1=1, dim2=2).sum()
-    return (centred @ covariance - balance * centred).transpose(0, 1)
+    push = covariance.clone()
+    push.diagonal(dim1=1, dim2=2).sub_(balance)
+    return (centred @ push).transpose(0, 1)
