@@ -11,6 +11,7 @@ void bind_attention(pybind11::module_& m);
 void bind_bias_norm(pybind11::module_& m);
 void bind_conv_module(pybind11::module_& m);
 void bind_depthwise_conv2d(pybind11::module_& m);
+void bind_nonlin_attention(pybind11::module_& m);
 void bind_scaled_adam(pybind11::module_& m);
 void bind_swoosh(pybind11::module_& m);
 void bind_swoosh_linear(pybind11::module_& m);
@@ -42,6 +43,7 @@ PYBIND11_MODULE(ZK_MODULE_NAME, m) {
   bind_bias_norm(m);
   bind_conv_module(m);
   bind_depthwise_conv2d(m);
+  bind_nonlin_attention(m);
   bind_scaled_adam(m);
   bind_swoosh(m);
   bind_swoosh_linear(m);

@@ -12,8 +12,10 @@
 
 #include <omp.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <new>
+#include <vector>
 
 #include "attention/attention.h"
 #include "common/gemm.h"
@@ -124,6 +126,11 @@ class Scores {
                    for (int64_t n = begin; n < end; ++n) pack_keys(n / column_blocks, n % column_blocks);
                  });
     for (int64_t set = 0; set < offset_sets; ++set) pack_offsets(set);
+    if (!args.padding) return;
+    for (int64_t b = 0; b < args.sequences; ++b) {
+      const uint8_t* masked = args.padding + b * args.sources;
+      first_padded_.push_back(std::find_if(masked, masked + args.sources, [](uint8_t m) { return m != 0; }) - masked);
+    }
   }
 
   int64_t sequence_of(int64_t pair) const { return pair % args.sequences; }
@@ -186,7 +193,9 @@ class Scores {
   // Sets the masked ones among `columns` scores of target i to `value`.
   void mask(int64_t pair, int64_t i, int64_t source, int64_t columns, W value, W* __restrict row) const {
     int64_t b = sequence_of(pair);
-    if (args.padding) blend(args.padding + b * args.sources + source, columns, value, row);
+    if (args.padding && first_padded_[b] < source + columns) {
+      blend(args.padding + b * args.sources + source, columns, value, row);
+    }
     if (args.mask) {
       blend(args.mask + b * args.mask_sequence + i * args.mask_frame + source, columns, value, row);
     }
@@ -253,6 +262,7 @@ class Scores {
   }
 
   Buffer<W> keys_, offsets_;
+  std::vector<int64_t> first_padded_;  // source of each sequence; `sources` where none is
 };
 
 }  // namespace zk::ZK_ISA

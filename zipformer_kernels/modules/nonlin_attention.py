@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zipformer_kernels.modules.inference import add_product, hooked, is_untouched
@@ -9,6 +10,7 @@ from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import average_chunk, averages_whole, check_cache, join_cache
 from zipformer_kernels.ops.attention import AttentionWeights, aggregate, merge_heads, split_heads
 from zipformer_kernels.ops.nonlin_attention import nonlin_attention
+from zipformer_kernels.ops.nonlin_attention.infer import infer_nonlin_attention
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
 
 
@@ -68,7 +70,12 @@ class NonlinAttention(nn.Module):
         linear = is_untouched(self.in_proj, nn.Linear) and is_untouched(self.out_proj, nn.Linear)
         if hooked(self) or not linear:
             return src + self(src, attn_weights)
-        return add_product(src, self._attend(src, attn_weights), self.out_proj.weight, self.out_proj.bias, over)
+        if isinstance(attn_weights, AttentionWeights) and not attn_weights.keeps:
+            x = self._attend(src, attn_weights)
+        else:
+            weights = attn_weights.materialize() if isinstance(attn_weights, AttentionWeights) else attn_weights
+            x = infer_nonlin_attention(F.linear(src, self.in_proj.weight), self.in_proj.bias, weights)
+        return add_product(src, x, self.out_proj.weight, self.out_proj.bias, over)
 
     def _attend(self, x: Tensor, attn_weights: AttentionWeights | Tensor) -> Tensor:
         """All but the last layer."""

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from zipformer_kernels.modules.inference import only_computes
 from zipformer_kernels.training import FloatLike
 from zipformer_kernels.training.randomness import being_traced
 
@@ -32,6 +33,8 @@ class SimpleDownsample(nn.Module):
 
     def forward(self, src: Tensor) -> Tensor:
         """From (T, batch, channels) to (ceil(T / downsample), batch, channels)."""
+        if only_computes(src, self.bias) and src.shape[0] > 0:
+            return self._infer(src)
         frames, factor = src.shape[0], self.downsample
         length = (frames + factor - 1) // factor
         if being_traced():  # a program for every length must not depend on what is missing
@@ -40,6 +43,16 @@ class SimpleDownsample(nn.Module):
             src = torch.cat([src, src[-1:].expand(length * factor - frames, -1, -1)])
         weights = self.bias.softmax(dim=0).reshape(-1, 1, 1)
         return (src.unflatten(0, (length, factor)) * weights).sum(dim=1)
+
+    def _infer(self, src: Tensor) -> Tensor:
+        """`forward` without a product for every frame: one place of all groups after the other."""
+        first, *weights = self.bias.softmax(dim=0).tolist()
+        result = src[:: self.downsample] * first
+        for place, weight in enumerate(weights, start=1):
+            part = src[place :: self.downsample]
+            result[: len(part)].add_(part, alpha=weight)
+            result[len(part) :].add_(src[-1:], alpha=weight)
+        return result
 
 
 class SimpleUpsample(nn.Module):
