@@ -1,10 +1,15 @@
 """The measuring core: statistics, verdicts, results files, peers that agree, and the command on a tiny case."""
 
+import contextlib
 import importlib
 import json
+import logging
+import multiprocessing
+import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -199,6 +204,27 @@ def tiny(monkeypatch):
 
     monkeypatch.setitem(suite.MODELS, "tiny", jobs)
     monkeypatch.setattr(rates, "measure", lambda: RATES)
+
+
+def test_benchmarks_apart_share_one_fresh_process():
+    with suite._process(apart=True) as call:
+        pids = {call(os.getpid), call(os.getpid)}
+        assert call(logging.getLogger().getEffectiveLevel) == logging.ERROR
+    assert len(pids) == 1
+    assert os.getpid() not in pids
+    with suite._process(apart=False) as call:
+        assert call(os.getpid) == os.getpid()
+
+
+def test_a_process_that_dies_names_its_job(tiny, monkeypatch, tmp_path):
+    @contextlib.contextmanager
+    def dying(apart):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            yield lambda function, *args: pool.submit(os._exit, 3).result()
+
+    monkeypatch.setattr(suite, "_process", dying)
+    with pytest.raises(RuntimeError, match="tiny: .*, both: the process that measured it died"):
+        suite.run(["tiny"], tmp_path, False, lambda job, found: None)
 
 
 @pytest.fixture

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import multiprocessing
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,10 +59,19 @@ def jobs(name: str, every: bool = False) -> list[Job]:
     return list(make(every))
 
 
+def quieten() -> None:
+    """Silences, in this process, what upstream logs and what the compiler warns of."""
+    logging.getLogger().setLevel(logging.ERROR)  # upstream logs its clipping
+    warnings.filterwarnings("ignore", module="torch._dynamo")  # compiled upstream draws random numbers in Python
+
+
 def run(
     wanted: Sequence[str], folder: Path, every: bool, on_job: Callable[[Job | None, Measured], Any]
 ) -> dict[str, Measured]:
     """Runs benchmarks one after the other and writes a file for each to the folder as soon as it is done.
+
+    On a CPU each of several runs in a process of its own: what one leaves of the heap changed the times of the next by
+    several percent.
 
     Args:
         wanted: their names.
@@ -68,6 +83,7 @@ def run(
     Raises:
         ValueError: there is no such benchmark.
         ResultsError: a file cannot be written.
+        RuntimeError: a benchmark's process died.
     """
     planned = {name: jobs(name, every) for name in wanted}
     reached = rates.measure()
@@ -75,11 +91,31 @@ def run(
     for name, its_jobs in planned.items():
         found[name] = Measured()
         environment = machine.environment()
-        for job in its_jobs:
-            gave = job.measure(reached)
-            found[name].add(gave)
-            on_job(job, gave)
-            torch.compiler.reset()
+        with _process(apart=len(planned) > 1 and machine.DEVICE.type == "cpu") as call:
+            for index, job in enumerate(its_jobs):
+                try:
+                    gave = call(_measure, name, every, index, reached)
+                except BrokenProcessPool as error:
+                    raise RuntimeError(f"{job.title}: the process that measured it died") from error
+                found[name].add(gave)
+                on_job(job, gave)
         if its_jobs:
             results.write(folder / f"{name}.json", results.content(name, environment, reached, found[name]))
     return found
+
+
+@contextlib.contextmanager
+def _process(apart: bool) -> Iterator[Callable[..., Any]]:
+    """A function that calls others with their arguments, in this process or all in one fresh one."""
+    if not apart:
+        yield lambda function, *args: function(*args)
+        return
+    context = multiprocessing.get_context("spawn")  # forked ones would have lost OpenMP's threads
+    with ProcessPoolExecutor(1, mp_context=context, initializer=quieten) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result()
+
+
+def _measure(name: str, every: bool, index: int, reached: dict[str, Any]) -> Measured:
+    gave = jobs(name, every)[index].measure(reached)
+    torch.compiler.reset()
+    return gave

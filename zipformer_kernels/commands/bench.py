@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -66,8 +64,7 @@ def report_changes(first: Path, second: Path) -> int:
 
 def measure(wanted: list[str], folder: Path, every: bool) -> int:
     """Runs benchmarks, prints their tables and writes files; 1 if a peer's results were wrong, else 0."""
-    logging.getLogger().setLevel(logging.ERROR)  # upstream logs its clipping
-    warnings.filterwarnings("ignore", module="torch._dynamo")  # compiled upstream draws random numbers in Python
+    suite.quieten()
     console = wide_console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     total = sum(len(suite.jobs(name, every)) for name in wanted)
