@@ -223,7 +223,7 @@ def test_a_process_that_dies_names_its_job(tiny, monkeypatch, tmp_path):
             yield lambda function, *args: pool.submit(os._exit, 3).result()
 
     monkeypatch.setattr(suite, "_process", dying)
-    with pytest.raises(RuntimeError, match="tiny: .*, both: the process that measured it died"):
+    with pytest.raises(RuntimeError, match=r"tiny: .*, both: the process that measured it died"):
         suite.run(["tiny"], tmp_path, False, lambda job, found: None)
 
 

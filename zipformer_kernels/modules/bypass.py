@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.modules.inference import only_computes
+from zipformer_kernels.modules.inference import is_untouched, only_computes
 from zipformer_kernels.training import FloatLike, ScheduledFloat, limit_param_value
 
 SCALE_MIN = ScheduledFloat((0.0, 0.9), (20000.0, 0.2), default=0)
@@ -46,6 +46,12 @@ class BypassModule(nn.Module):
         if not self.training and only_computes(src, self.bypass_scale) and src_orig.dtype == src.dtype:
             return torch.lerp(src_orig, src, self.bypass_scale)  # one pass in place of three
         return src_orig + (src - src_orig) * self._scale(src.shape[1])
+
+    def write_over(self, src_orig: Tensor, src: Tensor) -> Tensor:
+        """self(src_orig, src) in inference, in the place of src."""
+        if not is_untouched(self, BypassModule) or src_orig.dtype != src.dtype:
+            return self(src_orig, src)
+        return torch.lerp(src_orig, src, self.bypass_scale, out=src)
 
     def _scale(self, batch: int) -> Tensor:
         """c, as (channels,) or, with sequences skipped at random, as (batch, channels)."""
