@@ -82,14 +82,16 @@ def peers(weight, bias, count):
     mkl = torch.ops.mkl._mkl_reorder_linear_weight(weight, count)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight)
     x16, weight16, bias16 = x.bfloat16(), weight.bfloat16(), bias.bfloat16()
-    packed16 = torch.ops.mkldnn._reorder_linear_weight(weight16)
-    return {
+    found = {
         "float32": lambda: torch.addmm(bias, x, weight.t()),
         "float32, MKL packed": lambda: torch.ops.mkl._mkl_linear(x, mkl, weight, bias, count),
         "float32, oneDNN packed": lambda: linear(x, packed, bias, "none", [], ""),
         "bfloat16": lambda: torch.addmm(bias16, x16, weight16.t()),
-        "bfloat16, oneDNN packed": lambda: linear(x16, packed16, bias16, "none", [], ""),
     }
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # not below AVX-512
+        packed16 = torch.ops.mkldnn._reorder_linear_weight(weight16)
+        found["bfloat16, oneDNN packed"] = lambda: linear(x16, packed16, bias16, "none", [], "")
+    return found
 
 
 def products(rounds):

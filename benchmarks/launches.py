@@ -82,12 +82,13 @@ def measure(layer: torch.nn.Module, backward: bool) -> dict[str, int]:
     """Launches of one call of the layer, and of its backward if wanted."""
     random.seed(0)
     torch.manual_seed(0)
-    layer.train(backward)
+    # Nothing needs a gradient in eval, but grad mode stays on: without it modules take their way for CPUs.
+    layer.train(backward).requires_grad_(backward)
     x = torch.randn(FRAMES, BATCH, LAYER["embed_dim"], requires_grad=backward)
     position = torch.randn(1, 2 * FRAMES - 1, LAYER["pos_dim"])
     padding = torch.arange(FRAMES) >= torch.tensor([[FRAMES], [FRAMES - 4]])
     launches = Launches()
-    with torch.set_grad_enabled(backward), launches.counting():
+    with launches.counting():
         y = layer(x, position, src_key_padding_mask=padding)
         if backward:
             y.sum().backward()

@@ -37,8 +37,8 @@ def wide(args):
 
 
 def terms(src, hidden):
-    """How many products the sums of two linear layers, one after the other, take up."""
-    return src.shape[-1] * hidden
+    """How many products go into an element: of both linear layers, and of a sum of `hidden` between or behind them."""
+    return 2 * src.shape[-1] + hidden
 
 
 # ---- feed-forward ----
@@ -287,6 +287,35 @@ def test_a_layer_gives_what_its_modules_give():
             assert x.shape == y.shape
         for x, copy in zip(args, copies, strict=True):
             assert not isinstance(x, torch.Tensor) or torch.equal(x, copy)
+
+
+def test_half_precision_runs_on_the_backend_asked_for():
+    """The kernels for inference take none: the modules then go the long way instead of asking for them."""
+    if backend.missing["cpu"]:
+        pytest.skip(backend.missing["cpu"])
+    for dtype in (torch.float16, torch.bfloat16):
+        module = layer(dtype, causal=True)
+        for inputs, function in ((chunk(dtype), module.streaming_forward), (arguments(dtype)[:2], module)):
+            with torch.no_grad(), use_backend("cpu"):
+                results = function(*inputs)
+            with torch.no_grad(), use_backend("eager"):
+                expected = function(*inputs)
+            y, wanted = (x if isinstance(x, torch.Tensor) else x[0] for x in (results, expected))
+            assert y.dtype == dtype
+            assert ((y - wanted).float().norm() / wanted.float().norm()) < 8 * torch.finfo(dtype).eps
+
+
+def test_any_strides():
+    """Sequences first in memory, as features come."""
+    args = chunk(torch.float32)
+    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) if torch.is_tensor(x) else x for x in args]
+    assert not strided[0].is_contiguous()
+    module = layer(torch.float32, causal=True)
+    with torch.no_grad(), use_backend("eager" if backend.missing["cpu"] else "cpu"):
+        for x, y in zip(module.streaming_forward(*strided), module.streaming_forward(*args), strict=True):
+            torch.testing.assert_close(x, y)
+        y = module.conv_module1.add_chunk_to(strided[0], strided[6], None)[0]
+        torch.testing.assert_close(y, module.conv_module1.add_chunk_to(args[0], args[6], None)[0])
 
 
 def test_hooks_see_what_streams():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -14,6 +15,8 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.floa
 
 GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CPU_DTYPES = (*GPU_DTYPES, torch.float64)
+INFERENCE_DTYPES = (torch.float32, torch.float64)
+"""Of the kernels that are for inference on the CPU only."""
 
 FEW_ROWS = 16
 """Rows up to which `csrc/linear` measured faster than torch's products: those of a stream's chunk."""
@@ -29,6 +32,25 @@ def unsupported_dtype(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
     if x.dtype in dtypes:
         return None
     return f"it takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {x.dtype}"
+
+
+def unsupported_dtypes(tensors: Iterable[Tensor | None], dtypes: tuple[torch.dtype, ...]) -> str | None:
+    """Why kernels that take tensors of one of `dtypes` cannot take these, or None if they can; None stands for none."""
+    first, *others = (x for x in tensors if x is not None)
+    for x in others:
+        if x.dtype != first.dtype:
+            return f"it takes tensors of one dtype, got {first.dtype} and {x.dtype}"
+    return unsupported_dtype(first, dtypes)
+
+
+def pointer(x: Tensor | None) -> int:
+    """The address of a tensor, 0 for none."""
+    return 0 if x is None else x.data_ptr()
+
+
+def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The tensors, copied where they are not contiguous."""
+    return tuple(x if x is None else x.contiguous() for x in tensors)
 
 
 def dense(x: Tensor) -> Tensor:

@@ -60,10 +60,9 @@ struct AttentionBackward {
 //     joined = the left context, then v
 //     y = src + (W joined, for each head; times g where there is one) W2^T + b2
 struct AttentionStream {
-  const void* src;                  // (targets, sequences, channels)
-  const void *in_weight, *in_bias;  // W1 (values, or 3 values, channels), b1 or null
-  const void* context;              // (sources - targets, sequences, values) of these strides
-  int64_t context_frame, context_sequence;
+  const void* src;                    // (targets, sequences, channels)
+  const void *in_weight, *in_bias;    // W1 (values, or 3 values, channels), b1 or null
+  const void* context;                // (sources - targets, sequences, values)
   const void* w;                      // (heads, sequences, targets, sources), contiguous
   const void *out_weight, *out_bias;  // W2 (channels, values), b2 or null
   void* joined;                       // (sources, sequences, values)

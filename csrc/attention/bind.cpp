@@ -51,12 +51,10 @@ void bind_attention(pybind11::module_& m) {
       release_gil());
   m.def(
       "attention_stream_cpu",
-      [](const std::array<uintptr_t, 9>& in, const std::array<int64_t, 2>& context, const std::array<int64_t, 6>& n,
-         bool gated, int dtype, int threads) {
-        attention_stream_cpu({pointer(in[0]), pointer(in[1]), pointer(in[2]), pointer(in[3]), context[0],
-                              context[1],     pointer(in[4]), pointer(in[5]), pointer(in[6]), pointer(in[7]),
-                              pointer(in[8]), n[0],           n[1],           n[2],           n[3],
-                              n[4],           n[5],           gated,          DType(dtype),   threads});
+      [](const std::array<uintptr_t, 9>& in, const std::array<int64_t, 6>& n, bool gated, int dtype, int threads) {
+        attention_stream_cpu({pointer(in[0]), pointer(in[1]), pointer(in[2]), pointer(in[3]), pointer(in[4]),
+                              pointer(in[5]), pointer(in[6]), pointer(in[7]), pointer(in[8]), n[0], n[1], n[2], n[3],
+                              n[4], n[5], gated, DType(dtype), threads});
       },
       release_gil());
   m.def(

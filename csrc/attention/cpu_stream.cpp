@@ -27,7 +27,7 @@ class Stream {
     linear({n.src, n.in_weight, n.in_bias, nullptr, into, rows_, n.channels, thirds * n.values, n.dtype,
             Activation::none, n.threads});
     if (n.gated) gate(projected.get(), fresh);
-    copy_context();
+    std::copy_n(static_cast<const W*>(n.context), fresh - static_cast<W*>(n.joined), static_cast<W*>(n.joined));
     average(n.gated ? projected.get() + 2 * n.values : nullptr, averages.get());
     linear({averages.get(), n.out_weight, n.out_bias, n.src, n.y, rows_, n.values, n.channels, n.dtype,
             Activation::none, n.threads});
@@ -40,16 +40,6 @@ class Stream {
       const W *s = projected + row * 3 * n.values, *x = s + n.values;
 #pragma omp simd
       for (int64_t c = 0; c < n.values; ++c) to[c] = x[c] * tanh_of(s[c]);
-    }
-  }
-
-  void copy_context() const {
-    auto from = static_cast<const W*>(n.context);
-    auto to = static_cast<W*>(n.joined);
-    for (int64_t t = 0; t < n.sources - n.targets; ++t) {
-      for (int64_t b = 0; b < n.sequences; ++b, to += n.values) {
-        std::copy_n(from + t * n.context_frame + b * n.context_sequence, n.values, to);
-      }
     }
   }
 

@@ -219,7 +219,7 @@ class ConvolutionModule(nn.Module):
             return src + x, cache
         first, last, conv = self.in_proj, self.out_proj, self.depthwise_conv.parameters_of_op()
         return stream_conv_module(
-            src, first.weight, first.bias, cache.contiguous(), *conv, src_key_padding_mask, last.weight, last.bias
+            src, first.weight, first.bias, cache, *conv, src_key_padding_mask, last.weight, last.bias
         )
 
     def _gate(self, x: Tensor, s: Tensor, padding: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from zipformer_kernels.launch import INFERENCE_DTYPES
 from zipformer_kernels.library import watcher
 
 
@@ -32,9 +33,12 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
 def only_computes(x: Tensor, parameter: Tensor) -> bool:
     """Whether a call on x, with parameters such as `parameter`, is plain inference on the CPU.
 
-    Results are overwritten there only: elsewhere products and their sums are as fast apart.
+    Results are overwritten there only: elsewhere products and their sums are as fast apart. The kernels for it take
+    no half precision.
     """
     if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != parameter.dtype:
+        return False
+    if x.dtype not in INFERENCE_DTYPES:
         return False
     return not torch.is_autocast_enabled("cpu") and watcher() is None
 

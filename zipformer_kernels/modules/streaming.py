@@ -62,7 +62,5 @@ def average_chunk(
     """
     weights = attn_weights.materialize() if isinstance(attn_weights, AttentionWeights) else attn_weights
     first, last = module.in_proj, module.out_proj
-    src, joined = stream_attention(
-        src.contiguous(), first.weight, first.bias, cache, weights, last.weight, last.bias, gated
-    )
+    src, joined = stream_attention(src, first.weight, first.bias, cache, weights, last.weight, last.bias, gated)
     return src, joined[joined.shape[0] - cache.shape[0] :]

@@ -8,8 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.launch import DTYPE_CODES, call_cpu, few_rows, unsupported_dtype
+from zipformer_kernels.launch import (
+    DTYPE_CODES,
+    INFERENCE_DTYPES,
+    call_cpu,
+    contiguous,
+    few_rows,
+    pointer,
+    unsupported_dtypes,
+)
 from zipformer_kernels.library import Launchers, Op
+from zipformer_kernels.ops.shapes import check_shapes
 
 
 def stream(
@@ -33,16 +42,9 @@ def stream(
     return src + F.linear(average if g is None else average * g, out_weight, out_bias), joined
 
 
-def _cpu(
-    src: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor | None,
-    context: Tensor,
-    weights: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    gated: bool,
-) -> tuple[Tensor, Tensor]:
+def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    *tensors, gated = args
+    src, in_weight, in_bias, context, weights, *after = contiguous(*tensors)
     targets, batch, channels = src.shape
     heads, _, _, sources = weights.shape
     values = context.shape[2]
@@ -50,25 +52,10 @@ def _cpu(
     if y.numel() == 0:
         joined.copy_(context)
         return y, joined
-    tensors = src, in_weight, in_bias, context, weights, out_weight, out_bias, joined, y
+    addresses = tuple(map(pointer, (src, in_weight, in_bias, context, weights, *after, joined, y)))
     sizes = targets, sources, batch, channels, heads, values
-    addresses = tuple(0 if t is None else t.data_ptr() for t in tensors)
-    call_cpu("attention_stream", src, addresses, context.stride()[:2], sizes, gated, DTYPE_CODES[src.dtype])
+    call_cpu("attention_stream", src, addresses, sizes, gated, DTYPE_CODES[src.dtype])
     return y, joined
-
-
-def _unsupported(
-    src: Tensor, in_weight: Tensor, in_bias: Tensor | None, context: Tensor, *rest: Tensor | bool | None
-) -> str | None:
-    others = [t for t in (in_weight, in_bias, *rest[:-1]) if t is not None]
-    if not (src.is_contiguous() and all(t.is_contiguous() for t in others)):
-        return "it takes contiguous src, weights and projections"
-    if context.stride(2) != 1 and context.shape[2] != 1:
-        return "it takes a context with values next to each other"
-    dtypes = {t.dtype for t in (context, *others)} - {src.dtype}
-    if dtypes:
-        return f"it takes tensors of one dtype, got {src.dtype} and {dtypes.pop()}"
-    return unsupported_dtype(src, (torch.float32, torch.float64))
 
 
 def _fake(src: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -83,7 +70,12 @@ op = Op(
     reference=stream,
     backends={
         "eager": Launchers(lambda *_: None, stream, None),
-        "cpu": Launchers(_unsupported, _cpu, None, lambda src, *_: few_rows(src)),
+        "cpu": Launchers(
+            supports=lambda *args: unsupported_dtypes(args[:-1], INFERENCE_DTYPES),
+            forward=_cpu,
+            backward=None,
+            worthwhile=lambda src, *_: few_rows(src),
+        ),
     },
     saves=(),
     outputs=2,
@@ -126,17 +118,14 @@ def stream_attention(
     frames, batch, channels = src.shape
     length, _, values = context.shape
     rows = 3 * values if gated else values
-    wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "in_weight": (in_weight, (rows, channels)),
-        "in_bias": (in_bias, (rows,)),
-        "context": (context, (length, batch, values)),
-        "weights": (weights, (weights.shape[0], batch, frames, length + frames)),
-        "out_weight": (out_weight, (channels, values)),
-        "out_bias": (out_bias, (channels,)),
-    }
-    for name, (tensor, shape) in wanted.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    check_shapes(
+        in_weight=(in_weight, (rows, channels)),
+        in_bias=(in_bias, (rows,)),
+        context=(context, (length, batch, values)),
+        weights=(weights, (weights.shape[0], batch, frames, length + frames)),
+        out_weight=(out_weight, (channels, values)),
+        out_bias=(out_bias, (channels,)),
+    )
     if values % weights.shape[0]:
         raise ValueError(
             f"context must have a multiple of {weights.shape[0]} heads' values, got {tuple(context.shape)}"

@@ -15,6 +15,7 @@ from zipformer_kernels.launch import (
     call_cpu,
     call_cuda,
     multiprocessors,
+    pointer,
 )
 from zipformer_kernels.library import Launchers
 from zipformer_kernels.ops.bias_norm.rows import Gradients, Rows, unsupported
@@ -45,7 +46,7 @@ def _backward(
     dy, (inverse_rms,) = grads[0].contiguous(), saved
     out = Gradients(rows, needs, parts(rows))
     if x.numel() > 0:
-        outputs = (_pointer(t) for t in (out.dx, out.dbias, out.dlog_scale, out.partials))
+        outputs = (pointer(t) for t in (out.dx, out.dbias, out.dlog_scale, out.partials))
         pointers = dy.data_ptr(), *_inputs(rows), inverse_rms.data_ptr(), *outputs
         call("bias_norm_backward", x, *pointers, *rows.shape, out.parts, *_dtypes(x, dy))
     return out.returned()
@@ -57,10 +58,6 @@ def _inputs(rows: Rows) -> tuple[int, ...]:
 
 def _dtypes(x: Tensor, y: Tensor) -> tuple[int, int]:
     return DTYPE_CODES[x.dtype], DTYPE_CODES[y.dtype]
-
-
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _launchers(call: Callable[..., None], dtypes: tuple[torch.dtype, ...], parts: Callable[[Rows], int]) -> Launchers:

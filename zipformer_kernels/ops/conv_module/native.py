@@ -9,7 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, GPU_DTYPES, call_cpu, call_cuda, multiprocessors
+from zipformer_kernels.launch import (
+    CPU_DTYPES,
+    DTYPE_CODES,
+    GPU_DTYPES,
+    INFERENCE_DTYPES,
+    call_cpu,
+    call_cuda,
+    contiguous,
+    multiprocessors,
+    pointer,
+    unsupported_dtypes,
+)
 from zipformer_kernels.library import Launchers
 from zipformer_kernels.ops.conv_module.arguments import Arguments, Gradients, unsupported
 
@@ -44,8 +55,8 @@ def _infer(
     following = x.new_empty(0) if left is None else torch.empty_like(left)
     if y.numel() == 0:
         return y, following if left is None else left.clone()
-    parameters = (p if p is None else p.contiguous() for p in (weight, bias, causal_weight, causal_bias, edge_scale))
-    tensors = x, x[..., channels:], padding if padding is None else padding.contiguous(), *parameters
+    parameters = contiguous(padding, weight, bias, causal_weight, causal_bias, edge_scale)
+    tensors = x, x[..., channels:], *parameters
     more = y, x_bias, left, None if left is None else following
     sizes = (
         frames,
@@ -55,7 +66,7 @@ def _infer(
         weight.shape[2],
         chunk_size if causal_weight is not None else frames,
     )
-    addresses = tuple(map(_pointer, tensors)), *map(_pointer, more)
+    addresses = tuple(map(pointer, tensors)), *map(pointer, more)
     call_cpu("conv_module_infer", x, *addresses, sizes, DTYPE_CODES[x.dtype])
     return y, following
 
@@ -72,7 +83,7 @@ def _backward(
     dy = grads[0].contiguous()
     out = Gradients(arguments, needs, arguments.parts(TILE, most_parts(arguments)))
     if dy.numel() > 0:
-        outputs = (_pointer(t) for t in (out.da, out.ds, out.partials))
+        outputs = (pointer(t) for t in (out.da, out.ds, out.partials))
         pointers = _inputs(arguments), dy.data_ptr(), *outputs
         call("conv_module_backward", dy, *pointers, out.parts, arguments.sizes, *_dtypes(arguments))
     return out.returned()
@@ -80,15 +91,11 @@ def _backward(
 
 def _inputs(arguments: Arguments) -> tuple[int, ...]:
     tensors = arguments.a, arguments.s, arguments.padding, *arguments.parameters
-    return tuple(_pointer(t) for t in tensors)
+    return tuple(pointer(t) for t in tensors)
 
 
 def _dtypes(arguments: Arguments) -> tuple[int, int]:
     return DTYPE_CODES[arguments.a.dtype], DTYPE_CODES[arguments.dtype]
-
-
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _unsupported_cuda(a: Tensor, s: Tensor, weight: Tensor, *rest: Any) -> str | None:
@@ -105,13 +112,10 @@ def _launchers(
 
 
 def _unsupported_infer(x: Tensor, *rest: Any) -> str | None:
-    if x.dtype not in (torch.float32, torch.float64):
-        return f"it takes float32, float64, got {x.dtype}"
     x_bias, left, *parameters = rest[:-2]
     if x.stride(2) != 1 or not all(t is None or t.is_contiguous() for t in (x_bias, left)):
         return "it takes x with channels of stride 1, contiguous x_bias and left"
-    others = {t.dtype for t in (x_bias, left, *parameters) if t is not None} - {x.dtype}
-    return f"it takes tensors of one dtype, got {x.dtype} and {others.pop()}" if others else None
+    return unsupported_dtypes((x, x_bias, left, *parameters), INFERENCE_DTYPES)
 
 
 cpu_infer = Launchers(_unsupported_infer, _infer, None)

@@ -8,9 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.launch import DTYPE_CODES, call_cpu, few_rows, unsupported_dtype
+from zipformer_kernels.launch import (
+    DTYPE_CODES,
+    INFERENCE_DTYPES,
+    call_cpu,
+    contiguous,
+    few_rows,
+    pointer,
+    unsupported_dtypes,
+)
 from zipformer_kernels.library import Launchers, Op
 from zipformer_kernels.ops.conv_module import reference
+from zipformer_kernels.ops.shapes import check_shapes
 
 
 def stream(
@@ -39,56 +48,27 @@ def _eager(*args: Any) -> tuple[Tensor, Tensor]:
     return y, following.contiguous()
 
 
-def _cpu(
-    src: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor | None,
-    left: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    causal_weight: Tensor,
-    causal_bias: Tensor | None,
-    edge_scale: Tensor,
-    padding: Tensor | None,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """Chunks come often: what cannot be else than contiguous is not asked again, see `_unsupported`."""
+def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    src, in_weight, in_bias, left, weight, *inner, padding, out_weight, out_bias = contiguous(*args)
     frames, batch, channels = src.shape
     y, following = torch.empty_like(src), torch.empty_like(left)
     if y.numel() == 0:
         return y, left.clone()
-    parameters = padding, weight, bias, causal_weight, causal_bias, edge_scale
-    parameters = tuple(p if p is None else p.contiguous() for p in parameters)
-    around = src, in_weight, out_weight, out_bias, y
     sizes = frames, batch, channels, 2 * batch * channels, 2 * channels, weight.shape[2], frames
     call_cpu(
         "conv_module_stream",
         src,
-        tuple(map(_pointer, around)),
-        (0, 0, *map(_pointer, parameters)),
-        _pointer(in_bias),
-        left.data_ptr(),
-        following.data_ptr(),
+        tuple(map(pointer, (src, in_weight, out_weight, out_bias, y))),
+        (0, 0, *map(pointer, (padding, weight, *inner))),
+        *map(pointer, (in_bias, left, following)),
         sizes,
         DTYPE_CODES[src.dtype],
     )
     return y, following
 
 
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _unsupported(src: Tensor, in_weight: Tensor, in_bias: Tensor | None, left: Tensor, *rest: Any) -> str | None:
-    *inner, out_weight, out_bias = rest
-    around = src, in_weight, in_bias, left, out_weight, out_bias
-    if not all(t is None or t.is_contiguous() for t in around):
-        return "it takes contiguous src, left and projections"
-    others = {t.dtype for t in (*around, *inner) if t is not None} - {src.dtype, torch.bool}
-    if others:
-        return f"it takes tensors of one dtype, got {src.dtype} and {others.pop()}"
-    return unsupported_dtype(src, (torch.float32, torch.float64))
+def _unsupported(*args: Any) -> str | None:
+    return unsupported_dtypes((x for x in args if x is not None and x.dtype != torch.bool), INFERENCE_DTYPES)
 
 
 op = Op(
@@ -142,21 +122,18 @@ def stream_conv_module(
     """
     frames, batch, channels = src.shape
     taps = weight.shape[2]
-    wanted: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "in_weight": (in_weight, (2 * channels, channels)),
-        "in_bias": (in_bias, (2 * channels,)),
-        "left": (left, (batch, channels, taps // 2)),
-        "weight": (weight, (channels, 1, taps)),
-        "bias": (bias, (channels,)),
-        "causal_weight": (causal_weight, (channels, 1, taps // 2 + 1)),
-        "causal_bias": (causal_bias, (channels,)),
-        "edge_scale": (edge_scale, (2, channels, taps)),
-        "key_padding_mask": (key_padding_mask, (batch, frames)),
-        "out_weight": (out_weight, (channels, channels)),
-        "out_bias": (out_bias, (channels,)),
-    }
-    for name, (tensor, shape) in wanted.items():
-        if tensor is not None and tensor.shape != shape:
-            raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+    check_shapes(
+        in_weight=(in_weight, (2 * channels, channels)),
+        in_bias=(in_bias, (2 * channels,)),
+        left=(left, (batch, channels, taps // 2)),
+        weight=(weight, (channels, 1, taps)),
+        bias=(bias, (channels,)),
+        causal_weight=(causal_weight, (channels, 1, taps // 2 + 1)),
+        causal_bias=(causal_bias, (channels,)),
+        edge_scale=(edge_scale, (2, channels, taps)),
+        key_padding_mask=(key_padding_mask, (batch, frames)),
+        out_weight=(out_weight, (channels, channels)),
+        out_bias=(out_bias, (channels,)),
+    )
     args = src, in_weight, in_bias, left, weight, bias, causal_weight, causal_bias, edge_scale
     return op(*args, key_padding_mask, out_weight, out_bias, backend=backend)

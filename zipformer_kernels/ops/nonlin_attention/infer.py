@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.launch import DTYPE_CODES, call_cpu, unsupported_dtype
+from zipformer_kernels.launch import DTYPE_CODES, INFERENCE_DTYPES, call_cpu, contiguous, pointer, unsupported_dtypes
 from zipformer_kernels.library import Launchers, Op
 from zipformer_kernels.ops.attention import merge_heads, split_heads
+from zipformer_kernels.ops.shapes import check_shapes
 
 
 def infer(projected: Tensor, bias: Tensor | None, weights: Tensor) -> Tensor:
@@ -25,7 +26,8 @@ def _cpu(projected: Tensor, bias: Tensor | None, weights: Tensor) -> tuple[Tenso
     values = projected.new_empty(frames, batch, channels)
     if values.numel() == 0:
         return (values,)
-    inputs = projected.data_ptr(), 0 if bias is None else bias.data_ptr()
+    projected, bias = contiguous(projected, bias)
+    inputs = pointer(projected), pointer(bias)
     sizes = frames, batch, channels, DTYPE_CODES[projected.dtype]
     call_cpu("nonlin_attention_open", projected, *inputs, values.data_ptr(), *sizes)
     average = merge_heads(weights @ split_heads(values, weights.shape[0]))
@@ -34,20 +36,14 @@ def _cpu(projected: Tensor, bias: Tensor | None, weights: Tensor) -> tuple[Tenso
     return (values,)
 
 
-def _unsupported(projected: Tensor, bias: Tensor | None, weights: Tensor) -> str | None:
-    if not projected.is_contiguous() or (bias is not None and not bias.is_contiguous()):
-        return "it takes a contiguous projection and bias"
-    others = {t.dtype for t in (bias, weights) if t is not None} - {projected.dtype}
-    if others:
-        return f"it takes tensors of one dtype, got {projected.dtype} and {others.pop()}"
-    return unsupported_dtype(projected, (torch.float32, torch.float64))
-
-
 op = Op(
     "nonlin_attention_infer",
     "Tensor projected, Tensor? bias, Tensor weights",
     reference=infer,
-    backends={"eager": Launchers(lambda *_: None, _eager, None), "cpu": Launchers(_unsupported, _cpu, None)},
+    backends={
+        "eager": Launchers(lambda *_: None, _eager, None),
+        "cpu": Launchers(lambda *args: unsupported_dtypes(args, INFERENCE_DTYPES), _cpu, None),
+    },
     saves=(),
     fake=lambda projected, *_: (projected.new_empty(*projected.shape[:2], projected.shape[2] // 3),),
 )
@@ -73,8 +69,5 @@ def infer_nonlin_attention(
     heads = weights.shape[0]
     if width % (3 * heads):
         raise ValueError(f"projected must have a multiple of {3 * heads} channels, got {tuple(projected.shape)}")
-    if weights.shape != (heads, batch, frames, frames):
-        raise ValueError(f"weights must have shape {(heads, batch, frames, frames)}, got {tuple(weights.shape)}")
-    if bias is not None and bias.shape != (width,):
-        raise ValueError(f"bias must have shape ({width},), got {tuple(bias.shape)}")
+    check_shapes(weights=(weights, (heads, batch, frames, frames)), bias=(bias, (width,)))
     return op(projected, bias, weights, backend=backend)

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels.library import Op, autocast_dtype, triton_launchers
+from zipformer_kernels.ops.shapes import check_shapes
 from zipformer_kernels.ops.swoosh_linear import native, reference
 
 _op = Op(
@@ -138,9 +139,7 @@ def infer_feed_forward(
             f"out_weight must have shape (channels, hidden) for src in (..., channels) and in_weight in (hidden, "
             f"channels), got {tuple(out_weight.shape)} for {tuple(src.shape)} and {tuple(in_weight.shape)}"
         )
-    for name, bias, size in (("in_bias", in_bias, hidden), ("out_bias", out_bias, channels)):
-        if bias is not None and bias.shape != (size,):
-            raise ValueError(f"{name} must have shape ({size},), got {tuple(bias.shape)}")
+    check_shapes(in_bias=(in_bias, (hidden,)), out_bias=(out_bias, (channels,)))
     if kind not in ("l", "r"):
         raise ValueError(f"kind must be 'l' or 'r', got {kind!r}")
     return _infer(src, in_weight, in_bias, out_weight, out_bias, kind, backend=backend)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +12,14 @@ from zipformer_kernels.launch import (
     CPU_DTYPES,
     DTYPE_CODES,
     GPU_DTYPES,
+    INFERENCE_DTYPES,
     as_empty_like,
     call_cpu,
     call_cuda,
+    contiguous,
     few_rows,
-    unsupported_dtype,
+    pointer,
+    unsupported_dtypes,
 )
 from zipformer_kernels.library import Launchers
 from zipformer_kernels.ops.swoosh_linear.layout import layout
@@ -31,7 +33,7 @@ def _activate(call: Callable[..., None], x: Tensor, mask: Tensor | None, kind: s
     a = torch.empty_like(x, dtype=dtype)
     mask, *sizes = layout(x, mask)
     codes = DTYPE_CODES[x.dtype], DTYPE_CODES[dtype], KINDS[kind]
-    call("swoosh_linear_forward", x, x.data_ptr(), _pointer(mask), a.data_ptr(), *sizes, *codes)
+    call("swoosh_linear_forward", x, x.data_ptr(), pointer(mask), a.data_ptr(), *sizes, *codes)
     return a
 
 
@@ -42,7 +44,7 @@ def _differentiate(
     dx = torch.empty_like(x)
     a = torch.empty_like(da) if with_a else None
     mask, *sizes = layout(x, mask)
-    pointers = da.data_ptr(), x.data_ptr(), _pointer(mask), dx.data_ptr(), _pointer(a)
+    pointers = da.data_ptr(), x.data_ptr(), pointer(mask), dx.data_ptr(), pointer(a)
     codes = DTYPE_CODES[x.dtype], DTYPE_CODES[da.dtype], KINDS[kind]
     call("swoosh_linear_backward", x, *pointers, *sizes, *codes)
     return as_empty_like(dx, given), a
@@ -51,26 +53,13 @@ def _differentiate(
 def _infer(
     src: Tensor, in_weight: Tensor, in_bias: Tensor | None, out_weight: Tensor, out_bias: Tensor | None, kind: str
 ) -> tuple[Tensor]:
-    src = src.contiguous()
-    y = torch.empty_like(src)
+    tensors = contiguous(src, in_weight, in_bias, out_weight, out_bias)
+    y = torch.empty_like(tensors[0])
     if y.numel() > 0:
-        parameters = (p if p is None else p.contiguous() for p in (in_weight, in_bias, out_weight, out_bias))
         hidden, channels = in_weight.shape
-        sizes = src.numel() // channels, channels, hidden
-        tensors = (src, *parameters, y)
-        call_cpu("swoosh_linear_infer", src, *map(_pointer, tensors), *sizes, DTYPE_CODES[src.dtype], KINDS[kind])
+        sizes = src.numel() // channels, channels, hidden, DTYPE_CODES[src.dtype], KINDS[kind]
+        call_cpu("swoosh_linear_infer", src, *map(pointer, (*tensors, y)), *sizes)
     return (y,)
-
-
-def _unsupported_infer(src: Tensor, *rest: Any) -> str | None:
-    others = {t.dtype for t in rest if isinstance(t, Tensor)} - {src.dtype}
-    if others:
-        return f"it takes tensors of one dtype, got {src.dtype} and {others.pop()}"
-    return unsupported_dtype(src, (torch.float32, torch.float64))
-
-
-def _pointer(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
 
 
 def _launchers(call: Callable[..., None], dtypes: tuple[torch.dtype, ...]) -> Launchers:
@@ -78,5 +67,10 @@ def _launchers(call: Callable[..., None], dtypes: tuple[torch.dtype, ...]) -> La
 
 
 cpu = _launchers(call_cpu, CPU_DTYPES)
-cpu_infer = Launchers(_unsupported_infer, _infer, None, lambda src, *_: few_rows(src))
+cpu_infer = Launchers(
+    supports=lambda *args: unsupported_dtypes(args[:-1], INFERENCE_DTYPES),
+    forward=_infer,
+    backward=None,
+    worthwhile=lambda src, *_: few_rows(src),
+)
 cuda = _launchers(call_cuda, GPU_DTYPES)
