@@ -16,7 +16,7 @@ from zipformer_kernels.modules.inference import hooked, only_computes
 from zipformer_kernels.modules.nonlin_attention import NonlinAttention
 from zipformer_kernels.ops.attention import ChunkMask, constant_attention
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
-from zipformer_kernels.training.randomness import happens
+from zipformer_kernels.training.randomness import happens, keeps_all
 
 DYNAMIC_SKIP_RATE = ScheduledFloat((0.0, 0.2), (4000.0, 0.05), (16000, 0.0), default=0)
 CONST_ATTENTION_RATE = ScheduledFloat((0.0, 0.25), (4000.0, 0.025), default=0)
@@ -292,7 +292,8 @@ class ZipformerEncoderLayer(nn.Module):
         """Which sequences of x, (T, batch, channels), to keep: (batch, 1) of 0 and 1, or None to keep all."""
         if dropout_rate == 0.0 or not self.training:
             return None
-        return (torch.rand(x.shape[1], 1, device=x.device) > dropout_rate).to(x.dtype)
+        mask = (torch.rand(x.shape[1], 1, device=x.device) > dropout_rate).to(x.dtype)
+        return None if keeps_all(mask) else mask
 
     def sequence_dropout(self, x: Tensor, dropout_rate: float) -> Tensor:
         """Zeroes whole sequences of x, (T, batch, channels), at a given rate; the rest is not rescaled."""

@@ -13,7 +13,7 @@ from zipformer_kernels.modules.positional import CompactRelPositionalEncoding
 from zipformer_kernels.modules.resample import SimpleDownsample, SimpleUpsample
 from zipformer_kernels.ops.attention import ChunkMask, downsample_mask
 from zipformer_kernels.training import FloatLike, ScheduledFloat
-from zipformer_kernels.training.randomness import being_traced
+from zipformer_kernels.training.randomness import being_traced, keeps_all
 
 STATES_PER_LAYER = 6
 
@@ -83,7 +83,7 @@ class ZipformerEncoder(nn.Module):
         Returns:
             (T, batch, channels).
         """
-        masked = isinstance(feature_mask, Tensor) or feature_mask != 1.0
+        masked = not keeps_all(feature_mask) if isinstance(feature_mask, Tensor) else feature_mask != 1.0
         pos_emb = self.encoder_pos(src)
         output = src * feature_mask if masked else src
         for layer in self.layers:

@@ -3,153 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipformer_kernels.library import autocast_dtype, gradient_hook, recomputed, watcher
 from zipformer_kernels.modules.bias_norm import BiasNorm
+from zipformer_kernels.modules.convnext import ConvNeXt, channels_last
 from zipformer_kernels.modules.inference import hooked, is_untouched
-from zipformer_kernels.modules.scaled_init import ScaledConv2d
-from zipformer_kernels.modules.swoosh import SwooshL, SwooshR
-from zipformer_kernels.ops.depthwise_conv2d import depthwise_conv2d
-from zipformer_kernels.ops.swoosh import swoosh_l
+from zipformer_kernels.modules.swoosh import SwooshR
 from zipformer_kernels.presets import FBANK_BINS, preset
 from zipformer_kernels.training import Balancer, Dropout3, FloatLike, ScaleGrad, ScheduledFloat, Whiten
-from zipformer_kernels.training.balancer import Moments, balanced_gradient
 from zipformer_kernels.training.randomness import being_traced
 
 MIN_FRAMES = 9  # three unpadded 3 x 3 convolutions, one of stride 2 in time, leave (T - 7) // 2 frames
 TILE = 256  # frames of the result that are embedded at a time: all that lies between stays in a processor's cache
-ROWS = 4096  # frames times frequencies whose hidden channels a ConvNeXt block computes at a time in training
-
-
-class ConvNeXt(nn.Module):
-    """x + pointwise(SwooshL(pointwise(depthwise(x)))), after arXiv:2206.14747.
-
-    Args:
-        channels: channels of x.
-        hidden_ratio: how many times as many channels between the pointwise convolutions.
-        kernel_size: odd width of the depthwise convolution in time and frequency.
-        layerdrop_rate: the probability, in training, that a sequence skips the module; by default from 0.2 to
-            0.015 over 20000 batches.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        hidden_ratio: int = 3,
-        kernel_size: tuple[int, int] = (7, 7),
-        layerdrop_rate: FloatLike | None = None,
-    ) -> None:
-        super().__init__()
-        self.padding = ((kernel_size[0] - 1) // 2, (kernel_size[1] - 1) // 2)
-        if layerdrop_rate is None:
-            layerdrop_rate = ScheduledFloat((0.0, 0.2), (20000.0, 0.015))
-        self.layerdrop_rate = layerdrop_rate
-        hidden = channels * hidden_ratio
-        self.depthwise_conv = nn.Conv2d(
-            channels, channels, kernel_size=kernel_size, groups=channels, padding=self.padding
-        )
-        self.pointwise_conv1 = nn.Conv2d(channels, hidden, kernel_size=1)
-        self.hidden_balancer = Balancer(
-            hidden,
-            channel_dim=1,
-            min_positive=0.3,
-            max_positive=1.0,
-            min_abs=0.75,
-            max_abs=5.0,
-        )
-        self.activation = SwooshL()
-        self.pointwise_conv2 = ScaledConv2d(hidden, channels, kernel_size=1, initial_scale=0.01)
-        self.out_balancer = Balancer(
-            channels,
-            channel_dim=1,
-            min_positive=0.4,
-            max_positive=0.6,
-            min_abs=1.0,
-            max_abs=6.0,
-        )
-        self.out_whiten = Whiten(num_groups=1, whitening_limit=5.0, prob=(0.025, 0.25), grad_scale=0.01)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """From (batch, channels, T, frequencies) to the same shape."""
-        keep = None
-        if self.training:
-            layerdrop_rate = float(self.layerdrop_rate)
-            if layerdrop_rate != 0.0:
-                keep = torch.rand((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device) > layerdrop_rate
-        y = self._after_depthwise(self._depthwise(x))
-        if keep is not None:
-            y = y * keep
-        x = self.out_balancer(x + y)
-        if x.requires_grad:
-            x = self.out_whiten(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # it wants channels last
-        return x
-
-    def streaming_forward(self, x: Tensor, cached_left_pad: Tensor) -> tuple[Tensor, Tensor]:
-        """One chunk of a stream; P is ``padding[0]``, the frames the convolution sees to either side.
-
-        Args:
-            x: (batch, channels, T + P, frequencies): the chunk, then the first P frames of the next one.
-            cached_left_pad: (batch, channels, P, frequencies), the frames before the chunk.
-
-        Returns:
-            (batch, channels, T, frequencies), and the next `cached_left_pad`.
-        """
-        pad, freq_pad = self.padding
-        if cached_left_pad.shape[2] != pad:
-            raise ValueError(
-                f"cached_left_pad: wanted {pad} frames along dimension 2, got {tuple(cached_left_pad.shape)}"
-            )
-        frames = x.shape[2] - pad
-        joined = torch.cat([cached_left_pad, x], dim=2)
-        conv = self.depthwise_conv
-        y = F.conv2d(joined, conv.weight, conv.bias, padding=(0, freq_pad), groups=conv.groups)
-        return x[:, :, :frames] + self._after_depthwise(y), joined[:, :, frames : frames + pad]
-
-    def _depthwise(self, x: Tensor) -> Tensor:
-        conv = self.depthwise_conv
-        if _channels_last(x) and is_untouched(conv, nn.Conv2d):
-            return depthwise_conv2d(x, conv.weight, conv.bias)
-        return conv(x)
-
-    def _after_depthwise(self, x: Tensor) -> Tensor:
-        if self._recomputes(x):
-            return self._recomputed(x)
-        return self.pointwise_conv2(self.activation(self.hidden_balancer(self.pointwise_conv1(x))))
-
-    def _recomputes(self, x: Tensor) -> bool:
-        """Whether backward computes the hidden channels again, which on the CPU costs less than to store them."""
-        if not _channels_last(x) or not x.is_contiguous(memory_format=torch.channels_last) or x.numel() == 0:
-            return False
-        hidden_needs = x.requires_grad or any(p.requires_grad for p in self.pointwise_conv1.parameters())
-        if not (torch.is_grad_enabled() and hidden_needs) or autocast_dtype(x) is not None:
-            return False
-        layers = (self.pointwise_conv1, self.hidden_balancer, self.activation, self.pointwise_conv2)
-        return all(map(is_untouched, layers, (nn.Conv2d, Balancer, SwooshL, nn.Conv2d)))
-
-    def _recomputed(self, x: Tensor) -> Tensor:
-        """The layers after the depthwise convolution, of `ROWS` rows at a time."""
-        rows = x.permute(0, 2, 3, 1).flatten(0, 2)
-        count, limits, moments = len(rows), self.hidden_balancer.draw(), Moments()
-
-        def layers(part: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
-            hidden = F.linear(part, weight1, bias1)
-            if limits is not None and not torch.is_grad_enabled():
-                moments.add(hidden)
-            elif limits is not None:
-                known = None if len(part) == count else moments
-                balance = partial(balanced_gradient, moments=known, channel_dim=1, **limits)
-                hidden = gradient_hook(hidden, balance, hidden)
-            return F.linear(swoosh_l(hidden), weight2, bias2)
-
-        conv1, conv2 = self.pointwise_conv1, self.pointwise_conv2
-        y = recomputed(layers, ROWS, rows, conv1.weight.flatten(1), conv1.bias, conv2.weight.flatten(1), conv2.bias)
-        return y.unflatten(0, (x.shape[0], *x.shape[2:])).permute(0, 3, 1, 2)
 
 
 class Conv2dSubsampling(nn.Module):
@@ -239,7 +108,7 @@ class Conv2dSubsampling(nn.Module):
         self._check_input(x, x_lens, MIN_FRAMES)
         if self._goes_in_tiles(x):
             x = self._projected_tiles(x)
-        elif _channels_last(x) and is_untouched(self.out, nn.Linear):
+        elif channels_last(x) and is_untouched(self.out, nn.Linear):
             x = self._projected(self._features(x), self._channels_last_weight())
         else:
             x = self.out(_flatten_frequencies(self._features(x)))
@@ -273,7 +142,7 @@ class Conv2dSubsampling(nn.Module):
 
     def _features(self, x: Tensor) -> Tensor:
         """From (batch, T, in_channels) to (batch, layer3_channels, (T - 7) // 2, out_width)."""
-        image = x.contiguous().unsqueeze(3).permute(0, 3, 1, 2) if _channels_last(x) else x.unsqueeze(1)
+        image = x.contiguous().unsqueeze(3).permute(0, 3, 1, 2) if channels_last(x) else x.unsqueeze(1)
         return self.convnext(self.conv(image))
 
     def _projected(self, features: Tensor, weight: Tensor) -> Tensor:
@@ -286,7 +155,7 @@ class Conv2dSubsampling(nn.Module):
 
     def _goes_in_tiles(self, x: Tensor) -> bool:
         """Whether nothing but speed and memory depends on how many frames the layers see at a time."""
-        if not _channels_last(x) or x.shape[0] == 0 or self.training or self.convnext.training:
+        if not channels_last(x) or x.shape[0] == 0 or self.training or self.convnext.training:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             return False
@@ -317,11 +186,6 @@ class Conv2dSubsampling(nn.Module):
             )
         if x_lens.shape != (x.shape[0],):
             raise ValueError(f"x_lens: wanted one length for each of {x.shape[0]} sequences, got {tuple(x_lens.shape)}")
-
-
-def _channels_last(x: Tensor) -> bool:
-    """Whether convolutions run with channels last in memory, which measured faster on the CPU."""
-    return x.device.type == "cpu" and watcher() is None
 
 
 def _tiles(batch: int, frames: int) -> Iterator[tuple[slice, int, int]]:

@@ -42,13 +42,9 @@ def _backward(
 
 
 def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    if x.numel() == 0:
-        return torch.empty_like(x)
-    padding = [weight.shape[2] // 2, weight.shape[3] // 2]
-    gradients = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], weight.shape[0], [True, False, False]
-    )
-    return gradients[0]
+    """The convolution of dy with the kernel turned round, which is faster than torch's own backward."""
+    (dx,) = _forward(dy.to(x.dtype), weight.flip(2, 3), None)
+    return dx
 
 
 def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,0 +1,157 @@
+"""The conv embed's ConvNeXt block."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zipformer_kernels.library import autocast_dtype, gradient_hook, watcher
+from zipformer_kernels.modules.inference import is_untouched
+from zipformer_kernels.modules.scaled_init import ScaledConv2d
+from zipformer_kernels.modules.swoosh import SwooshL
+from zipformer_kernels.ops.depthwise_conv2d import depthwise_conv2d
+from zipformer_kernels.ops.swoosh import swoosh_l
+from zipformer_kernels.recompute import pointwise_branch
+from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten
+from zipformer_kernels.training.balancer import Moments, balanced_gradient
+
+ROWS = 4096  # frames times frequencies whose hidden channels are computed at a time in training
+
+
+class ConvNeXt(nn.Module):
+    """x + pointwise(SwooshL(pointwise(depthwise(x)))), after arXiv:2206.14747.
+
+    Args:
+        channels: channels of x.
+        hidden_ratio: how many times as many channels between the pointwise convolutions.
+        kernel_size: odd width of the depthwise convolution in time and frequency.
+        layerdrop_rate: the probability, in training, that a sequence skips the module; by default from 0.2 to
+            0.015 over 20000 batches.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        hidden_ratio: int = 3,
+        kernel_size: tuple[int, int] = (7, 7),
+        layerdrop_rate: FloatLike | None = None,
+    ) -> None:
+        super().__init__()
+        self.padding = ((kernel_size[0] - 1) // 2, (kernel_size[1] - 1) // 2)
+        if layerdrop_rate is None:
+            layerdrop_rate = ScheduledFloat((0.0, 0.2), (20000.0, 0.015))
+        self.layerdrop_rate = layerdrop_rate
+        hidden = channels * hidden_ratio
+        self.depthwise_conv = nn.Conv2d(
+            channels, channels, kernel_size=kernel_size, groups=channels, padding=self.padding
+        )
+        self.pointwise_conv1 = nn.Conv2d(channels, hidden, kernel_size=1)
+        self.hidden_balancer = Balancer(
+            hidden,
+            channel_dim=1,
+            min_positive=0.3,
+            max_positive=1.0,
+            min_abs=0.75,
+            max_abs=5.0,
+        )
+        self.activation = SwooshL()
+        self.pointwise_conv2 = ScaledConv2d(hidden, channels, kernel_size=1, initial_scale=0.01)
+        self.out_balancer = Balancer(
+            channels,
+            channel_dim=1,
+            min_positive=0.4,
+            max_positive=0.6,
+            min_abs=1.0,
+            max_abs=6.0,
+        )
+        self.out_whiten = Whiten(num_groups=1, whitening_limit=5.0, prob=(0.025, 0.25), grad_scale=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From (batch, channels, T, frequencies) to the same shape."""
+        keep = None
+        if self.training:
+            layerdrop_rate = float(self.layerdrop_rate)
+            if layerdrop_rate != 0.0:
+                keep = torch.rand((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device) > layerdrop_rate
+        x = self.out_balancer(self._added(x, keep))
+        if x.requires_grad:
+            x = self.out_whiten(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # it wants channels last
+        return x
+
+    def streaming_forward(self, x: Tensor, cached_left_pad: Tensor) -> tuple[Tensor, Tensor]:
+        """One chunk of a stream; P is ``padding[0]``, the frames the convolution sees to either side.
+
+        Args:
+            x: (batch, channels, T + P, frequencies): the chunk, then the first P frames of the next one.
+            cached_left_pad: (batch, channels, P, frequencies), the frames before the chunk.
+
+        Returns:
+            (batch, channels, T, frequencies), and the next `cached_left_pad`.
+        """
+        pad, freq_pad = self.padding
+        if cached_left_pad.shape[2] != pad:
+            raise ValueError(
+                f"cached_left_pad: wanted {pad} frames along dimension 2, got {tuple(cached_left_pad.shape)}"
+            )
+        frames = x.shape[2] - pad
+        joined = torch.cat([cached_left_pad, x], dim=2)
+        conv = self.depthwise_conv
+        y = F.conv2d(joined, conv.weight, conv.bias, padding=(0, freq_pad), groups=conv.groups)
+        return x[:, :, :frames] + self._after_depthwise(y), joined[:, :, frames : frames + pad]
+
+    def _depthwise(self, x: Tensor) -> Tensor:
+        conv = self.depthwise_conv
+        if channels_last(x) and is_untouched(conv, nn.Conv2d):
+            return depthwise_conv2d(x, conv.weight, conv.bias)
+        return conv(x)
+
+    def _added(self, src: Tensor, keep: Tensor | None) -> Tensor:
+        """src and what the block adds to it, in the sequences to keep."""
+        x = self._depthwise(src)
+        if self._recomputes(src, x):
+            return self._recomputed(src, x, keep)
+        branch = self._after_depthwise(x)
+        return src + (branch if keep is None else branch * keep)
+
+    def _after_depthwise(self, x: Tensor) -> Tensor:
+        return self.pointwise_conv2(self.activation(self.hidden_balancer(self.pointwise_conv1(x))))
+
+    def _recomputes(self, src: Tensor, x: Tensor) -> bool:
+        """Whether backward computes the hidden channels again, which on the CPU costs less than to store them."""
+        if not channels_last(x) or x.numel() == 0 or src.dtype != x.dtype:
+            return False
+        if not all(image.is_contiguous(memory_format=torch.channels_last) for image in (src, x)):
+            return False
+        hidden_needs = x.requires_grad or any(p.requires_grad for p in self.pointwise_conv1.parameters())
+        if not (torch.is_grad_enabled() and hidden_needs) or autocast_dtype(x) is not None:
+            return False
+        layers = (self.pointwise_conv1, self.hidden_balancer, self.activation, self.pointwise_conv2)
+        return all(map(is_untouched, layers, (nn.Conv2d, Balancer, SwooshL, nn.Conv2d)))
+
+    def _recomputed(self, src: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
+        """`_added` by `pointwise_branch`, where x is the depthwise convolution's result."""
+        limits, moments, count = self.hidden_balancer.draw(), Moments(), x.numel() // x.shape[1]
+
+        def activate(hidden: Tensor) -> Tensor:
+            if limits is not None and not torch.is_grad_enabled():
+                moments.add(hidden)
+            elif limits is not None:
+                known = None if hidden.numel() == count * hidden.shape[-1] else moments
+                balance = partial(balanced_gradient, moments=known, channel_dim=-1, **limits)
+                hidden = gradient_hook(hidden, balance, hidden)
+            return swoosh_l(hidden)
+
+        kept = [True] * len(x) if keep is None else keep.flatten().tolist()
+        src_rows, rows = (image.permute(0, 2, 3, 1).flatten(1, 2) for image in (src, x))
+        first, last = self.pointwise_conv1, self.pointwise_conv2
+        weights = first.weight.flatten(1), first.bias, last.weight.flatten(1), last.bias
+        y = pointwise_branch(activate, ROWS, kept, src_rows, rows, *weights)
+        return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+def channels_last(x: Tensor) -> bool:
+    """Whether convolutions run with channels last in memory, which measured faster on the CPU."""
+    return x.device.type == "cpu" and watcher() is None

@@ -1,0 +1,121 @@
+"""A pointwise branch that is computed of so many rows at a time, and again in backward, so that what lies between stays
+in cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _PointwiseBranch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        activate: Callable[[Tensor], Tensor],
+        rows: int,
+        kept: Sequence[bool],
+        src: Tensor,
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor,
+        weight2: Tensor,
+        bias2: Tensor,
+    ) -> Tensor:
+        ctx.activate, ctx.rows, ctx.kept = activate, rows, kept
+        ctx.save_for_backward(x, weight1, bias1, weight2, bias2)
+        y = torch.empty_like(src, memory_format=torch.contiguous_format)
+        for sequence, part in _parts(x, rows):
+            a = activate(torch.addmm(bias1, x[sequence, part], weight1.t()))
+            if kept[sequence]:
+                torch.add(src[sequence, part], bias2, out=y[sequence, part])
+                y[sequence, part].addmm_(a, weight2.t())
+            else:
+                y[sequence, part] = src[sequence, part]
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        needs = ctx.needs_input_grad[4:]
+        if torch.is_grad_enabled():  # create_graph=True: what the parts save would all be kept
+            found = iter(_differentiable(ctx, grad, needs))
+            gradients = [next(found) if need else None for need in needs]
+        else:
+            gradients = _gradients(ctx, grad.contiguous(), needs)
+        return None, None, None, grad, *gradients
+
+
+def _differentiable(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """The gradients that are needed, by autograd of all rows at once."""
+    x, weight1, bias1, weight2, bias2 = tensors = ctx.saved_tensors
+    branch = F.linear(ctx.activate(F.linear(x, weight1, bias1)), weight2, bias2)
+    wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
+    keep = torch.tensor(ctx.kept, dtype=grad.dtype, device=grad.device).view(-1, 1, 1)
+    return torch.autograd.grad(branch, wanted, grad * keep, create_graph=True)
+
+
+def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients of x and of the parameters; those of parameters are summed part by part, in order."""
+    x, weight1, bias1, weight2, _ = tensors = ctx.saved_tensors
+    gradients = [torch.zeros_like(t) if need else None for t, need in zip(tensors, needs, strict=True)]
+    dx, dweight1, dbias1, dweight2, dbias2 = gradients
+    for sequence, part in _parts(x, ctx.rows):
+        if not ctx.kept[sequence]:
+            continue
+        rows, dy = x[sequence, part], grad[sequence, part]
+        with torch.enable_grad():
+            hidden = torch.addmm(bias1, rows, weight1.t()).detach().requires_grad_()
+            a = ctx.activate(hidden)
+        if dweight2 is not None:
+            dweight2.addmm_(dy.t(), a.detach())
+        if dbias2 is not None:
+            dbias2.add_(dy.sum(0))
+        if not any(needs[:3]):
+            continue
+        (dhidden,) = torch.autograd.grad(a, hidden, dy @ weight2)
+        if dweight1 is not None:
+            dweight1.addmm_(dhidden.t(), rows)
+        if dbias1 is not None:
+            dbias1.add_(dhidden.sum(0))
+        if dx is not None:
+            torch.mm(dhidden, weight1, out=dx[sequence, part])
+    return gradients
+
+
+def _parts(x: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
+    for sequence in range(x.shape[0]):
+        for begin in range(0, x.shape[1], rows):
+            yield sequence, slice(begin, begin + rows)
+
+
+def pointwise_branch(
+    activate: Callable[[Tensor], Tensor],
+    rows: int,
+    kept: Sequence[bool],
+    src: Tensor,
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+) -> Tensor:
+    """src + activate(x W1^T + b1) W2^T + b2 in the sequences that are kept, src in the others.
+
+    Saved for backward are x and the parameters. Backward computes the hidden rows once more, of a part at a time, and
+    nothing of sequences that are not kept. All tensors are of one dtype, on the CPU.
+
+    Args:
+        activate: of each row by itself, to the same shape. It is called without grad mode for each part forward, of
+            every sequence; with grad mode for each part of a kept sequence backward; and with grad mode on all of the
+            hidden rows where gradients are to be differentiated (create_graph=True).
+        rows: how many rows a part has.
+        kept: for each sequence, whether it gets the branch.
+        src: (batch, rows of a sequence, channels).
+        x: of the same shape.
+        weight1, bias1: (hidden, channels), (hidden,).
+        weight2, bias2: (channels, hidden), (channels,).
+    """
+    return _PointwiseBranch.apply(activate, rows, kept, src, x, weight1, bias1, weight2, bias2)
