@@ -219,15 +219,12 @@ void attention(int threads) {
   zk::attention_forward_cpu(forward);
   zk::AttentionBackward backward{};
   backward.weights = weights;
-  backward.v = rows(v, channels);
-  backward.out = rows(out, channels);
-  backward.grad = rows(grad, channels);
+  backward.uses = {{rows(v, channels), rows(out, channels), rows(grad, channels), channels}};
   backward.dq = dq.data();
   backward.dk = dk.data();
   backward.dp = dp.data();
   backward.de = de.data();
   backward.dv = dv.data();
-  backward.channels = channels;
   zk::attention_backward_cpu(backward);
 
   auto at = [](const std::vector<T>& x, int64_t width, int64_t frame, int64_t head, int64_t c) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "common/dtypes.h"
 #include "common/isa.h"
@@ -42,15 +43,20 @@ struct AttentionForward {
   int64_t channels;
 };
 
-// Gradients from that of out; contiguous, null where not wanted. dp and de come together. The gradient of the scores
-// gains penalty sign(s) where |s| > limit. With w and dw, as of AttentionDense, gradients come from that of W instead:
-// there are no values then, and `channels` is 0.
+// One use of the weights, out = W v, and the gradient of its result.
+struct AttentionUse {
+  AttentionRows v, out, grad;
+  int64_t channels;
+};
+
+// Gradients from those of the results of uses; contiguous, null where not wanted. dp and de come together. The gradient
+// of the scores gains penalty sign(s) where |s| > limit. With w, as of AttentionDense, nothing is computed again; the
+// gradient of W may then have a part of its own, dw, or null, and dv, which only one use has, is not given.
 struct AttentionBackward {
   AttentionWeights weights;
   const void *w, *dw;
-  AttentionRows v, out, grad;
+  std::vector<AttentionUse> uses;
   void *dq, *dk, *dp, *de, *dv;
-  int64_t channels;
   double penalty, limit;
 };
 

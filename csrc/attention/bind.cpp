@@ -2,6 +2,8 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <tuple>
+#include <vector>
 
 #include "attention/attention.h"
 #include "common/bind.h"
@@ -12,6 +14,8 @@ using Rows = std::array<int64_t, 4>;   // address and strides of frames, sequenc
 using Masks = std::array<int64_t, 4>;  // addresses of padding and mask, the mask's strides of frames, sequences
 using Sizes = std::array<int64_t, 8>;  // targets ... position_channels, chunk, left_chunks
 
+using Use = std::tuple<Rows, Rows, Rows, int64_t>;  // values, result, its gradient; channels
+
 static AttentionRows rows(const Rows& x) { return {pointer(x[0]), x[1], x[2], x[3]}; }
 
 static AttentionWeights weights(const std::array<Rows, 4>& scores, uintptr_t lse, const Masks& masks,
@@ -21,6 +25,12 @@ static AttentionWeights weights(const std::array<Rows, 4>& scores, uintptr_t lse
           bytes(masks[0]), bytes(masks[1]), masks[2],        masks[3],        sizes[0],
           sizes[1],        sizes[2],        sizes[3],        sizes[4],        sizes[5],
           sizes[6],        sizes[7],        DType(dtype),    threads};
+}
+
+static std::vector<AttentionUse> uses(const std::vector<Use>& given) {
+  std::vector<AttentionUse> found;
+  for (const auto& [v, out, grad, channels] : given) found.push_back({rows(v), rows(out), rows(grad), channels});
+  return found;
 }
 
 void bind_attention(pybind11::module_& m) {
@@ -40,13 +50,11 @@ void bind_attention(pybind11::module_& m) {
       release_gil());
   m.def(
       "attention_backward_cpu",
-      [](const Scores& scores, uintptr_t lse, const Masks& masks, const Sizes& sizes, int dtype, const Rows& v,
-         const Rows& out, const Rows& grad, const std::array<uintptr_t, 5>& gradients, int64_t channels, double penalty,
-         double limit, int threads) {
-        attention_backward_cpu({weights(scores, lse, masks, sizes, dtype, threads), nullptr, nullptr, rows(v),
-                                rows(out), rows(grad), pointer(gradients[0]), pointer(gradients[1]),
-                                pointer(gradients[2]), pointer(gradients[3]), pointer(gradients[4]), channels, penalty,
-                                limit});
+      [](const Scores& scores, uintptr_t lse, const Masks& masks, const Sizes& sizes, int dtype, const Use& use,
+         const std::array<uintptr_t, 5>& gradients, double penalty, double limit, int threads) {
+        attention_backward_cpu({weights(scores, lse, masks, sizes, dtype, threads), nullptr, nullptr, uses({use}),
+                                pointer(gradients[0]), pointer(gradients[1]), pointer(gradients[2]),
+                                pointer(gradients[3]), pointer(gradients[4]), penalty, limit});
       },
       release_gil());
   m.def(
@@ -66,21 +74,11 @@ void bind_attention(pybind11::module_& m) {
   m.def(
       "attention_weights_backward_cpu",
       [](const Scores& scores, uintptr_t w, const Masks& masks, const Sizes& sizes, int dtype, uintptr_t dw,
-         const std::array<uintptr_t, 4>& gradients, double penalty, double limit, int threads) {
-        attention_backward_cpu({weights(scores, 0, masks, sizes, dtype, threads),
-                                pointer(w),
-                                pointer(dw),
-                                {},
-                                {},
-                                {},
-                                pointer(gradients[0]),
-                                pointer(gradients[1]),
-                                pointer(gradients[2]),
-                                pointer(gradients[3]),
-                                nullptr,
-                                0,
-                                penalty,
-                                limit});
+         const std::vector<Use>& given, const std::array<uintptr_t, 4>& gradients, double penalty, double limit,
+         int threads) {
+        attention_backward_cpu({weights(scores, 0, masks, sizes, dtype, threads), pointer(w), pointer(dw), uses(given),
+                                pointer(gradients[0]), pointer(gradients[1]), pointer(gradients[2]),
+                                pointer(gradients[3]), nullptr, penalty, limit});
       },
       release_gil());
 }

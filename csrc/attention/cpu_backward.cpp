@@ -1,10 +1,11 @@
 // Attention on the CPU, backward: weights once more, tile by tile, and every gradient from the tile while it is in
 // cache.
 //
-// With g the gradient of the result, dw = g v^T and delta[i] = g[i] . out[i], the scores' gradient is ds = w (dw -
-// delta). Where w and dw are given, dense, nothing is computed again, and delta = sum_j w dw. The targets of a sequence
-// and head are cut into parts. Each part sums what it adds to the gradients of keys, values and position projections in
-// memory of its own, and the parts are added up in order: results do not depend on the threads.
+// With g the gradients of all results next to each other and v the values likewise, dw = g v^T and delta[i] = g[i] .
+// out[i], the scores' gradient is ds = w (dw - delta). Where w is given, dense, nothing is computed again; a dense part
+// of dw is added to the rest, and sum_j w dw of it to delta. The targets of a sequence and head are cut into parts. Each
+// part sums what it adds to the gradients of keys, values and position projections in memory of its own, and the parts
+// are added up in order: results do not depend on the threads.
 #include <cmath>
 #include <utility>
 
@@ -27,14 +28,15 @@ class Backward {
         scores_(args.weights),
         depth_(weights_.query_channels),
         positions_(weights_.p.data ? weights_.position_channels : 0),
+        channels_(channels_of(args.uses)),
         query_pitch_(whole_lanes<W>(depth_)),
         pitch_(scores_.pitch),
         parts_(parts()),
         items_(scores_.pairs * parts_),
         key_rows_(args.dq ? scores_.pairs * weights_.sources * query_pitch_ : 0),
-        value_columns_(scores_.pairs * args.channels * pitch_),
+        value_columns_(scores_.pairs * channels_ * pitch_),
         dkeys_(args.dk ? items_ * depth_ * pitch_ : 0),
-        dvalues_(args.dv ? items_ * args.channels * pitch_ : 0),
+        dvalues_(args.dv ? items_ * channels_ * pitch_ : 0),
         doffsets_(args.de ? items_ * positions_ * scores_.offset_pitch : 0) {}
 
   void run() {
@@ -48,7 +50,7 @@ class Backward {
                        gather(item, memory);
                      });
     if (args_.dk) scatter(dkeys_, depth_, static_cast<T*>(args_.dk));
-    if (args_.dv) scatter(dvalues_, args_.channels, static_cast<T*>(args_.dv));
+    if (args_.dv) scatter(dvalues_, channels_, static_cast<T*>(args_.dv));
     if (args_.de) scatter_offsets();
   }
 
@@ -59,8 +61,8 @@ class Backward {
       auto take = [&](int64_t size) { return std::exchange(scratch, scratch + size); };
       q = take(tile_rows * b.depth_);
       p = take(tile_rows * b.positions_);
-      g = take(tile_rows * b.args_.channels);
-      out = take(tile_rows * b.args_.channels);
+      g = take(tile_rows * b.channels_);
+      out = take(tile_rows * b.channels_);
       dq = take(tile_rows * b.query_pitch_);
       dp = take(tile_rows * b.positions_);
       delta = take(tile_rows);
@@ -71,7 +73,7 @@ class Backward {
     }
 
     static int64_t size(const Backward& b) {
-      int64_t rows = b.depth_ + 2 * b.positions_ + 2 * b.args_.channels + b.query_pitch_ + 1 + 2 * tile_columns;
+      int64_t rows = b.depth_ + 2 * b.positions_ + 2 * b.channels_ + b.query_pitch_ + 1 + 2 * tile_columns;
       return tile_rows * rows + 2 * tile_size;
     }
 
@@ -80,6 +82,12 @@ class Backward {
     W *dw, *extra;  // rectangular
   };
 
+  static int64_t channels_of(const std::vector<AttentionUse>& uses) {
+    int64_t sum = 0;
+    for (const AttentionUse& use : uses) sum += use.channels;
+    return sum;
+  }
+
   int64_t parts() const {
     int64_t wanted = (least_items + scores_.pairs - 1) / scores_.pairs;
     return wanted < scores_.row_blocks ? wanted : scores_.row_blocks;
@@ -87,11 +95,11 @@ class Backward {
 
   void pack(int64_t pair) {
     int64_t sources = weights_.sources, b = scores_.sequence_of(pair), h = scores_.head_of(pair);
-    W* values = value_columns_ + pair * args_.channels * pitch_;  // none where W is dense
-    for (int64_t c = 0; c < args_.channels; ++c) {
-      for (int64_t j = sources; j < pitch_; ++j) values[c * pitch_ + j] = 0;
+    W* values = value_columns_ + pair * channels_ * pitch_;
+    for (const AttentionUse& use : args_.uses) {
+      load_columns<T>(use.v, 0, sources, b, h, use.channels, values, pitch_);
+      for (int64_t c = 0; c < use.channels; ++c, values += pitch_) clear(values + sources, pitch_ - sources);
     }
-    if (args_.channels) load_columns<T>(args_.v, 0, sources, b, h, args_.channels, values, pitch_);
     if (!args_.dq) return;
     load_rows<T>(weights_.k, 0, sources, b, h, depth_, key_rows_ + pair * sources * query_pitch_, query_pitch_);
   }
@@ -103,7 +111,7 @@ class Backward {
   void gather(int64_t item, const Memory& memory) {
     int64_t pair = item / parts_, part = item % parts_;
     if (args_.dk) clear(dkeys_ + item * depth_ * pitch_, depth_ * pitch_);
-    if (args_.dv) clear(dvalues_ + item * args_.channels * pitch_, args_.channels * pitch_);
+    if (args_.dv) clear(dvalues_ + item * channels_ * pitch_, channels_ * pitch_);
     if (args_.de) clear(doffsets_ + item * positions_ * scores_.offset_pitch, positions_ * scores_.offset_pitch);
     int64_t blocks = scores_.row_blocks;
     for (int64_t block = blocks * part / parts_; block < blocks * (part + 1) / parts_; ++block) {
@@ -121,21 +129,28 @@ class Backward {
   }
 
   void load(int64_t pair, int64_t block, const Memory& m) const {
-    int64_t first = block * tile_rows, rows = scores_.rows_of(block), channels = args_.channels;
+    int64_t first = block * tile_rows, rows = scores_.rows_of(block);
     int64_t b = scores_.sequence_of(pair), h = scores_.head_of(pair);
     load_rows<T>(weights_.q, first, rows, b, h, depth_, m.q, depth_);
     if (positions_) load_rows<T>(weights_.p, first, rows, b, h, positions_, m.p, positions_);
     clear(m.dq, rows * query_pitch_);
     clear(m.dp, rows * positions_);
-    if (args_.w) {
+    int64_t channel = 0;
+    for (const AttentionUse& use : args_.uses) {
       for (int64_t i = 0; i < rows; ++i) {
-        m.delta[i] = dot(dense(args_.w, pair, first + i), dense(args_.dw, pair, first + i), weights_.sources);
+        const T *g = row_of<T>(use.grad, first + i, b, h), *out = row_of<T>(use.out, first + i, b, h);
+        for (int64_t c = 0; c < use.channels; ++c) {
+          m.g[i * channels_ + channel + c] = widen(g[c]);
+          m.out[i * channels_ + channel + c] = widen(out[c]);
+        }
       }
-      return;
+      channel += use.channels;
     }
-    load_rows<T>(args_.grad, first, rows, b, h, channels, m.g, channels);
-    load_rows<T>(args_.out, first, rows, b, h, channels, m.out, channels);
-    for (int64_t i = 0; i < rows; ++i) m.delta[i] = dot(m.g + i * channels, m.out + i * channels, channels);
+    for (int64_t i = 0; i < rows; ++i) {
+      m.delta[i] = dot(m.g + i * channels_, m.out + i * channels_, channels_);
+      if (!args_.dw) continue;
+      m.delta[i] += dot(dense(args_.w, pair, first + i), dense(args_.dw, pair, first + i), weights_.sources);
+    }
   }
 
   template <class E>
@@ -151,14 +166,21 @@ class Backward {
     return static_cast<const T*>(x) + (pair * weights_.targets + target) * weights_.sources;
   }
 
-  // The scores' gradient of one tile from dense weights and their gradient.
+  // What the uses add to the weights' gradient, in one tile.
+  void multiply(int64_t pair, int64_t block, int64_t source, int64_t width, const Memory& m) const {
+    const W* values = value_columns_ + pair * channels_ * pitch_ + source;
+    gemm<false>(scores_.rows_of(block), width, channels_, m.g, channels_, 1, values, pitch_, m.dw, tile_columns);
+  }
+
+  // The scores' gradient of one tile from dense weights.
   void read(int64_t pair, int64_t block, int64_t source, int64_t columns, const Memory& m) const {
     if (args_.penalty != 0) scores_.fill(pair, block, source, columns, m.q, m.p, m.w);
+    multiply(pair, block, source, whole_lanes<W>(columns), m);
     for (int64_t i = 0; i < scores_.rows_of(block); ++i) {
       int64_t target = block * tile_rows + i;
-      W* ds = m.ds + tile_skew + i * tile_step;
-      differentiate(dense(args_.w, pair, target) + source, dense(args_.dw, pair, target) + source, m.delta[i], columns,
-                    ds);
+      W *ds = m.ds + tile_skew + i * tile_step, *dw = m.dw + i * tile_columns;
+      if (args_.dw) add(dense(args_.dw, pair, target) + source, columns, dw);
+      differentiate(dense(args_.w, pair, target) + source, dw, m.delta[i], columns, ds);
       scores_.mask(pair, target, source, columns, 0, ds);
       if (args_.penalty != 0) {
         penalize(m.w + tile_skew + i * tile_step, columns, m.extra);
@@ -176,10 +198,9 @@ class Backward {
 
   // Weights and the scores' gradient of one tile.
   void fill(int64_t pair, int64_t block, int64_t source, int64_t columns, const Memory& m) const {
-    int64_t rows = scores_.rows_of(block), width = whole_lanes<W>(columns), channels = args_.channels;
+    int64_t rows = scores_.rows_of(block), width = whole_lanes<W>(columns);
     scores_.fill(pair, block, source, columns, m.q, m.p, m.w);
-    const W* values = value_columns_ + pair * channels * pitch_ + source;
-    gemm<false>(rows, width, channels, m.g, channels, 1, values, pitch_, m.dw, tile_columns);
+    multiply(pair, block, source, width, m);
     for (int64_t i = 0; i < rows; ++i) {
       int64_t target = block * tile_rows + i;
       W* w = m.w + tile_skew + i * tile_step;
@@ -199,9 +220,9 @@ class Backward {
   }
 
   template <class E>
-  static void differentiate(const E* __restrict w, const E* __restrict dw, W delta, int64_t columns, W* __restrict ds) {
+  static void differentiate(const E* __restrict w, const W* __restrict dw, W delta, int64_t columns, W* __restrict ds) {
 #pragma omp simd
-    for (int64_t j = 0; j < columns; ++j) ds[j] = widen(w[j]) * (widen(dw[j]) - delta);
+    for (int64_t j = 0; j < columns; ++j) ds[j] = widen(w[j]) * (dw[j] - delta);
   }
 
   void penalize(const W* __restrict s, int64_t columns, W* __restrict extra) const {
@@ -210,14 +231,15 @@ class Backward {
     for (int64_t j = 0; j < columns; ++j) extra[j] = s[j] > limit ? penalty : s[j] < -limit ? -penalty : W(0);
   }
 
-  static void add(const W* __restrict from, int64_t columns, W* __restrict to) {
+  template <class E>
+  static void add(const E* __restrict from, int64_t columns, W* __restrict to) {
 #pragma omp simd
-    for (int64_t j = 0; j < columns; ++j) to[j] += from[j];
+    for (int64_t j = 0; j < columns; ++j) to[j] += widen(from[j]);
   }
 
   // Adds what one tile gives to every gradient.
   void spread(int64_t item, int64_t pair, int64_t block, int64_t source, int64_t columns, const Memory& m) {
-    int64_t rows = scores_.rows_of(block), width = whole_lanes<W>(columns), channels = args_.channels;
+    int64_t rows = scores_.rows_of(block), width = whole_lanes<W>(columns), channels = channels_;
     const W *w = m.w + tile_skew, *ds = m.ds + tile_skew;
     if (args_.dv) {
       W* dv = dvalues_ + item * channels * pitch_ + source;
@@ -293,7 +315,7 @@ class Backward {
   const AttentionBackward& args_;
   const AttentionWeights& weights_;
   const Scores<T> scores_;
-  const int64_t depth_, positions_, query_pitch_, pitch_, parts_, items_;
+  const int64_t depth_, positions_, channels_, query_pitch_, pitch_, parts_, items_;
   Buffer<W> key_rows_, value_columns_, dkeys_, dvalues_, doffsets_;
 };
 

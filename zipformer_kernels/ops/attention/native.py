@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, call_cpu, unsupported_dtype
+from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, call_cpu, pointer, unsupported_dtype
 from zipformer_kernels.library import Launchers
 from zipformer_kernels.ops.attention.reference import wide_dtype
 
@@ -103,12 +105,13 @@ def backward(
     if out.numel() > 0:
         weights = _Weights(q, k, p, e, lse, *masks)
         v, out, grad = (_unit_stride(x) for x in (v, out, grad.to(v.dtype)))
-        rows = _rows(v), _rows(out), _rows(grad)
-        call_cpu("attention_backward", v, *weights.arguments(), *rows, _addresses(written), v.shape[3], penalty, limit)
+        use = _rows(v), _rows(out), _rows(grad), v.shape[3]
+        call_cpu("attention_backward", v, *weights.arguments(), use, _addresses(written), penalty, limit)
     return *_filled(gradients, written), None, None, None
 
 
-def _make_weights(*args: Tensor | int | float | None) -> tuple[Tensor]:
+def make_weights(*args: Tensor | int | float | None) -> tuple[Tensor]:
+    """The forward of ``attention_weights``."""
     q, k, p, e, *masks, _, _ = args
     w = q.new_empty(q.shape[2], q.shape[1], q.shape[0], k.shape[0])
     if w.numel() > 0:
@@ -117,19 +120,39 @@ def _make_weights(*args: Tensor | int | float | None) -> tuple[Tensor]:
     return (w,)
 
 
-def _weights_backward(
-    needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | float | None
-) -> tuple[Tensor | None, ...]:
+def weights_gradients(
+    needs: tuple[bool, ...],
+    dw: Tensor | None,
+    uses: Sequence[tuple[Tensor, Tensor, Tensor]],
+    w: Tensor,
+    *args: Tensor | int | float | None,
+) -> list[Tensor | None]:
+    """The gradients of q, k, p and e from that of W, which is dw plus G V^T of every use.
+
+    Args:
+        needs: which are wanted; those of p and e are computed together.
+        dw: (H, B, T, S), or None.
+        uses: values V, (S, B, H, C), their average and its gradient G, (T, B, H, C).
+        w: W, (H, B, T, S).
+        args: of the op ``attention_weights``.
+    """
     q, k, p, e, *masks, penalty, limit = args
-    (w,), (dw,) = saved, grads
     wanted = needs[0], needs[1], needs[2] or needs[3], needs[2] or needs[3]
     gradients, written = _room((q, k, p, e), wanted, w.numel() > 0)
     if w.numel() > 0:
-        weights, dw = _Weights(q, k, p, e, w, *masks), dw.to(w.dtype).contiguous()
-        call_cpu(
-            "attention_weights_backward", q, *weights.arguments(), dw.data_ptr(), _addresses(written), penalty, limit
-        )
-    return *_filled(gradients, written), None, None
+        weights = _Weights(q, k, p, e, w, *masks)
+        dw = None if dw is None else dw.to(w.dtype).contiguous()
+        uses = [tuple(_unit_stride(x.to(w.dtype)) for x in use) for use in uses]
+        rows = [(*map(_rows, use), use[0].shape[3]) for use in uses]
+        results = _addresses(written)
+        call_cpu("attention_weights_backward", q, *weights.arguments(), pointer(dw), rows, results, penalty, limit)
+    return _filled(gradients, written)
+
+
+def _weights_backward(
+    needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | float | None
+) -> tuple[Tensor | None, ...]:
+    return *weights_gradients(needs, grads[0], (), saved[0], *args), None, None
 
 
 def _room(
@@ -168,11 +191,11 @@ def worthwhile(q: Tensor, k: Tensor, *rest: object) -> bool:
     return scores >= LEAST_SCORES[q.dtype]
 
 
-def keeps_weights(heads: int, batch: int, targets: int, sources: int, dtype: torch.dtype, trained: bool) -> bool:
-    """Whether weights of this shape, and where they are `trained` their gradient too, are small enough to keep."""
-    return (2 if trained else 1) * heads * batch * targets * sources * dtype.itemsize < KEPT_BYTES
+def keeps_weights(heads: int, batch: int, targets: int, sources: int, dtype: torch.dtype) -> bool:
+    """Whether weights of this shape are small enough to keep."""
+    return heads * batch * targets * sources * dtype.itemsize < KEPT_BYTES
 
 
 cpu = Launchers(unsupported, forward, backward, worthwhile)
 cpu_log_sum_exp = Launchers(unsupported, _log_sum_exp, None, worthwhile)
-cpu_weights = Launchers(unsupported, _make_weights, _weights_backward)
+cpu_weights = Launchers(unsupported, make_weights, _weights_backward)

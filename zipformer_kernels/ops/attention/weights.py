@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.library import autocast_dtype, gradient_hook
+from zipformer_kernels.library import autocast_dtype, gradient_hook, watcher
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import native, reference
+from zipformer_kernels.ops.attention.kept import Piece, average, make
 
 
 @dataclass(frozen=True)
@@ -89,10 +90,9 @@ class AttentionWeights:
         if torch.is_grad_enabled():
             detached = tuple(None if x is None else x.detach() for x in self.scores)
         self.backend = attention._log_sum_exp.select(backend, *detached, *self.masks)
-        self._dense: tuple[Tensor, ...] = ()
+        self._dense: tuple[Piece, ...] = ()
         self.lse: Tensor | None = None
-        trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.scores)
-        largest = max(self.shape[0] - 1, 1), *self.shape[1:], q.dtype, trained
+        largest = max(self.shape[0] - 1, 1), *self.shape[1:], q.dtype
         self.keeps = self.backend == "eager" or (self.backend == "cpu" and native.keeps_weights(*largest))
         if not self.keeps:
             self.lse = attention._log_sum_exp(*detached, *self.masks, backend=self.backend)
@@ -118,7 +118,7 @@ class AttentionWeights:
         """
         if self.keeps:
             part = self[:]
-            part._dense = tuple(constant_attention(piece) for piece in self._pieces())
+            part._dense = tuple(Piece(constant_attention(piece.w)) for piece in self._pieces())
             return part
         q, k, _, _ = self.scores
         key_padding_mask, mask, chunk, left_chunks = self.masks
@@ -142,35 +142,37 @@ class AttentionWeights:
         """
         heads = self.shape[0]
         _check_values(self.shape, values)
-        if self.keeps:
-            pieces = self._pieces()
-            of_pieces = split_heads(values, heads).split([len(piece) for piece in pieces])
-            averages = [piece @ v for piece, v in zip(pieces, of_pieces, strict=True)]
-            return merge_heads(averages[0] if len(averages) == 1 else torch.cat(averages))
-        penalty, self._penalty = self._penalty, (0.0, 0.0)
         v = values.unflatten(2, (heads, values.shape[2] // heads))
+        if self.keeps:
+            return average(self._pieces(), v).flatten(2)
+        penalty, self._penalty = self._penalty, (0.0, 0.0)
         return attention._op(*self.scores, v, self.lse, *self.masks, *penalty, backend=self.backend).flatten(2)
 
     def materialize(self) -> Tensor:
         """W itself, (H, B, T, S), differentiable; under autocast in the autocast dtype, as upstream keeps it."""
         if not self.keeps:
             return self._reference()
-        pieces = self._pieces()
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        pieces = [piece.w for piece in self._pieces()]
+        # An alias, for the gradient of the piece itself lacks what uses leave.
+        return torch.cat(pieces) if len(pieces) > 1 else torch.ops.aten.alias(pieces[0])
 
-    def _pieces(self) -> tuple[Tensor, ...]:
+    def _pieces(self) -> tuple[Piece, ...]:
         """W, made once. On ``cpu`` the first head, which nonlin_attention takes alone, may lie apart: see below."""
         if not self._dense and self.backend == "eager":
-            self._dense = (self._reference(),)
+            self._dense = (Piece(self._reference()),)
         elif not self._dense:
             # A slice's gradient is as large as its base; and together all heads may be too large to keep.
-            apart = torch.is_grad_enabled() or not native.keeps_weights(*self.shape, self.dtype, False)
+            apart = torch.is_grad_enabled() or not native.keeps_weights(*self.shape, self.dtype)
             groups = (slice(0, 1), slice(1, None)) if apart and self.shape[0] > 1 else (slice(None),)
-            self._dense = tuple(
-                attention._weights(*self._scores_of(heads), *self.masks, *self._penalty, backend=self.backend)
-                for heads in groups
-            )
+            self._dense = tuple(self._piece(heads) for heads in groups)
         return self._dense
+
+    def _piece(self, heads: slice) -> Piece:
+        args = *self._scores_of(heads), *self.masks, *self._penalty
+        trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.scores)
+        if trained and watcher() is None:
+            return make(*args)
+        return Piece(attention._weights(*args, backend=self.backend))
 
     def _scores_of(self, heads: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         q, k, p, e = self.scores
@@ -193,14 +195,14 @@ class AttentionWeights:
         return f"AttentionWeights(shape={tuple(self.shape)}, dtype={self.dtype}, backend={self.backend!r})"
 
 
-def _slice_heads(pieces: tuple[Tensor, ...], heads: slice) -> tuple[Tensor, ...]:
+def _slice_heads(pieces: tuple[Piece, ...], heads: slice) -> tuple[Piece, ...]:
     """Some heads of weights in pieces; whole pieces stay themselves, for a slice's gradient is as large as its base."""
     first, last, _ = heads.indices(sum(len(piece) for piece in pieces))
     parts = []
     for piece in pieces:
         begin, end = max(first, 0), min(last, len(piece))
         if begin < end:
-            parts.append(piece if end - begin == len(piece) else piece[begin:end])
+            parts.append(piece if end - begin == len(piece) else Piece(piece.w[begin:end]))
         first, last = first - len(piece), last - len(piece)
     return tuple(parts)
 

@@ -1,0 +1,138 @@
+"""Attention weights that are kept, and what their uses leave of the scores' gradient.
+
+With use u averaging values V_u to O_u = W V_u, and G_u the gradient of O_u::
+
+    dV_u = W^T G_u,   ds = W * (sum_u G_u V_u^T - D),   D = sum_u rowsum(G_u * O_u)
+
+The gradient of W, as large as W, is never made: backward of a use gives dV_u and leaves V_u, O_u and G_u to backward of
+the weights, which one kernel takes all gradients of scores from, a tile at a time. What a use leaves is kept apart for
+each backward pass over a graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zipformer_kernels.library import autocast_dtype
+from zipformer_kernels.ops.attention import native, reference
+
+Use = tuple[Tensor, Tensor, Tensor]  # V_u, O_u, G_u: (frames, B, H, C)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Weights of some heads, (H, B, T, S), and where their uses leave what `make` wants; None for a tensor alone."""
+
+    w: Tensor
+    uses: Uses | None = None
+
+    def __len__(self) -> int:
+        return len(self.w)
+
+    def serves(self, values: Tensor) -> bool:
+        """Whether a use of the values leaves its part, rather than to multiply with the tensor."""
+        same = self.w.dtype == values.dtype and autocast_dtype(values) in (None, values.dtype)
+        return same and self.uses is not None and torch.is_grad_enabled()
+
+
+@dataclass
+class Uses:
+    """What the uses of one piece have left, by backward pass."""
+
+    left: dict[int, list[Use]] = field(default_factory=dict)
+
+    def leave(self, *use: Tensor) -> None:
+        """Leaves V_u, O_u and G_u to the pass that is going on."""
+        self.left.setdefault(torch._C._current_graph_task_id(), []).append(use)
+
+    def take(self) -> list[Use]:
+        """All that was left in the pass that is going on."""
+        return self.left.pop(torch._C._current_graph_task_id(), [])
+
+
+class _Make(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, uses: Uses, *args: Any) -> Tensor:
+        (w,) = native.make_weights(*args)
+        ctx.uses, ctx.values = uses, args[6:]
+        ctx.save_for_backward(*args[:6], w)
+        ctx.set_materialize_grads(False)
+        return w
+
+    @staticmethod
+    def backward(ctx: Any, dw: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, w = ctx.saved_tensors
+        needs = ctx.needs_input_grad[1:5]
+        if torch.is_grad_enabled():  # create_graph=True: uses have left nothing
+            wanted = [x for x, need in zip(tensors, needs, strict=False) if need]
+            found = iter(torch.autograd.grad(reference.weights(*tensors, *ctx.values), wanted, dw, create_graph=True))
+            gradients = [next(found) if need else None for need in needs]
+        else:
+            gradients = native.weights_gradients(needs, dw, ctx.uses.take(), w, *tensors, *ctx.values)
+        return None, *gradients, *(None,) * (2 + len(ctx.values))
+
+
+class _Average(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, uses: list[Uses], values: Tensor, *weights: Tensor) -> Tensor:
+        out = values.new_empty(weights[0].shape[2], *values.shape[1:])
+        for w, heads in _heads(weights):
+            out[:, :, heads] = _swap(w @ _swap(values[:, :, heads]))
+        ctx.uses = uses
+        ctx.save_for_backward(values, out, *weights)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        values, out, *weights = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: what is left could not be differentiated
+            wanted = [x for x, need in zip((values, *weights), ctx.needs_input_grad[1:], strict=True) if need]
+            found = iter(torch.autograd.grad(_dense(weights, values), wanted, grad, create_graph=True))
+            return None, *(next(found) if need else None for need in ctx.needs_input_grad[1:])
+        grad = grad.to(values.dtype)
+        dvalues = torch.empty_like(values) if ctx.needs_input_grad[1] else None
+        for uses, (w, heads), needs in zip(ctx.uses, _heads(weights), ctx.needs_input_grad[2:], strict=True):
+            v, g = values[:, :, heads], grad[:, :, heads]
+            if dvalues is not None:
+                dvalues[:, :, heads] = _swap(w.transpose(2, 3) @ _swap(g))
+            if needs:
+                uses.leave(v, out[:, :, heads], g)
+        return None, dvalues, *(None for _ in weights)
+
+
+def make(*args: Any) -> Piece:
+    """The weights of a call with the arguments of the op ``attention_weights``, on backend ``cpu``."""
+    uses = Uses()
+    return Piece(_Make.apply(uses, *args), uses)
+
+
+def average(pieces: tuple[Piece, ...], values: Tensor) -> Tensor:
+    """W V, (T, B, H, C), of the weights in pieces by head and of values (S, B, H, C)."""
+    if all(piece.serves(values) for piece in pieces):
+        return _Average.apply([piece.uses for piece in pieces], values, *(piece.w for piece in pieces))
+    return _dense([piece.w for piece in pieces], values)
+
+
+def _dense(weights: Sequence[Tensor], values: Tensor) -> Tensor:
+    """W V by torch's operations."""
+    averages = [_swap(w @ _swap(values[:, :, heads])) for w, heads in _heads(weights)]
+    return averages[0] if len(averages) == 1 else torch.cat(averages, dim=2)
+
+
+def _heads(weights: Sequence[Tensor]) -> list[tuple[Tensor, slice]]:
+    """Weights in pieces, each with the heads that it is of."""
+    found, first = [], 0
+    for w in weights:
+        found.append((w, slice(first, first + len(w))))
+        first += len(w)
+    return found
+
+
+def _swap(x: Tensor) -> Tensor:
+    """From (frames, B, heads, channels) to (heads, B, frames, channels), and back."""
+    return x.permute(2, 1, 0, 3)
