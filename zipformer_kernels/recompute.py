@@ -3,19 +3,32 @@ in cache."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
+class Activation(Protocol):
+    """What stands between the two products of a branch: of each row by itself, and of the same shape."""
+
+    def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
+        """The activation of hidden + bias, rows of which it may overwrite; called for each part, of every sequence."""
+
+    def backward(self, grad: Tensor, hidden: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        """The gradient of hidden from that of the activation, and the activation once more; may overwrite both."""
+
+    def reference(self, hidden: Tensor) -> Tensor:
+        """The activation of all rows at once, differentiable: for gradients of gradients."""
+
+
 class _PointwiseBranch(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        activate: Callable[[Tensor], Tensor],
+        activation: Activation,
         rows: int,
         kept: Sequence[bool],
         src: Tensor,
@@ -25,11 +38,11 @@ class _PointwiseBranch(torch.autograd.Function):
         weight2: Tensor,
         bias2: Tensor,
     ) -> Tensor:
-        ctx.activate, ctx.rows, ctx.kept = activate, rows, kept
+        ctx.activation, ctx.rows, ctx.kept = activation, rows, kept
         ctx.save_for_backward(x, weight1, bias1, weight2, bias2)
         y = torch.empty_like(src, memory_format=torch.contiguous_format)
         for sequence, part in _parts(x, rows):
-            a = activate(torch.addmm(bias1, x[sequence, part], weight1.t()))
+            a = activation.forward(x[sequence, part] @ weight1.t(), bias1)
             if kept[sequence]:
                 torch.add(src[sequence, part], bias2, out=y[sequence, part])
                 y[sequence, part].addmm_(a, weight2.t())
@@ -51,7 +64,7 @@ class _PointwiseBranch(torch.autograd.Function):
 def _differentiable(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
     """The gradients that are needed, by autograd of all rows at once."""
     x, weight1, bias1, weight2, bias2 = tensors = ctx.saved_tensors
-    branch = F.linear(ctx.activate(F.linear(x, weight1, bias1)), weight2, bias2)
+    branch = F.linear(ctx.activation.reference(F.linear(x, weight1, bias1)), weight2, bias2)
     wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
     keep = torch.tensor(ctx.kept, dtype=grad.dtype, device=grad.device).view(-1, 1, 1)
     return torch.autograd.grad(branch, wanted, grad * keep, create_graph=True)
@@ -60,29 +73,27 @@ def _differentiable(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tens
 def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of x and of the parameters; those of parameters are summed part by part, in order."""
     x, weight1, bias1, weight2, _ = tensors = ctx.saved_tensors
-    gradients = [torch.zeros_like(t) if need else None for t, need in zip(tensors, needs, strict=True)]
-    dx, dweight1, dbias1, dweight2, dbias2 = gradients
+    sums = [torch.zeros_like(t) if need else None for t, need in zip(tensors[1:], needs[1:], strict=True)]
+    dweight1, dbias1, dweight2, dbias2 = sums
+    dx = torch.empty_like(x) if needs[0] else None
     for sequence, part in _parts(x, ctx.rows):
         if not ctx.kept[sequence]:
+            if dx is not None:
+                dx[sequence, part] = 0
             continue
         rows, dy = x[sequence, part], grad[sequence, part]
-        with torch.enable_grad():
-            hidden = torch.addmm(bias1, rows, weight1.t()).detach().requires_grad_()
-            a = ctx.activate(hidden)
-        if dweight2 is not None:
-            dweight2.addmm_(dy.t(), a.detach())
-        if dbias2 is not None:
-            dbias2.add_(dy.sum(0))
-        if not any(needs[:3]):
-            continue
-        (dhidden,) = torch.autograd.grad(a, hidden, dy @ weight2)
+        dhidden, a = ctx.activation.backward(dy @ weight2, rows @ weight1.t(), bias1)
+        if dx is not None:
+            torch.mm(dhidden, weight1, out=dx[sequence, part])
         if dweight1 is not None:
             dweight1.addmm_(dhidden.t(), rows)
         if dbias1 is not None:
             dbias1.add_(dhidden.sum(0))
-        if dx is not None:
-            torch.mm(dhidden, weight1, out=dx[sequence, part])
-    return gradients
+        if dweight2 is not None:
+            dweight2.addmm_(dy.t(), a)
+        if dbias2 is not None:
+            dbias2.add_(dy.sum(0))
+    return [dx, *sums]
 
 
 def _parts(x: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
@@ -92,7 +103,7 @@ def _parts(x: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
 
 
 def pointwise_branch(
-    activate: Callable[[Tensor], Tensor],
+    activation: Activation,
     rows: int,
     kept: Sequence[bool],
     src: Tensor,
@@ -102,15 +113,13 @@ def pointwise_branch(
     weight2: Tensor,
     bias2: Tensor,
 ) -> Tensor:
-    """src + activate(x W1^T + b1) W2^T + b2 in the sequences that are kept, src in the others.
+    """src + activation(x W1^T + b1) W2^T + b2 in the sequences that are kept, src in the others.
 
     Saved for backward are x and the parameters. Backward computes the hidden rows once more, of a part at a time, and
     nothing of sequences that are not kept. All tensors are of one dtype, on the CPU.
 
     Args:
-        activate: of each row by itself, to the same shape. It is called without grad mode for each part forward, of
-            every sequence; with grad mode for each part of a kept sequence backward; and with grad mode on all of the
-            hidden rows where gradients are to be differentiated (create_graph=True).
+        activation: what stands between the products.
         rows: how many rows a part has.
         kept: for each sequence, whether it gets the branch.
         src: (batch, rows of a sequence, channels).
@@ -118,4 +127,4 @@ def pointwise_branch(
         weight1, bias1: (hidden, channels), (hidden,).
         weight2, bias2: (channels, hidden), (channels,).
     """
-    return _PointwiseBranch.apply(activate, rows, kept, src, x, weight1, bias1, weight2, bias2)
+    return _PointwiseBranch.apply(activation, rows, kept, src, x, weight1, bias1, weight2, bias2)

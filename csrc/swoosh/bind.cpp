@@ -35,6 +35,16 @@ void bind_swoosh(pybind11::module_& m) {
         swoosh_backward_cpu(backward_args(dy, x, dx, n, dtype, kind, threads));
       },
       release_gil());
+  m.def(
+      "swoosh_overwrite_backward_cpu",
+      [](uintptr_t dy, uintptr_t x, uintptr_t bias, int64_t n, int64_t channels, int dtype, int kind, int threads) {
+        SwooshBackward args = backward_args(dy, x, dy, n, dtype, kind, threads);
+        args.y = pointer(x);
+        args.bias = pointer(bias);
+        args.channels = channels;
+        swoosh_backward_cpu(args);
+      },
+      release_gil());
 #if ZK_WITH_CUDA
   m.def("swoosh_forward_cuda", [](uintptr_t x, uintptr_t y, int64_t n, int dtype, int kind, uintptr_t stream) {
     swoosh_forward_cuda(forward_args(x, y, n, dtype, kind, 0), pointer(stream));

@@ -21,7 +21,8 @@ struct SwooshForward {
   int64_t channels = 1;
 };
 
-// dx = dy * swoosh'(x) over n elements.
+// dx = dy * swoosh'(x) over n elements. On the CPU y = swoosh(x) may be written too, dx may then be dy and y may be x,
+// and rows of `channels` may have a bias added to x first.
 struct SwooshBackward {
   const void* dy;
   const void* x;
@@ -29,7 +30,10 @@ struct SwooshBackward {
   int64_t n;
   DType dtype;
   SwooshKind kind;
-  int threads;  // on the CPU
+  int threads;                 // on the CPU
+  void* y = nullptr;           // or null
+  const void* bias = nullptr;  // (channels,), or null; with y
+  int64_t channels = 1;
 };
 
 ZK_DECLARE_CPU(swoosh_forward, SwooshForward)

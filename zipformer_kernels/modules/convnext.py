@@ -13,7 +13,7 @@ from zipformer_kernels.modules.inference import is_untouched
 from zipformer_kernels.modules.scaled_init import ScaledConv2d
 from zipformer_kernels.modules.swoosh import SwooshL
 from zipformer_kernels.ops.depthwise_conv2d import depthwise_conv2d
-from zipformer_kernels.ops.swoosh import swoosh_l
+from zipformer_kernels.ops.swoosh import swoosh_, swoosh_backward_, swoosh_l
 from zipformer_kernels.recompute import pointwise_branch
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten
 from zipformer_kernels.training.balancer import Moments, balanced_gradient
@@ -133,23 +133,40 @@ class ConvNeXt(nn.Module):
 
     def _recomputed(self, src: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
         """`_added` by `pointwise_branch`, where x is the depthwise convolution's result."""
-        limits, moments, count = self.hidden_balancer.draw(), Moments(), x.numel() // x.shape[1]
-
-        def activate(hidden: Tensor) -> Tensor:
-            if limits is not None and not torch.is_grad_enabled():
-                moments.add(hidden)
-            elif limits is not None:
-                known = None if hidden.numel() == count * hidden.shape[-1] else moments
-                balance = partial(balanced_gradient, moments=known, channel_dim=-1, **limits)
-                hidden = gradient_hook(hidden, balance, hidden)
-            return swoosh_l(hidden)
-
+        activation = _Hidden(self.hidden_balancer.draw())
         kept = [True] * len(x) if keep is None else keep.flatten().tolist()
         src_rows, rows = (image.permute(0, 2, 3, 1).flatten(1, 2) for image in (src, x))
         first, last = self.pointwise_conv1, self.pointwise_conv2
         weights = first.weight.flatten(1), first.bias, last.weight.flatten(1), last.bias
-        y = pointwise_branch(activate, ROWS, kept, src_rows, rows, *weights)
+        y = pointwise_branch(activation, ROWS, kept, src_rows, rows, *weights)
         return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
+
+
+class _Hidden:
+    """SwooshL of the hidden channels behind their balancer, as `pointwise_branch` wants it.
+
+    Args:
+        limits: what the balancer drew: the limits to keep, or None where it does not act.
+    """
+
+    def __init__(self, limits: dict[str, float] | None) -> None:
+        self.limits, self.moments = limits, Moments()
+
+    def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
+        if self.limits is not None:
+            self.moments.add(hidden.add_(bias))
+        return swoosh_(hidden, "l", bias if self.limits is None else None)
+
+    def backward(self, grad: Tensor, hidden: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        if self.limits is None:
+            return swoosh_backward_(grad, hidden, "l", bias)
+        grad, a = swoosh_backward_(grad, hidden.add_(bias).clone(), "l")
+        return balanced_gradient(grad, hidden, moments=self.moments, channel_dim=1, **self.limits), a
+
+    def reference(self, hidden: Tensor) -> Tensor:
+        if self.limits is not None:
+            hidden = gradient_hook(hidden, partial(balanced_gradient, channel_dim=-1, **self.limits), hidden)
+        return swoosh_l(hidden)
 
 
 def channels_last(x: Tensor) -> bool:

@@ -10,6 +10,7 @@ Source: section 3.4 of the Zipformer paper (arXiv:2310.11230); ``SwooshL``, ``Sw
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from zipformer_kernels.library import Op, triton_launchers
@@ -65,13 +66,43 @@ def swoosh_(x: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
         ValueError: the bias does not fit x.
         BackendError: the backend asked for cannot serve the call.
     """
-    if bias is not None and (bias.shape != x.shape[-1:] or bias.dtype != x.dtype):
-        wanted = f"({x.shape[-1]},) in {x.dtype}"
-        raise ValueError(f"bias must be of shape {wanted}, got {tuple(bias.shape)} in {bias.dtype}")
+    _check_bias(x, bias)
     if _op.select(None, x, kind) == "cpu" and x.is_contiguous():
         native.overwrite(x, kind, bias)
         return x
     return x.copy_(_op(x if bias is None else x + bias, kind))
+
+
+def swoosh_backward_(dy: Tensor, x: Tensor, kind: str, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Overwrites dy with dy swoosh'(x + bias) and x with swoosh(x + bias): for a backward pass that computes x again.
+
+    Args:
+        dy: a contiguous tensor of the shape and dtype of x.
+        x, kind, bias: as of `swoosh_`.
+    Returns:
+        dy and x.
+    Raises:
+        ValueError: the bias or dy does not fit x.
+        BackendError: the backend asked for cannot serve the call.
+    """
+    _check_bias(x, bias)
+    if dy.shape != x.shape or dy.dtype != x.dtype:
+        wanted = f"{tuple(x.shape)} in {x.dtype}"
+        raise ValueError(f"dy must be of shape {wanted}, got {tuple(dy.shape)} in {dy.dtype}")
+    if _op.select(None, x, kind) == "cpu" and x.is_contiguous() and dy.is_contiguous():
+        native.overwrite_backward(dy, x, kind, bias)
+        return dy, x
+    with torch.enable_grad():
+        shifted = (x if bias is None else x + bias).detach().requires_grad_()
+        y = _op(shifted, kind)
+        (dx,) = torch.autograd.grad(y, shifted, dy)
+    return dy.copy_(dx), x.copy_(y.detach())
+
+
+def _check_bias(x: Tensor, bias: Tensor | None) -> None:
+    if bias is not None and (bias.shape != x.shape[-1:] or bias.dtype != x.dtype):
+        wanted = f"({x.shape[-1]},) in {x.dtype}"
+        raise ValueError(f"bias must be of shape {wanted}, got {tuple(bias.shape)} in {bias.dtype}")
 
 
 def _swoosh(x: Tensor, kind: str, backend: str | None) -> Tensor:

@@ -16,6 +16,7 @@ from zipformer_kernels.launch import (
     call_cuda,
     dense,
     like,
+    pointer,
     unsupported_dtype,
 )
 from zipformer_kernels.library import Launchers
@@ -35,6 +36,14 @@ def overwrite(x: Tensor, kind: str, bias: Tensor | None) -> None:
     address, channels = (0, 1) if bias is None else (bias.data_ptr(), bias.numel())
     codes = DTYPE_CODES[x.dtype], KINDS[kind]
     call_cpu("swoosh_overwrite", x, x.data_ptr(), address, x.numel(), channels, *codes)
+
+
+def overwrite_backward(dy: Tensor, x: Tensor, kind: str, bias: Tensor | None) -> None:
+    """Puts dy swoosh'(x + bias) in the place of dy and swoosh(x + bias) in that of x, as `overwrite` does."""
+    channels = x.shape[-1] if x.ndim > 0 else 1
+    sizes = x.numel(), channels, DTYPE_CODES[x.dtype], KINDS[kind]
+    if x.numel() > 0:
+        call_cpu("swoosh_overwrite_backward", x, dy.data_ptr(), x.data_ptr(), pointer(bias), *sizes)
 
 
 def _backward(call: Callable[..., None], needs: tuple, grads: tuple, saved: tuple, x: Tensor, kind: str):

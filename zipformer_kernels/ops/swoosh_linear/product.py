@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.launch import unsupported_dtype
+from zipformer_kernels.launch import as_empty_like, unsupported_dtype
 from zipformer_kernels.library import Launchers
 
 
@@ -50,7 +50,7 @@ def around_product(
         elif needs[1]:
             a = activate(x, mask, kind, dtype)
         if needs[1]:
-            dweight = torch.empty_like(weight).copy_(dy.t() @ a.reshape(-1, in_channels))
+            dweight = as_empty_like((dy.t() @ a.reshape(-1, in_channels)).to(weight.dtype), weight)
         if needs[2]:
             dbias = dy.sum(0, dtype=bias.dtype)
         return dx, dweight, dbias, None
