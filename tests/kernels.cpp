@@ -220,11 +220,11 @@ void attention(int threads) {
   zk::AttentionBackward backward{};
   backward.weights = weights;
   backward.uses = {{rows(v, channels), rows(out, channels), rows(grad, channels), channels}};
-  backward.dq = dq.data();
-  backward.dk = dk.data();
-  backward.dp = dp.data();
-  backward.de = de.data();
-  backward.dv = dv.data();
+  backward.dq = rows(dq, depth);
+  backward.dk = rows(dk, depth);
+  backward.dp = rows(dp, positions);
+  backward.de = rows(de, positions);
+  backward.dv = rows(dv, channels);
   zk::attention_backward_cpu(backward);
 
   auto at = [](const std::vector<T>& x, int64_t width, int64_t frame, int64_t head, int64_t c) {

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels import backend as backends
+from zipformer_kernels.launch import like
 
 _LIBRARY = torch.library.Library("zipformer_kernels", "FRAGMENT")
 
@@ -35,7 +36,8 @@ class Launchers:
         backward: ``(needs, grads, saved, *args)`` -> one gradient, or None, per tensor argument. `needs` says which
             are wanted; `grads` has one tensor per output, of any strides; `saved` are the op's saved outputs followed
             by the extras; tensor arguments that the op does not save arrive as None. Gradients are allocated as
-            `torch.empty_like` would. None where the op's results carry no gradient.
+            `torch.empty_like` would, or side by side as the arguments lie (`zipformer_kernels.joint`). None where the
+            op's results carry no gradient.
         worthwhile: ``(*args)`` -> whether ``auto`` should choose this backend for the call, as far as measured.
     """
 
@@ -255,7 +257,12 @@ class Op:
     def _backward_operator(self, needs: Sequence[bool], *arguments: Any) -> Any:
         name, grads, saved, args = self._split_backward(arguments)
         gradients = _without_autocast(self.backends[name].backward, tuple(needs), grads, saved, *args)
-        return _one_or_all(tuple(grads[0].new_empty(0) if g is None else g for g in gradients))
+        return _one_or_all(
+            tuple(
+                grads[0].new_empty(0) if gradient is None else like(gradient, torch.empty_like(args[i]))
+                for i, gradient in zip(self.tensors, gradients, strict=True)
+            )
+        )
 
     def _backward_fake(self, needs: Sequence[bool], *arguments: Any) -> Any:
         _, grads, _, args = self._split_backward(arguments)

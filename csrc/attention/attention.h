@@ -49,14 +49,14 @@ struct AttentionUse {
   int64_t channels;
 };
 
-// Gradients from those of the results of uses; contiguous, null where not wanted. dp and de come together. The gradient
+// Gradients from those of the results of uses; without data where not wanted. dp and de come together. The gradient
 // of the scores gains penalty sign(s) where |s| > limit. With w, as of AttentionDense, nothing is computed again; the
-// gradient of W may then have a part of its own, dw, or null, and dv, which only one use has, is not given.
+// gradient of W may then have a part of its own, dw, or null, and dv, which only one use has, is not wanted.
 struct AttentionBackward {
   AttentionWeights weights;
   const void *w, *dw;
   std::vector<AttentionUse> uses;
-  void *dq, *dk, *dp, *de, *dv;
+  AttentionRows dq, dk, dp, de, dv;
   double penalty, limit;
 };
 

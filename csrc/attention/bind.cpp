@@ -51,10 +51,10 @@ void bind_attention(pybind11::module_& m) {
   m.def(
       "attention_backward_cpu",
       [](const Scores& scores, uintptr_t lse, const Masks& masks, const Sizes& sizes, int dtype, const Use& use,
-         const std::array<uintptr_t, 5>& gradients, double penalty, double limit, int threads) {
+         const std::array<Rows, 5>& gradients, double penalty, double limit, int threads) {
         attention_backward_cpu({weights(scores, lse, masks, sizes, dtype, threads), nullptr, nullptr, uses({use}),
-                                pointer(gradients[0]), pointer(gradients[1]), pointer(gradients[2]),
-                                pointer(gradients[3]), pointer(gradients[4]), penalty, limit});
+                                rows(gradients[0]), rows(gradients[1]), rows(gradients[2]), rows(gradients[3]),
+                                rows(gradients[4]), penalty, limit});
       },
       release_gil());
   m.def(
@@ -74,11 +74,19 @@ void bind_attention(pybind11::module_& m) {
   m.def(
       "attention_weights_backward_cpu",
       [](const Scores& scores, uintptr_t w, const Masks& masks, const Sizes& sizes, int dtype, uintptr_t dw,
-         const std::vector<Use>& given, const std::array<uintptr_t, 4>& gradients, double penalty, double limit,
+         const std::vector<Use>& given, const std::array<Rows, 4>& gradients, double penalty, double limit,
          int threads) {
-        attention_backward_cpu({weights(scores, 0, masks, sizes, dtype, threads), pointer(w), pointer(dw), uses(given),
-                                pointer(gradients[0]), pointer(gradients[1]), pointer(gradients[2]),
-                                pointer(gradients[3]), nullptr, penalty, limit});
+        attention_backward_cpu({weights(scores, 0, masks, sizes, dtype, threads),
+                                pointer(w),
+                                pointer(dw),
+                                uses(given),
+                                rows(gradients[0]),
+                                rows(gradients[1]),
+                                rows(gradients[2]),
+                                rows(gradients[3]),
+                                {},
+                                penalty,
+                                limit});
       },
       release_gil());
 }

@@ -33,11 +33,11 @@ class Backward {
         pitch_(scores_.pitch),
         parts_(parts()),
         items_(scores_.pairs * parts_),
-        key_rows_(args.dq ? scores_.pairs * weights_.sources * query_pitch_ : 0),
+        key_rows_(args.dq.data ? scores_.pairs * weights_.sources * query_pitch_ : 0),
         value_columns_(scores_.pairs * channels_ * pitch_),
-        dkeys_(args.dk ? items_ * depth_ * pitch_ : 0),
-        dvalues_(args.dv ? items_ * channels_ * pitch_ : 0),
-        doffsets_(args.de ? items_ * positions_ * scores_.offset_pitch : 0) {}
+        dkeys_(args.dk.data ? items_ * depth_ * pitch_ : 0),
+        dvalues_(args.dv.data ? items_ * channels_ * pitch_ : 0),
+        doffsets_(args.de.data ? items_ * positions_ * scores_.offset_pitch : 0) {}
 
   void run() {
     int64_t pairs = scores_.pairs, sources = weights_.sources;
@@ -49,9 +49,9 @@ class Backward {
                        Memory memory(*this, scratch);
                        gather(item, memory);
                      });
-    if (args_.dk) scatter(dkeys_, depth_, static_cast<T*>(args_.dk));
-    if (args_.dv) scatter(dvalues_, channels_, static_cast<T*>(args_.dv));
-    if (args_.de) scatter_offsets();
+    if (args_.dk.data) scatter(dkeys_, depth_, args_.dk);
+    if (args_.dv.data) scatter(dvalues_, channels_, args_.dv);
+    if (args_.de.data) scatter_offsets();
   }
 
  private:
@@ -100,7 +100,7 @@ class Backward {
       load_columns<T>(use.v, 0, sources, b, h, use.channels, values, pitch_);
       for (int64_t c = 0; c < use.channels; ++c, values += pitch_) clear(values + sources, pitch_ - sources);
     }
-    if (!args_.dq) return;
+    if (!args_.dq.data) return;
     load_rows<T>(weights_.k, 0, sources, b, h, depth_, key_rows_ + pair * sources * query_pitch_, query_pitch_);
   }
 
@@ -110,9 +110,9 @@ class Backward {
 
   void gather(int64_t item, const Memory& memory) {
     int64_t pair = item / parts_, part = item % parts_;
-    if (args_.dk) clear(dkeys_ + item * depth_ * pitch_, depth_ * pitch_);
-    if (args_.dv) clear(dvalues_ + item * channels_ * pitch_, channels_ * pitch_);
-    if (args_.de) clear(doffsets_ + item * positions_ * scores_.offset_pitch, positions_ * scores_.offset_pitch);
+    if (args_.dk.data) clear(dkeys_ + item * depth_ * pitch_, depth_ * pitch_);
+    if (args_.dv.data) clear(dvalues_ + item * channels_ * pitch_, channels_ * pitch_);
+    if (args_.de.data) clear(doffsets_ + item * positions_ * scores_.offset_pitch, positions_ * scores_.offset_pitch);
     int64_t blocks = scores_.row_blocks;
     for (int64_t block = blocks * part / parts_; block < blocks * (part + 1) / parts_; ++block) {
       load(pair, block, memory);
@@ -123,8 +123,8 @@ class Backward {
         args_.w ? read(pair, block, source, columns, memory) : fill(pair, block, source, columns, memory);
         spread(item, pair, block, source, columns, memory);
       }
-      if (args_.dq) store(memory.dq, query_pitch_, depth_, pair, block, static_cast<T*>(args_.dq));
-      if (args_.dp) store(memory.dp, positions_, positions_, pair, block, static_cast<T*>(args_.dp));
+      if (args_.dq.data) store(memory.dq, query_pitch_, depth_, pair, block, args_.dq);
+      if (args_.dp.data) store(memory.dp, positions_, positions_, pair, block, args_.dp);
     }
   }
 
@@ -241,37 +241,38 @@ class Backward {
   void spread(int64_t item, int64_t pair, int64_t block, int64_t source, int64_t columns, const Memory& m) {
     int64_t rows = scores_.rows_of(block), width = whole_lanes<W>(columns), channels = channels_;
     const W *w = m.w + tile_skew, *ds = m.ds + tile_skew;
-    if (args_.dv) {
+    if (args_.dv.data) {
       W* dv = dvalues_ + item * channels * pitch_ + source;
       gemm<true>(channels, width, rows, m.g, 1, channels, w, tile_step, dv, pitch_);
     }
-    if (args_.dk) {
+    if (args_.dk.data) {
       W* dk = dkeys_ + item * depth_ * pitch_ + source;
       gemm<true>(depth_, width, rows, m.q, 1, depth_, ds, tile_step, dk, pitch_);
     }
-    if (args_.dq) {
+    if (args_.dq.data) {
       const W* k = key_rows_ + (pair * weights_.sources + source) * query_pitch_;
       gemm<true>(rows, query_pitch_, columns, ds, tile_step, 1, k, query_pitch_, m.dq, query_pitch_);
     }
     int64_t offset = scores_.offset_of(block, source), pitch = scores_.offset_pitch, reach = scores_.reach(width);
-    if (args_.dp) {
+    if (args_.dp.data) {
       gemm_dots(rows, positions_, reach, m.ds, tile_pitch, scores_.offsets(pair) + offset, pitch, m.dp, positions_);
     }
-    if (args_.de) {
+    if (args_.de.data) {
       W* de = doffsets_ + item * positions_ * pitch + offset;
       gemm<true>(positions_, reach, rows, m.p, 1, positions_, m.ds, tile_pitch, de, pitch);
     }
   }
 
-  void store(const W* from, int64_t pitch, int64_t channels, int64_t pair, int64_t block, T* to) const {
+  void store(const W* from, int64_t pitch, int64_t channels, int64_t pair, int64_t block,
+             const AttentionRows& to) const {
     for (int64_t i = 0; i < scores_.rows_of(block); ++i) {
-      T* row = to + row_index(block * tile_rows + i, pair) * channels;
+      T* row = row_to(to, block * tile_rows + i, pair);
       for (int64_t c = 0; c < channels; ++c) row[c] = narrow<T>(from[i * pitch + c]);
     }
   }
 
-  int64_t row_index(int64_t frame, int64_t pair) const {
-    return (frame * weights_.sequences + scores_.sequence_of(pair)) * weights_.heads + scores_.head_of(pair);
+  T* row_to(const AttentionRows& x, int64_t frame, int64_t pair) const {
+    return const_cast<T*>(row_of<T>(x, frame, scores_.sequence_of(pair), scores_.head_of(pair)));
   }
 
   // Adds up `parts` matrices of `rows` rows and `columns` columns, `step` apart, in the first.
@@ -281,9 +282,9 @@ class Backward {
     }
   }
 
-  // Adds up the parts of (channels, sources), to (sources, sequences, heads, channels).
-  void scatter(W* sums, int64_t channels, T* to) const {
-    int64_t blocks = scores_.column_blocks, row = weights_.sequences * weights_.heads * channels;
+  // Adds up the parts of (channels, sources).
+  void scatter(W* sums, int64_t channels, const AttentionRows& to) const {
+    int64_t blocks = scores_.column_blocks;
     int threads = scores_.threads_for(items_ * channels * weights_.sources);
     parallel_for(scores_.pairs * blocks, 1, threads, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
@@ -291,24 +292,21 @@ class Backward {
         int64_t columns = scores_.columns_from(first, weights_.sources);
         W* from = sums + pair * parts_ * channels * pitch_ + first;
         add_parts(from, parts_, channels * pitch_, channels, pitch_, columns);
-        transpose(from, pitch_, channels, columns, to + row_index(first, pair) * channels, row);
+        transpose(from, pitch_, channels, columns, row_to(to, first, pair), to.frame);
       }
     });
   }
 
-  // Adds up the parts of every sequence that shares the position projections, to (offsets, heads, channels), behind
-  // one another for sequences that do not share them.
+  // Adds up the parts of every sequence that shares the position projections.
   void scatter_offsets() {
     bool own = weights_.e.sequence != 0;
     int64_t parts = own ? parts_ : parts_ * weights_.sequences, pitch = scores_.offset_pitch;
-    int64_t offsets = weights_.targets + weights_.sources - 1, row = weights_.heads * positions_;
-    auto to = static_cast<T*>(args_.de);
+    int64_t offsets = weights_.targets + weights_.sources - 1;
     for (int64_t set = 0; set < scores_.offset_sets; ++set) {
       W* from = doffsets_ + set * parts * positions_ * pitch - scores_.first_offset();
       add_parts(from, parts, positions_ * pitch, positions_, pitch, offsets);
-      int64_t first =
-          own ? scores_.sequence_of(set) * offsets * row + scores_.head_of(set) * positions_ : set * positions_;
-      transpose(from, pitch, positions_, offsets, to + first, row);
+      T* to = row_to(args_.de, 0, own ? set : set * weights_.sequences);
+      transpose(from, pitch, positions_, offsets, to, args_.de.frame);
     }
   }
 

@@ -81,8 +81,10 @@ void bind_conv_module(pybind11::module_& m) {
   m.def(
       "conv_module_backward_cpu",
       [](const Addresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds, uintptr_t partials, int64_t parts,
-         const Sizes& sizes, int x_dtype, int y_dtype, int threads) {
-        conv_module_backward_cpu(backward_args(in, dy, da, ds, partials, parts, sizes, x_dtype, y_dtype, threads));
+         int64_t step, const Sizes& sizes, int x_dtype, int y_dtype, int threads) {
+        auto args = backward_args(in, dy, da, ds, partials, parts, sizes, x_dtype, y_dtype, threads);
+        args.gradient_step = step;
+        conv_module_backward_cpu(args);
       },
       release_gil());
   m.def(

@@ -9,7 +9,7 @@
 
 namespace zk {
 
-// y, dy, da and ds are (frames, batch, channels), dense. a and s have the strides given, in elements, and 1 for
+// y, dy, da and ds are (frames, batch, channels), dense but for da and ds on the CPU. a and s have the strides given, in elements, and 1 for
 // channels. Parameters and their gradients are dense and of the wide type: double for float64, float for the others.
 struct ConvModuleShape {
   int64_t frames, batch, channels;
@@ -56,6 +56,7 @@ struct ConvModuleBackward {
   void* ds;
   void* partials;
   int64_t parts;
+  int64_t gradient_step = 0;  // on the CPU, elements of da and ds from a row of channels to the next
 };
 
 // Where the gradient of each parameter begins in a row of `partials`.

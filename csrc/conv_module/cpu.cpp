@@ -315,8 +315,8 @@ class Backward {
 
   // da and ds of one frame, from row i of dx.
   void write_row(int64_t b, int64_t t, int64_t i) {
-    X* da = static_cast<X*>(args_.da) + block_.dense(b, t);
-    X* ds = static_cast<X*>(args_.ds) + block_.dense(b, t);
+    int64_t offset = (t * block_.n.batch + b) * args_.gradient_step + block_.first;
+    X *da = static_cast<X*>(args_.da) + offset, *ds = static_cast<X*>(args_.ds) + offset;
     if (block_.padded(b, t)) {
       std::fill_n(da, block_.channels, X{});
       std::fill_n(ds, block_.channels, X{});

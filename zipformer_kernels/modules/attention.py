@@ -7,6 +7,7 @@ import copy
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zipformer_kernels.joint import split
 from zipformer_kernels.modules.inference import add_product, hooked, is_untouched
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import average_chunk, averages_whole, check_cache, join_cache
@@ -146,7 +147,7 @@ class RelPositionMultiheadAttentionWeights(nn.Module):
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         query_dim, pos_dim = self.num_heads * self.query_head_dim, self.num_heads * self.pos_head_dim
-        return self.in_proj(x).split([query_dim, query_dim, pos_dim], dim=-1)
+        return split(self.in_proj(x), [query_dim, query_dim, pos_dim])
 
     def _weights(
         self,

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zipformer_kernels.joint import split
 from zipformer_kernels.launch import few_rows
 from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
 from zipformer_kernels.modules.inference import add_product, hooked, is_untouched, only_computes
@@ -176,7 +177,8 @@ class ConvolutionModule(nn.Module):
 
     def _convolve(self, x: Tensor, padding: Tensor | None, chunk_size: int) -> Tensor:
         """Gate, zeros on padding and convolution, (T, batch, channels): one op, unless parts of it have hooks."""
-        x, s = self.in_proj(x).chunk(2, dim=2)
+        projected = self.in_proj(x)
+        x, s = split(projected, [projected.shape[2] // 2] * 2)
         _check_padding(padding, x)
         s = self.balancer1(s)
         x = self.activation1(x)

@@ -57,24 +57,30 @@ class Uses:
 
 class _Make(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, uses: Uses, *args: Any) -> Tensor:
-        (w,) = native.make_weights(*args)
-        ctx.uses, ctx.values = uses, args[6:]
-        ctx.save_for_backward(*args[:6], w)
+    def forward(ctx: Any, uses: Sequence[Uses], groups: Sequence[slice], *args: Any) -> tuple[Tensor, ...]:
+        tensors, ctx.rest = args[:4], args[6:]
+        weights = [native.make_weights(*native.of_heads(heads, *tensors), *args[4:])[0] for heads in groups]
+        ctx.uses, ctx.groups = uses, groups
+        ctx.save_for_backward(*args[:6], *weights)
         ctx.set_materialize_grads(False)
-        return w
+        return tuple(weights)
 
     @staticmethod
-    def backward(ctx: Any, dw: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, w = ctx.saved_tensors
-        needs = ctx.needs_input_grad[1:5]
+    def backward(ctx: Any, *dweights: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors, weights = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        needs = ctx.needs_input_grad[2:6]
         if torch.is_grad_enabled():  # create_graph=True: uses have left nothing
             wanted = [x for x, need in zip(tensors, needs, strict=False) if need]
-            found = iter(torch.autograd.grad(reference.weights(*tensors, *ctx.values), wanted, dw, create_graph=True))
+            w = reference.weights(*tensors, *ctx.rest)
+            made = [w[heads] for heads, dw in zip(ctx.groups, dweights, strict=True) if dw is not None]
+            given = [dw for dw in dweights if dw is not None]
+            found = iter(torch.autograd.grad(made, wanted, given, create_graph=True))
             gradients = [next(found) if need else None for need in needs]
         else:
-            gradients = native.weights_gradients(needs, dw, ctx.uses.take(), w, *tensors, *ctx.values)
-        return None, *gradients, *(None,) * (2 + len(ctx.values))
+            left = [uses.take() for uses in ctx.uses]
+            pieces = list(zip(ctx.groups, weights, dweights, left, strict=True))
+            gradients = native.weights_gradients(needs, pieces, *tensors, *ctx.rest)
+        return None, None, *gradients, *(None,) * (2 + len(ctx.rest))
 
 
 class _Average(torch.autograd.Function):
@@ -105,10 +111,10 @@ class _Average(torch.autograd.Function):
         return None, dvalues, *(None for _ in weights)
 
 
-def make(*args: Any) -> Piece:
-    """The weights of a call with the arguments of the op ``attention_weights``, on backend ``cpu``."""
-    uses = Uses()
-    return Piece(_Make.apply(uses, *args), uses)
+def make(groups: Sequence[slice], *args: Any) -> tuple[Piece, ...]:
+    """The weights in pieces of some heads each; arguments as of the op ``attention_weights``, on backend ``cpu``."""
+    uses = [Uses() for _ in groups]
+    return tuple(map(Piece, _Make.apply(uses, groups, *args), uses))
 
 
 def average(pieces: tuple[Piece, ...], values: Tensor) -> Tensor:

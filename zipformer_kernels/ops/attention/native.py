@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zipformer_kernels.joint import empty_beside
 from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, call_cpu, pointer, unsupported_dtype
 from zipformer_kernels.library import Launchers
 from zipformer_kernels.ops.attention.reference import wide_dtype
@@ -106,7 +107,7 @@ def backward(
         weights = _Weights(q, k, p, e, lse, *masks)
         v, out, grad = (_unit_stride(x) for x in (v, out, grad.to(v.dtype)))
         use = _rows(v), _rows(out), _rows(grad), v.shape[3]
-        call_cpu("attention_backward", v, *weights.arguments(), use, _addresses(written), penalty, limit)
+        call_cpu("attention_backward", v, *weights.arguments(), use, _all_rows(written), penalty, limit)
     return *_filled(gradients, written), None, None, None
 
 
@@ -122,50 +123,62 @@ def make_weights(*args: Tensor | int | float | None) -> tuple[Tensor]:
 
 def weights_gradients(
     needs: tuple[bool, ...],
-    dw: Tensor | None,
-    uses: Sequence[tuple[Tensor, Tensor, Tensor]],
-    w: Tensor,
+    pieces: Sequence[tuple[slice, Tensor, Tensor | None, Sequence[tuple[Tensor, Tensor, Tensor]]]],
     *args: Tensor | int | float | None,
 ) -> list[Tensor | None]:
-    """The gradients of q, k, p and e from that of W, which is dw plus G V^T of every use.
+    """The gradients of q, k, p and e from those of pieces of W, each dw plus G V^T of every use.
 
     Args:
         needs: which are wanted; those of p and e are computed together.
-        dw: (H, B, T, S), or None.
-        uses: values V, (S, B, H, C), their average and its gradient G, (T, B, H, C).
-        w: W, (H, B, T, S).
-        args: of the op ``attention_weights``.
+        pieces: which heads; W, (H, B, T, S); dw of the same shape, or None; and the uses: values V, (S, B, H, C), their
+            average and its gradient G, (T, B, H, C).
+        args: of the op ``attention_weights``, of all heads.
     """
     q, k, p, e, *masks, penalty, limit = args
     wanted = needs[0], needs[1], needs[2] or needs[3], needs[2] or needs[3]
-    gradients, written = _room((q, k, p, e), wanted, w.numel() > 0)
-    if w.numel() > 0:
-        weights = _Weights(q, k, p, e, w, *masks)
+    filled = q.numel() > 0 and k.numel() > 0
+    gradients, written = _room((q, k, p, e), wanted, filled)
+    for heads, w, dw, uses in pieces if filled else ():
+        weights = _Weights(*of_heads(heads, q, k, p, e), w, *masks)
         dw = None if dw is None else dw.to(w.dtype).contiguous()
         uses = [tuple(_unit_stride(x.to(w.dtype)) for x in use) for use in uses]
-        rows = [(*map(_rows, use), use[0].shape[3]) for use in uses]
-        results = _addresses(written)
-        call_cpu("attention_weights_backward", q, *weights.arguments(), pointer(dw), rows, results, penalty, limit)
+        given = [(*map(_rows, use), use[0].shape[3]) for use in uses]
+        results = _all_rows(of_heads(heads, *written))
+        call_cpu("attention_weights_backward", q, *weights.arguments(), pointer(dw), given, results, penalty, limit)
     return _filled(gradients, written)
+
+
+def of_heads(
+    heads: slice, q: Tensor | None, k: Tensor | None, p: Tensor | None, e: Tensor | None
+) -> list[Tensor | None]:
+    """Some heads of the four."""
+    by_head = [None if x is None else x[:, :, heads] for x in (q, k, p)]
+    return [*by_head, None if e is None else e[..., heads, :]]
 
 
 def _weights_backward(
     needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | float | None
 ) -> tuple[Tensor | None, ...]:
-    return *weights_gradients(needs, grads[0], (), saved[0], *args), None, None
+    return *weights_gradients(needs, [(slice(None), saved[0], grads[0], ())], *args), None, None
 
 
 def _room(
     inputs: tuple[Tensor | None, ...], wanted: tuple[bool, ...], filled: bool
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """Gradients of the inputs that are wanted, zeros unless they get `filled`; and contiguous tensors to fill."""
+    """Gradients of the inputs that are wanted, zeros unless they get `filled`; and tensors that kernels can fill."""
+    if filled and all(wanted[:3]) and all(x is not None for x in inputs[:3]):
+        gradients = empty_beside(*inputs[:3])
+    else:
+        gradients = []
     make = torch.empty_like if filled else torch.zeros_like
-    gradients = [make(x) if want and x is not None else None for x, want in zip(inputs, wanted, strict=True)]
-    return gradients, [None if x is None else x.contiguous() for x in gradients]
+    for x, want in zip(inputs[len(gradients) :], wanted[len(gradients) :], strict=True):
+        gradients.append(make(x) if want and x is not None else None)
+    return gradients, [_unit_stride(x) for x in gradients]
 
 
-def _addresses(written: list[Tensor | None]) -> list[int]:
-    return [0 if x is None else x.data_ptr() for x in written]
+def _all_rows(written: Sequence[Tensor | None]) -> list[Rows]:
+    """The addresses and strides of the gradients of q, k, p, e and, where there is one, v."""
+    return [_projections(x) if i == 3 else _rows(x) for i, x in enumerate(written)]
 
 
 def _filled(gradients: list[Tensor | None], written: list[Tensor | None]) -> list[Tensor | None]:

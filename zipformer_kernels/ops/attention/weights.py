@@ -164,20 +164,20 @@ class AttentionWeights:
             # A slice's gradient is as large as its base; and together all heads may be too large to keep.
             apart = torch.is_grad_enabled() or not native.keeps_weights(*self.shape, self.dtype)
             groups = (slice(0, 1), slice(1, None)) if apart and self.shape[0] > 1 else (slice(None),)
-            self._dense = tuple(self._piece(heads) for heads in groups)
+            args = *self.masks, *self._penalty
+            if (
+                watcher() is None
+                and torch.is_grad_enabled()
+                and any(x is not None and x.requires_grad for x in self.scores)
+            ):
+                self._dense = make(groups, *self.scores, *args)
+            else:
+                made = (attention._weights(*self._scores_of(g), *args, backend=self.backend) for g in groups)
+                self._dense = tuple(map(Piece, made))
         return self._dense
 
-    def _piece(self, heads: slice) -> Piece:
-        args = *self._scores_of(heads), *self.masks, *self._penalty
-        trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.scores)
-        if trained and watcher() is None:
-            return make(*args)
-        return Piece(attention._weights(*args, backend=self.backend))
-
     def _scores_of(self, heads: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        q, k, p, e = self.scores
-        by_head = (None if x is None else x[:, :, heads] for x in (q, k, p))
-        return *by_head, None if e is None else e[..., heads, :]
+        return tuple(native.of_heads(heads, *self.scores))
 
     def _reference(self) -> Tensor:
         raw = reference.scores(*self.scores)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zipformer_kernels.joint import side_by_side
 from zipformer_kernels.launch import like, unsupported_dtype
 
 
@@ -71,17 +72,24 @@ class Arguments:
 
 
 class Gradients:
-    """The gradients that are wanted, uninitialised: da and ds, dense, both or none, and room for partial sums.
+    """The gradients that are wanted, uninitialised: da and ds, both or none, and room for partial sums.
+
+    da and ds are dense, or with `beside` the halves of one tensor where a and s are; `step` is from row to row of them.
 
     `partials` is (parts, P): in each row one part's share of the gradients of all parameters, one after another, a
     bias that is None included; `offsets` says where each begins.
     """
 
-    def __init__(self, arguments: Arguments, needs: tuple[bool, ...], parts: int) -> None:
+    def __init__(self, arguments: Arguments, needs: tuple[bool, ...], parts: int, beside: bool = False) -> None:
         self.arguments, self.needs, self.parts = arguments, needs, parts
         a, kernel = arguments.a, arguments.kernel
         self.da = self.ds = self.partials = None
-        if needs[0] or needs[1]:
+        self.step = a.shape[2]
+        joint = side_by_side(a, arguments.s) if beside and needs[0] and needs[1] else None
+        if joint is not None:
+            self.step = joint.shape[2]
+            self.da, self.ds = torch.empty_like(joint).chunk(2, dim=2)
+        elif needs[0] or needs[1]:
             self.da, self.ds = a.new_empty(a.shape), a.new_empty(a.shape)
         rows = (kernel, 1, kernel // 2 + 1, 1, 2 * kernel) if arguments.chunked else (kernel, 1)
         self.lengths = [a.shape[2] * row for row in rows]
@@ -95,7 +103,9 @@ class Gradients:
         gradients: list[Tensor | None] = [None] * 8
         for i, gradient in enumerate((self.da, self.ds)):
             if self.needs[i]:
-                gradients[i] = like(gradient, torch.empty_like(self.arguments.given[i]))
+                given = self.arguments.given[i]
+                beside = self.step > given.shape[2]
+                gradients[i] = gradient if beside else like(gradient, torch.empty_like(given))
         if self.partials is not None:
             sums = self.partials.sum(0) if self.parts > 1 else self.partials[0]
             for i, (share, given) in enumerate(

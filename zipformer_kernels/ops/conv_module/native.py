@@ -74,6 +74,7 @@ def _infer(
 def _backward(
     call: Callable[..., None],
     most_parts: Callable[[Arguments], int],
+    beside: bool,
     needs: tuple[bool, ...],
     grads: tuple[Tensor],
     saved: tuple[()],
@@ -81,11 +82,12 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     arguments = Arguments(*args)
     dy = grads[0].contiguous()
-    out = Gradients(arguments, needs, arguments.parts(TILE, most_parts(arguments)))
+    out = Gradients(arguments, needs, arguments.parts(TILE, most_parts(arguments)), beside)
     if dy.numel() > 0:
         outputs = (pointer(t) for t in (out.da, out.ds, out.partials))
         pointers = _inputs(arguments), dy.data_ptr(), *outputs
-        call("conv_module_backward", dy, *pointers, out.parts, arguments.sizes, *_dtypes(arguments))
+        steps = (out.step,) if beside else ()
+        call("conv_module_backward", dy, *pointers, out.parts, *steps, arguments.sizes, *_dtypes(arguments))
     return out.returned()
 
 
@@ -106,9 +108,12 @@ def _unsupported_cuda(a: Tensor, s: Tensor, weight: Tensor, *rest: Any) -> str |
 
 
 def _launchers(
-    call: Callable[..., None], supports: Callable[..., str | None], most_parts: Callable[[Arguments], int]
+    call: Callable[..., None],
+    supports: Callable[..., str | None],
+    most_parts: Callable[[Arguments], int],
+    beside: bool,
 ) -> Launchers:
-    return Launchers(supports, partial(_forward, call), partial(_backward, call, most_parts))
+    return Launchers(supports, partial(_forward, call), partial(_backward, call, most_parts, beside))
 
 
 def _unsupported_infer(x: Tensor, *rest: Any) -> str | None:
@@ -121,8 +126,11 @@ def _unsupported_infer(x: Tensor, *rest: Any) -> str | None:
 cpu_infer = Launchers(_unsupported_infer, _infer, None)
 
 # Groups of frames whose gradients of parameters are summed apart: on the CPU so many that threads share them out
-# evenly, on the GPU one for each block.
-cpu = _launchers(call_cpu, partial(unsupported, CPU_DTYPES), lambda _: 64)
+# evenly, on the GPU one for each block. The CPU's kernel writes da and ds side by side where a and s lie so.
+cpu = _launchers(call_cpu, partial(unsupported, CPU_DTYPES), lambda _: 64, beside=True)
 cuda = _launchers(
-    call_cuda, _unsupported_cuda, lambda arguments: BLOCKS_PER_MULTIPROCESSOR * multiprocessors(arguments.a)
+    call_cuda,
+    _unsupported_cuda,
+    lambda arguments: BLOCKS_PER_MULTIPROCESSOR * multiprocessors(arguments.a),
+    beside=False,
 )
