@@ -3,9 +3,9 @@
 //
 // With g the gradients of all results next to each other and v the values likewise, dw = g v^T and delta[i] = g[i] .
 // out[i], the scores' gradient is ds = w (dw - delta). Where w is given, dense, nothing is computed again; a dense part
-// of dw is added to the rest, and sum_j w dw of it to delta. The targets of a sequence and head are cut into parts. Each
-// part sums what it adds to the gradients of keys, values and position projections in memory of its own, and the parts
-// are added up in order: results do not depend on the threads.
+// of dw is added to the rest, and sum_j w dw of it to delta. The targets of a sequence and head are cut into parts.
+// Each part sums what it adds to the gradients of keys, values and position projections in memory of its own, and the
+// parts are added up in order: results do not depend on the threads.
 #include <cmath>
 #include <utility>
 

@@ -80,8 +80,8 @@ void bind_conv_module(pybind11::module_& m) {
       release_gil());
   m.def(
       "conv_module_backward_cpu",
-      [](const Addresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds, uintptr_t partials, int64_t parts,
-         int64_t step, const Sizes& sizes, int x_dtype, int y_dtype, int threads) {
+      [](const Addresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds, uintptr_t partials, int64_t parts, int64_t step,
+         const Sizes& sizes, int x_dtype, int y_dtype, int threads) {
         auto args = backward_args(in, dy, da, ds, partials, parts, sizes, x_dtype, y_dtype, threads);
         args.gradient_step = step;
         conv_module_backward_cpu(args);

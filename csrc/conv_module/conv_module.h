@@ -9,8 +9,9 @@
 
 namespace zk {
 
-// y, dy, da and ds are (frames, batch, channels), dense but for da and ds on the CPU. a and s have the strides given, in elements, and 1 for
-// channels. Parameters and their gradients are dense and of the wide type: double for float64, float for the others.
+// y, dy, da and ds are (frames, batch, channels), dense but for da and ds on the CPU. a and s have the strides given,
+// in elements, and 1 for channels. Parameters and their gradients are dense and of the wide type: double for float64,
+// float for the others.
 struct ConvModuleShape {
   int64_t frames, batch, channels;
   int64_t frame_stride, batch_stride;

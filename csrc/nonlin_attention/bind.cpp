@@ -1,9 +1,16 @@
-// Python's entry points to the gates of NonlinAttention; zipformer_kernels/ops/nonlin_attention/infer.py calls them.
+// Python's entry points to the gates of NonlinAttention; infer.py and kept.py in zipformer_kernels/ops/nonlin_attention
+// call them.
+#include <array>
+
 #include "nonlin_attention/nonlin_attention.h"
 
 #include "common/bind.h"
 
 namespace zk {
+
+using Rows = std::array<int64_t, 3>;  // address, strides of frames and sequences
+
+static NonlinRows rows(const Rows& x) { return {pointer(x[0]), x[1], x[2]}; }
 
 void bind_nonlin_attention(pybind11::module_& m) {
   m.def(
@@ -21,6 +28,30 @@ void bind_nonlin_attention(pybind11::module_& m) {
         nonlin_attention_close_cpu({pointer(projected), pointer(bias), pointer(average), average_frame,
                                     average_sequence, pointer(out), frames, sequences, channels, DType(dtype),
                                     threads});
+      },
+      release_gil());
+  m.def(
+      "nonlin_attention_open_backward_cpu",
+      [](uintptr_t projected, const Rows& dvalues, uintptr_t dprojected, int64_t frames, int64_t sequences,
+         int64_t channels, int dtype, int threads) {
+        nonlin_attention_open_backward_cpu({pointer(projected),
+                                            rows(dvalues),
+                                            {},
+                                            {},
+                                            pointer(dprojected),
+                                            frames,
+                                            sequences,
+                                            channels,
+                                            DType(dtype),
+                                            threads});
+      },
+      release_gil());
+  m.def(
+      "nonlin_attention_close_backward_cpu",
+      [](uintptr_t projected, const Rows& grad, const Rows& average, const Rows& inner, uintptr_t dprojected,
+         int64_t frames, int64_t sequences, int64_t channels, int dtype, int threads) {
+        nonlin_attention_close_backward_cpu({pointer(projected), rows(grad), rows(average), rows(inner),
+                                             pointer(dprojected), frames, sequences, channels, DType(dtype), threads});
       },
       release_gil());
 }

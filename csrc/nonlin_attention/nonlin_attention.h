@@ -1,4 +1,4 @@
-// Arguments of the gates of NonlinAttention in inference, and their entry points.
+// Arguments of the gates of NonlinAttention around weights that are kept, and their entry points.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,26 @@ struct NonlinGates {
   int threads;
 };
 
+// Rows of channels next to each other, (frames, sequences, channels); strides in elements.
+struct NonlinRows {
+  void* data;
+  int64_t frame, sequence;
+};
+
+// Their gradients. close: inner = grad y and dy = grad average; open, where grad is that of the values: ds = grad x (1
+// - tanh(s)^2) and dx = grad tanh(s). ds, dx and dy are the thirds of `dprojected`.
+struct NonlinGatesBackward {
+  const void* projected;  // (frames, sequences, 3 channels)
+  NonlinRows grad;
+  NonlinRows average, inner;  // of `close`
+  void* dprojected;           // (frames, sequences, 3 channels)
+  int64_t frames, sequences, channels;
+  DType dtype;  // of everything: float32 or float64
+  int threads;
+};
+
+ZK_DECLARE_CPU(nonlin_attention_open_backward, NonlinGatesBackward)
+ZK_DECLARE_CPU(nonlin_attention_close_backward, NonlinGatesBackward)
 ZK_DECLARE_CPU(nonlin_attention_open, NonlinGates)
 ZK_DECLARE_CPU(nonlin_attention_close, NonlinGates)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zipformer_kernels.joint import split
 from zipformer_kernels.modules.inference import add_product, hooked, is_untouched
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import average_chunk, averages_whole, check_cache, join_cache
@@ -79,12 +80,13 @@ class NonlinAttention(nn.Module):
 
     def _attend(self, x: Tensor, attn_weights: AttentionWeights | Tensor) -> Tensor:
         """All but the last layer."""
-        s, x, y = self.in_proj(x).chunk(3, dim=2)
+        s, x, y = split(self.in_proj(x), [self.hidden_channels] * 3)
         s = self.balancer(s)
         x = self.whiten1(x)
         y = self.identity2(y)
-        if isinstance(attn_weights, AttentionWeights) and not attn_weights.keeps:
-            return nonlin_attention(attn_weights, s, x, y)  # one kernel: `tanh` and `identity1` have nothing to see
+        watched = hooked(self.tanh, self.identity1)  # where weights are not kept one kernel has nothing to show them
+        if isinstance(attn_weights, AttentionWeights) and not (watched and attn_weights.keeps):
+            return nonlin_attention(attn_weights, s, x, y)
         return aggregate(attn_weights, self.identity1(x * self.tanh(s))) * y
 
     def streaming_forward(

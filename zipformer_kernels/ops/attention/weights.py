@@ -105,7 +105,7 @@ class AttentionWeights:
         part.__dict__.update(self.__dict__)
         part._penalty = 0.0, 0.0  # the whole's uses bring it
         if self.keeps:
-            part._dense = _slice_heads(self._pieces(), heads)
+            part._dense = _slice_heads(self.pieces(), heads)
         else:
             part.scores, part.lse = self._scores_of(heads), self.lse[heads]
         part.shape = torch.Size((len(range(self.shape[0])[heads]), *self.shape[1:]))
@@ -118,7 +118,7 @@ class AttentionWeights:
         """
         if self.keeps:
             part = self[:]
-            part._dense = tuple(Piece(constant_attention(piece.w)) for piece in self._pieces())
+            part._dense = tuple(Piece(constant_attention(piece.w)) for piece in self.pieces())
             return part
         q, k, _, _ = self.scores
         key_padding_mask, mask, chunk, left_chunks = self.masks
@@ -144,7 +144,7 @@ class AttentionWeights:
         _check_values(self.shape, values)
         v = values.unflatten(2, (heads, values.shape[2] // heads))
         if self.keeps:
-            return average(self._pieces(), v).flatten(2)
+            return average(self.pieces(), v).flatten(2)
         penalty, self._penalty = self._penalty, (0.0, 0.0)
         return attention._op(*self.scores, v, self.lse, *self.masks, *penalty, backend=self.backend).flatten(2)
 
@@ -152,12 +152,12 @@ class AttentionWeights:
         """W itself, (H, B, T, S), differentiable; under autocast in the autocast dtype, as upstream keeps it."""
         if not self.keeps:
             return self._reference()
-        pieces = [piece.w for piece in self._pieces()]
+        pieces = [piece.w for piece in self.pieces()]
         # An alias, for the gradient of the piece itself lacks what uses leave.
         return torch.cat(pieces) if len(pieces) > 1 else torch.ops.aten.alias(pieces[0])
 
-    def _pieces(self) -> tuple[Piece, ...]:
-        """W, made once. On ``cpu`` the first head, which nonlin_attention takes alone, may lie apart: see below."""
+    def pieces(self) -> tuple[Piece, ...]:
+        """W where it is kept, made once. On ``cpu`` the first head, which nonlin_attention takes alone, may lie apart."""
         if not self._dense and self.backend == "eager":
             self._dense = (Piece(self._reference()),)
         elif not self._dense:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from zipformer_kernels.library import Op, triton_launchers
 from zipformer_kernels.ops.attention import AttentionWeights
-from zipformer_kernels.ops.nonlin_attention import native, reference
+from zipformer_kernels.ops.nonlin_attention import kept, native, reference
 
 _op = Op(
     "nonlin_attention",
@@ -51,6 +51,8 @@ def nonlin_attention(weights: AttentionWeights, gate: Tensor, x: Tensor, y: Tens
             )
     if sources != targets:
         raise ValueError(f"weights must have as many sources as targets, got {sources} and {targets}")
+    if weights.keeps and kept.serves(weights.pieces(), gate, x, y):
+        return kept.gated_average(*weights.pieces(), gate, x, y)
     if weights.keeps:
         return weights.aggregate(x * torch.tanh(gate)) * y
     split = (t.unflatten(2, (heads, t.shape[2] // heads)) for t in (gate, x, y))

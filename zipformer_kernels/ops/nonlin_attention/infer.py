@@ -22,18 +22,33 @@ def _eager(*args: Tensor | None) -> tuple[Tensor]:
 
 
 def _cpu(projected: Tensor, bias: Tensor | None, weights: Tensor) -> tuple[Tensor]:
-    frames, batch, channels = projected.shape[0], projected.shape[1], projected.shape[2] // 3
-    values = projected.new_empty(frames, batch, channels)
-    if values.numel() == 0:
-        return (values,)
+    frames, batch, width = projected.shape
+    if projected.numel() == 0:
+        return (projected.new_empty(frames, batch, width // 3),)
     projected, bias = contiguous(projected, bias)
-    inputs = pointer(projected), pointer(bias)
-    sizes = frames, batch, channels, DTYPE_CODES[projected.dtype]
-    call_cpu("nonlin_attention_open", projected, *inputs, values.data_ptr(), *sizes)
-    average = merge_heads(weights @ split_heads(values, weights.shape[0]))
-    strides = average.stride()[:2]
-    call_cpu("nonlin_attention_close", projected, *inputs, average.data_ptr(), *strides, values.data_ptr(), *sizes)
-    return (values,)
+    average = merge_heads(weights @ split_heads(open_(projected, bias), weights.shape[0]))
+    return (close(projected, bias, average),)
+
+
+def open_(projected: Tensor, bias: Tensor | None) -> Tensor:
+    """x tanh(s) by the compiled kernel; arguments contiguous, as of `infer_nonlin_attention`."""
+    values, *sizes = _result(projected)
+    call_cpu("nonlin_attention_open", projected, projected.data_ptr(), pointer(bias), values.data_ptr(), *sizes)
+    return values
+
+
+def close(projected: Tensor, bias: Tensor | None, average: Tensor) -> Tensor:
+    """average y by the compiled kernel; `average`, (T, batch, channels), with channels of stride 1."""
+    out, *sizes = _result(projected)
+    inputs = projected.data_ptr(), pointer(bias), average.data_ptr(), *average.stride()[:2]
+    call_cpu("nonlin_attention_close", projected, *inputs, out.data_ptr(), *sizes)
+    return out
+
+
+def _result(projected: Tensor) -> tuple[Tensor, int, int, int, int]:
+    """What a gate fills in, and its sizes and dtype."""
+    frames, batch, channels = projected.shape[0], projected.shape[1], projected.shape[2] // 3
+    return projected.new_empty(frames, batch, channels), frames, batch, channels, DTYPE_CODES[projected.dtype]
 
 
 op = Op(
