@@ -1,5 +1,7 @@
 // Python's entry points to the gates of NonlinAttention; infer.py and kept.py in zipformer_kernels/ops/nonlin_attention
 // call them.
+#include <pybind11/stl.h>
+
 #include <array>
 
 #include "nonlin_attention/nonlin_attention.h"
