@@ -67,7 +67,8 @@ class _Make(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dweights: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors, weights = ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        saved = ctx.saved_tensors  # once: checkpointing computes them again
+        tensors, weights = saved[:6], saved[6:]
         needs = ctx.needs_input_grad[2:6]
         if torch.is_grad_enabled():  # create_graph=True: uses have left nothing
             wanted = [x for x, need in zip(tensors, needs, strict=False) if need]
