@@ -9,6 +9,7 @@ namespace zk {
 
 void bind_attention(pybind11::module_& m);
 void bind_bias_norm(pybind11::module_& m);
+void bind_bypass(pybind11::module_& m);
 void bind_conv_module(pybind11::module_& m);
 void bind_depthwise_conv2d(pybind11::module_& m);
 void bind_nonlin_attention(pybind11::module_& m);
@@ -41,6 +42,7 @@ PYBIND11_MODULE(ZK_MODULE_NAME, m) {
 
   bind_attention(m);
   bind_bias_norm(m);
+  bind_bypass(m);
   bind_conv_module(m);
   bind_depthwise_conv2d(m);
   bind_nonlin_attention(m);

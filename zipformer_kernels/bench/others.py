@@ -158,6 +158,18 @@ def depthwise_conv2d_upstream(x: Tensor, weight: Tensor, bias: Tensor | None) ->
     return run, (_leaf(x), weight, *(() if bias is None else (bias,)))
 
 
+def bypass_upstream(src_orig: Tensor, src: Tensor, scale: Tensor) -> Call:
+    """``BypassModule``, given the scale that it would draw."""
+    (module,) = _upstream("zipformer")
+    made = bare(module.BypassModule(1))
+
+    def run(src_orig: Tensor, src: Tensor, scale: Tensor) -> Tensor:
+        made._get_bypass_scale = lambda batch_size: scale
+        return made(src_orig, src)
+
+    return run, (src_orig, src, scale)
+
+
 def attention_flex(*args: Any) -> Call:
     """torch's flex_attention with the positional term as a score modification; 12 channels padded to 16."""
     if DEVICE.type != "cuda":
@@ -195,6 +207,7 @@ OTHERS: dict[str, dict[str, Callable[..., Call]]] = {
     "nonlin_attention": {"upstream": nonlin_attention_upstream},
     "conv_module": {"upstream": conv_module_upstream},
     "depthwise_conv2d": {"upstream": depthwise_conv2d_upstream},
+    "bypass": {"upstream": bypass_upstream},
 }
 """By op, then by peer."""
 

@@ -7,7 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from zipformer_kernels.backend import requested
 from zipformer_kernels.modules.inference import is_untouched, only_computes
+from zipformer_kernels.ops.bypass import bypass
 from zipformer_kernels.training import FloatLike, ScheduledFloat, limit_param_value
 
 SCALE_MIN = ScheduledFloat((0.0, 0.9), (20000.0, 0.2), default=0)
@@ -45,7 +47,7 @@ class BypassModule(nn.Module):
         """Both inputs and the result are (T, batch, embed_dim)."""
         if not self.training and only_computes(src, self.bypass_scale) and src_orig.dtype == src.dtype:
             return torch.lerp(src_orig, src, self.bypass_scale)  # one pass in place of three
-        return src_orig + (src - src_orig) * self._scale(src.shape[1])
+        return bypass(src_orig, src, self._scale(src.shape[1]), backend=_backend())
 
     def write_over(self, src_orig: Tensor, src: Tensor) -> Tensor:
         """self(src_orig, src) in inference, in the place of src."""
@@ -66,3 +68,9 @@ class BypassModule(nn.Module):
             straight = torch.rand((batch, 1), device=scale.device) < straight_through_rate
             scale = torch.maximum(scale, straight.to(scale.dtype))
         return scale
+
+
+def _backend() -> str:
+    """What is asked for, and eager where that has no bypass: a model runs on any backend by its name alone."""
+    request = requested()
+    return request if request == "auto" else f"{request},eager"

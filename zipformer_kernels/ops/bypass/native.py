@@ -1,0 +1,57 @@
+"""The bypass through the compiled module: ``csrc/bypass/cpu.cpp``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from zipformer_kernels.launch import (
+    CPU_DTYPES,
+    DTYPE_CODES,
+    as_empty_like,
+    call_cpu,
+    contiguous,
+    pointer,
+    unsupported_dtypes,
+)
+from zipformer_kernels.library import Launchers
+
+# Groups of rows whose gradients of the scale are summed apart: so many that threads share them out evenly, each so long
+# that adding up the groups costs little.
+PARTS = 64
+SHORTEST = 16
+
+
+def _forward(src_orig: Tensor, src: Tensor, scale: Tensor) -> tuple[Tensor]:
+    a, b, c = contiguous(src_orig, src, scale)
+    y = torch.empty_like(a)
+    if y.numel() > 0:
+        channels = c.numel()
+        sizes = y.numel() // channels, channels, DTYPE_CODES[y.dtype]
+        call_cpu("bypass_forward", y, *map(pointer, (a, b, c, y)), *sizes)
+    return (as_empty_like(y, src_orig),)
+
+
+def _backward(
+    needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[()], src_orig: Tensor, src: Tensor, scale: Tensor
+) -> tuple[Tensor | None, ...]:
+    g, c = contiguous(grads[0], scale)
+    a, b = contiguous(src_orig, src) if needs[2] else (None, None)
+    empty = g.numel() == 0
+    da, db = (torch.empty_like(g) if need else None for need in needs[:2])
+    dc = (torch.zeros_like if empty else torch.empty_like)(c) if needs[2] else None
+    if not empty:
+        channels = c.numel()
+        rows = g.numel() // channels
+        parts = max(1, min(PARTS, rows // SHORTEST))
+        wide = torch.promote_types(c.dtype, torch.float32)
+        partials = c.new_empty((parts, channels), dtype=wide) if needs[2] else None
+        tensors = map(pointer, (g, a, b, c, da, db, dc, partials))
+        call_cpu("bypass_backward", g, *tensors, rows, channels, parts, DTYPE_CODES[g.dtype])
+    return tuple(
+        None if gradient is None else as_empty_like(gradient, x)
+        for gradient, x in ((da, src_orig), (db, src), (dc, scale))
+    )
+
+
+cpu = Launchers(lambda *tensors: unsupported_dtypes(tensors, CPU_DTYPES), _forward, _backward)
