@@ -157,7 +157,7 @@ class AttentionWeights:
         return torch.cat(pieces) if len(pieces) > 1 else torch.ops.aten.alias(pieces[0])
 
     def pieces(self) -> tuple[Piece, ...]:
-        """W where it is kept, made once. On ``cpu`` the first head, which nonlin_attention takes alone, may lie apart."""
+        """W where it is kept, made once. On ``cpu`` the first head, which nonlin_attention takes, may lie apart."""
         if not self._dense and self.backend == "eager":
             self._dense = (Piece(self._reference()),)
         elif not self._dense:
