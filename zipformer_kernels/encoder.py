@@ -171,6 +171,7 @@ class Zipformer(nn.Module):
                 f"src_key_padding_mask: wanted shape {(x.shape[1], x.shape[0])}, "
                 f"got {tuple(src_key_padding_mask.shape)}"
             )
+        x = x.contiguous()  # sums keep strides, and products would copy rows that lie batch-major, each anew
         feature_masks = self.get_feature_masks(x)
         chunk_size, left_context_chunks = self.get_chunk_info()
         attn_mask = self._get_attn_mask(chunk_size, left_context_chunks)

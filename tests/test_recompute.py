@@ -9,84 +9,147 @@ from hypothesis import strategies as st
 from parity import assert_same_run, build_pair, seed_all, set_batch_count
 from tolerances import PARITY, relative_error, rounding
 
-from zipformer_kernels.library import gradient_hook, recomputed
-from zipformer_kernels.modules import Conv2dSubsampling, ConvNeXt, subsampling
+from zipformer_kernels.modules import Conv2dSubsampling, ConvNeXt, convnext
+from zipformer_kernels.recompute import pointwise_branch
 from zipformer_kernels.training.balancer import Moments
 
-
-def layers(x, weight, bias, scale):
-    hidden = F.linear(x, weight, bias)
-    hidden = gradient_hook(hidden, lambda grad: 3 * grad)
-    return torch.tanh(hidden) * scale
-
-
-def arguments(rows=11, bias=True, dtype=torch.float64):
-    tensors = (torch.randn(rows, 3), torch.randn(5, 3), torch.randn(5), torch.randn(5))
-    x, weight, b, scale = (t.to(dtype).requires_grad_() for t in tensors)
-    return [x, weight, b if bias else None, scale]
+ROWS, KEPT = 11, [True, False, True]
+NAMES = ("src", "x", "weight1", "bias1", "weight2", "bias2")
+TERMS = len(KEPT) * ROWS  # of the longest sum, a gradient of parameters
+ALLOWED = rounding(torch.float64, TERMS)
 
 
-def gradients(y, args):
-    dy = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)
-    return torch.autograd.grad(y, [arg for arg in args if arg is not None and arg.requires_grad], dy)
+class Tanh:
+    """An activation that writes over all that it may."""
+
+    def forward(self, hidden, bias):
+        return hidden.add_(bias).tanh_()
+
+    def backward(self, grad, hidden, bias):
+        a = hidden.add_(bias).tanh_()
+        return grad.mul_(1 - a.square()), a
+
+    def reference(self, hidden):
+        return torch.tanh(hidden)
+
+
+def arguments(batch=len(KEPT), rows=ROWS):
+    shapes = (batch, rows, 3), (batch, rows, 3), (5, 3), (5,), (3, 5), (3,)
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+def branch(*args, part=4, kept=KEPT):
+    return pointwise_branch(Tanh(), part, kept, *args)
+
+
+def plain(src, x, weight1, bias1, weight2, bias2, kept=KEPT):
+    added = F.linear(torch.tanh(F.linear(x, weight1, bias1)), weight2, bias2)
+    return torch.where(torch.tensor(kept)[:, None, None], src + added, src)
+
+
+def assert_same_gradients(y, expected, args, dy):
+    wanted = torch.autograd.grad(expected, args, dy)
+    for name, grad, other in zip(NAMES, torch.autograd.grad(y, args, dy), wanted, strict=False):
+        assert relative_error(grad, other) <= ALLOWED, name
 
 
 @pytest.mark.parametrize("part", [1, 2, 5, 10, 11, 100])
-@pytest.mark.parametrize("bias", [True, False])
-def test_results_and_gradients_are_the_functions(part, bias):
-    args = arguments(bias=bias)
-    y, expected = recomputed(layers, part, *args), layers(*args)
-    assert relative_error(y, expected) <= rounding(torch.float64)
-    for grad, other in zip(gradients(y, args), gradients(expected, args), strict=True):
-        assert relative_error(grad, other) <= rounding(torch.float64, 11)
+@pytest.mark.parametrize("kept", [[True] * 3, KEPT, [False, False, True], [False] * 3], ids=str)
+def test_results_and_gradients_are_the_formulas(part, kept):
+    args = arguments()
+    y, expected = branch(*args, part=part, kept=kept), plain(*args, kept=kept)
+    assert relative_error(y, expected) <= ALLOWED
+    assert_same_gradients(y, expected, args, torch.randn_like(y))
 
 
-@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (3,), (0, 1, 2), (1, 2, 3), (0, 2)])
+def test_a_sequence_that_is_not_kept_is_src_and_touches_no_gradient():
+    """Not even with what would spoil every sum."""
+    args = arguments()
+    with torch.no_grad():
+        args[1][1] = torch.nan
+    y = branch(*args)
+    assert torch.equal(y[1], args[0][1])
+    dy = torch.randn_like(y)
+    dsrc, dx, *grads = torch.autograd.grad(y, args, dy)
+    assert torch.equal(dsrc, dy)
+    assert torch.equal(dx[1], torch.zeros_like(dx[1]))
+    others = [args[0].detach()[::2], args[1].detach()[::2], *args[2:]]
+    expected = torch.autograd.grad(branch(*others, kept=[True, True]), args[2:], dy[::2])
+    assert all(map(torch.equal, grads, expected))
+
+
+def test_no_rows_and_no_sequences():
+    for batch, rows in ((0, 4), (2, 0)):
+        args = arguments(batch, rows)
+        y = branch(*args, kept=[True] * batch)
+        assert y.shape == (batch, rows, 3)
+        for arg, grad in zip(args, torch.autograd.grad(y.sum(), args), strict=True):
+            assert torch.equal(grad, torch.zeros_like(arg))
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (2,), (3,), (4,), (5,), (0, 1), (1, 2, 3), (2, 3, 4, 5), (0, 1, 2, 4)])
 def test_frozen_arguments_get_no_gradient(frozen):
     args = arguments()
     for i in frozen:
         args[i].requires_grad_(False)
-    y = recomputed(layers, 4, *args)
-    y.sum().backward()
-    assert [arg.grad is None for arg in args] == [i in frozen for i in range(4)]
-    expected = torch.autograd.grad(layers(*args).sum(), [arg for arg in args if arg.requires_grad])
-    for arg, grad in zip((arg for arg in args if arg.requires_grad), expected, strict=True):
-        assert relative_error(arg.grad, grad) <= rounding(torch.float64, 11)
+    wanted = [arg for arg in args if arg.requires_grad]
+    branch(*args).square().sum().backward()
+    assert [arg.grad is None for arg in args] == [i in frozen for i in range(len(args))]
+    for arg, grad in zip(wanted, torch.autograd.grad(plain(*args).square().sum(), wanted), strict=True):
+        assert relative_error(arg.grad, grad) <= ALLOWED
 
 
 def test_expanded_gradients_and_strided_inputs():
     args = arguments()
-    args[0] = torch.randn(3, 22, dtype=torch.float64).t()[::2].requires_grad_()
-    y, expected = recomputed(layers, 4, *args), layers(*args)
-    dy = torch.ones((), dtype=torch.float64).expand(y.shape)
-    for grad, other in zip(torch.autograd.grad(y, args, dy), torch.autograd.grad(expected, args, dy), strict=True):
-        assert relative_error(grad, other) <= rounding(torch.float64, 11)
+    for i in range(2):
+        args[i] = torch.randn(3, 22, 3, dtype=torch.float64).transpose(0, 2)[:, ::2].requires_grad_()
+    y = branch(*args)
+    assert_same_gradients(y, plain(*args), args, torch.ones((), dtype=torch.float64).expand(y.shape))
 
 
-def test_gradients_can_be_differentiated():
-    def smooth(x, weight, bias, scale):
-        return torch.tanh(F.linear(x, weight, bias)) * scale
+@pytest.mark.parametrize("frozen", [(), (1, 2), (0, 3, 4, 5)])
+def test_gradients_can_be_differentiated(frozen):
+    args = arguments(rows=5)
+    for i in frozen:
+        args[i].requires_grad_(False)
+    assert torch.autograd.gradcheck(branch, args)
+    assert torch.autograd.gradgradcheck(branch, args)
 
+
+def test_gradients_are_the_same_with_a_graph_of_them():
     args = arguments()
-    assert torch.autograd.gradcheck(lambda *args: recomputed(smooth, 4, *args), args)
-    assert torch.autograd.gradgradcheck(lambda *args: recomputed(smooth, 4, *args), args)
+    y = branch(*args)
+    dy = torch.randn_like(y)
+    grads = torch.autograd.grad(y, args, dy, retain_graph=True)
+    for grad, other in zip(grads, torch.autograd.grad(y, args, dy, create_graph=True), strict=True):
+        assert relative_error(grad, other) <= ALLOWED
 
 
-def test_saves_its_arguments_only():
-    args = arguments()
-    saved = []
+def test_saves_x_and_the_parameters_only():
+    args, saved = arguments(), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        recomputed(layers, 4, *args)
-    assert [t.data_ptr() for t in saved] == [arg.data_ptr() for arg in args]
+        branch(*args)
+    assert [t.data_ptr() for t in saved] == [arg.data_ptr() for arg in args[1:]]
 
 
-def test_changes_in_place_are_noticed():
+@pytest.mark.parametrize("changed", [1, 2, 3, 4])
+def test_changes_in_place_are_noticed(changed):
     args = arguments()
-    y = recomputed(layers, 4, *args)
+    y = branch(*args)
     with torch.no_grad():
-        args[1] += 1
+        args[changed] += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_inputs_and_gradients_are_not_written_to():
+    args = arguments()
+    before = [arg.detach().clone() for arg in args]
+    y = branch(*args)
+    dy = torch.randn_like(y)
+    given = dy.clone()
+    torch.autograd.grad(y, args, dy)
+    assert all(map(torch.equal, [*args, dy], [*before, given]))
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=8), st.integers(0, 2**31), st.sampled_from([0.0, 1e3, -1e5]))
@@ -118,7 +181,7 @@ def test_moments_of_half_precision_are_taken_in_float32():
 @pytest.fixture
 def rows(monkeypatch):
     """So few rows at a time that short inputs need several parts."""
-    monkeypatch.setattr(subsampling, "ROWS", 17)
+    monkeypatch.setattr(convnext, "ROWS", 17)
 
 
 def pair(**kwargs):
@@ -142,6 +205,23 @@ def test_training_is_upstreams_in_any_number_of_parts(rows, batch_count):
     for seed in range(6):
         args = [torch.randn(3, 40, 20, dtype=torch.float64), torch.tensor([40, 31, 25])]
         assert_same_run(ours, theirs, args, seed=seed)
+
+
+def test_training_is_upstreams_where_sequences_are_dropped(rows, monkeypatch):
+    ours, theirs = pair(dropout=0.2)
+    for model in (ours.train(), theirs.train()):
+        model.convnext.layerdrop_rate = 0.5
+    drawn = []
+
+    def watch(activation, part, kept, *tensors):
+        drawn.append(tuple(kept))
+        return pointwise_branch(activation, part, kept, *tensors)
+
+    monkeypatch.setattr(convnext, "pointwise_branch", watch)
+    for seed in range(6):
+        args = [torch.randn(3, 40, 20, dtype=torch.float64), torch.tensor([40, 31, 25])]
+        assert_same_run(ours, theirs, args, seed=seed)
+    assert any(True in kept and False in kept for kept in drawn)
 
 
 @pytest.mark.parametrize("min_abs", [0.001, 0.75, 50.0])
@@ -206,11 +286,11 @@ def test_no_hidden_channels_are_stored():
     assert max(elements) < 1000 * 19 * 384
 
 
-def test_gradients_of_gradients_still_exist(rows):
+def test_gradients_of_gradients_still_exist(monkeypatch):
     """As for a penalty on the gradient of the filterbank."""
     results = []
     for count in (17, 10**6):
-        subsampling.ROWS = count
+        monkeypatch.setattr(convnext, "ROWS", count)
         seed_all(0)
         model = Conv2dSubsampling(20, 12, 4, 8, 6).double().eval()
         always_acting(model)
