@@ -8,6 +8,7 @@
 namespace zk {
 
 void bind_attention(pybind11::module_& m);
+void bind_balancer(pybind11::module_& m);
 void bind_bias_norm(pybind11::module_& m);
 void bind_bypass(pybind11::module_& m);
 void bind_conv_module(pybind11::module_& m);
@@ -41,6 +42,7 @@ PYBIND11_MODULE(ZK_MODULE_NAME, m) {
   m.def("set_isa", [](const std::string& name) { set_isa(isa_named(name)); });
 
   bind_attention(m);
+  bind_balancer(m);
   bind_bias_norm(m);
   bind_bypass(m);
   bind_conv_module(m);

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.library import gradient_hook
+from zipformer_kernels.training import balancer_native
 from zipformer_kernels.training.randomness import being_traced, happens
 from zipformer_kernels.training.schedule import FloatLike, ScheduledFloat
 
@@ -96,8 +97,10 @@ class Moments:
 
     def add(self, x: Tensor) -> None:
         """Takes in x, (rows, channels), at least one row."""
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        variance, mean, _ = _moments(x, [0])
+        if balancer_native.serves(x, 1):
+            variance, mean = (moment.unsqueeze(0) for moment in balancer_native.moments(x, 1))
+        else:
+            variance, mean, _ = _moments(x.to(torch.promote_types(x.dtype, torch.float32)), [0])
         if self.rows == 0:
             self.rows, self.mean, self.variance = len(x), mean, variance
             return
@@ -139,6 +142,12 @@ def balanced_gradient(
         min_rms, max_rms: limits on the RMS.
         grad_scale: the RMS of the term that is added, relative to |grad|.
     """
+    if grad.dtype == x.dtype and balancer_native.serves(x, channel_dim):
+        known = moments and (moments.variance, moments.mean)
+        limits = min_mean, max_mean, min_rms, max_rms, grad_scale
+        return balancer_native.gradient(
+            grad, x, *(known or balancer_native.moments(x, channel_dim)), channel_dim, limits
+        )
     wide = torch.promote_types(x.dtype, torch.float32)
     x, wide_grad = x.to(wide), grad.to(wide)
     if moments is None:
