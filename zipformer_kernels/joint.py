@@ -60,8 +60,11 @@ class _Split(torch.autograd.Function):
         given = next((grad for grad in grads if grad is not None), None)
         if given is None:
             return None, None
-        zeros = (given.new_zeros(*given.shape[:2], width) for width in ctx.widths)
-        return torch.cat([zero if grad is None else grad for grad, zero in zip(grads, zeros, strict=True)], dim=2), None
+        pieces = [
+            given.new_zeros(*given.shape[:2], width) if grad is None else grad
+            for grad, width in zip(grads, ctx.widths, strict=True)
+        ]
+        return torch.cat(pieces, dim=2), None
 
 
 def split(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
