@@ -1,5 +1,7 @@
 """Inference leaves out what only gradients or onlookers need: same results, and whoever looks on sees everything."""
 
+import itertools
+
 import pytest
 import torch
 from lanes import lanes
@@ -163,6 +165,45 @@ def test_swoosh_over_its_input(lane):
                 assert result is y
                 eps = torch.finfo(dtype).eps
                 torch.testing.assert_close(y.double(), expected, rtol=8 * eps, atol=8 * eps)
+
+
+@pytest.mark.parametrize("lane", lanes(swoosh._op, "triton", "cuda"))
+@pytest.mark.parametrize("strided", [(), ("x",), ("dy",), ("x", "dy")], ids=str)
+def test_swoosh_backward_over_its_inputs(lane, strided):
+    """Also over inputs that are not contiguous, which kernels do not take."""
+    for dtype, kind, biased in itertools.product(lane.dtypes, "lr", (True, False)):
+        for shape in ((0, 5), (1, 1), (7, 33), (3, 5, 2000)):
+            x, dy = torch.randn(shape).to(dtype) * 4, (2 * torch.rand(shape) - 1).to(dtype)
+            bias = torch.randn(shape[-1]).to(dtype) if biased else None
+            exact = (x.double() + (bias.double() if biased else 0)).requires_grad_()
+            expected = swoosh.reference.swoosh(exact, kind)
+            wanted = torch.autograd.grad(expected, exact, dy.double())[0]
+            x, dy = (t.mT.contiguous().mT if name in strided else t for name, t in (("x", x), ("dy", dy)))
+            with lane.active(), torch.no_grad():
+                results = swoosh.swoosh_backward_(dy, x, kind, bias)
+            assert results[0] is dy
+            assert results[1] is x
+            eps = torch.finfo(dtype).eps
+            torch.testing.assert_close(x.double(), expected.detach(), rtol=8 * eps, atol=8 * eps)
+            torch.testing.assert_close(dy.double(), wanted, rtol=8 * eps, atol=8 * eps)
+
+
+def test_swoosh_backward_names_what_does_not_fit():
+    x = torch.randn(2, 5)
+    with pytest.raises(ValueError, match=r"bias must be of shape \(5,\) in torch.float32, got \(4,\)"):
+        swoosh.swoosh_backward_(torch.randn(2, 5), x, "l", torch.randn(4))
+    with pytest.raises(ValueError, match=r"bias must be of shape \(5,\) in torch.float32, got \(5,\) in torch.float64"):
+        swoosh.swoosh_backward_(torch.randn(2, 5), x, "l", torch.randn(5).double())
+    with pytest.raises(ValueError, match=r"dy must be of shape \(2, 5\) in torch.float32, got \(5,\) in torch.float32"):
+        swoosh.swoosh_backward_(torch.randn(5), x, "l")
+    with pytest.raises(
+        ValueError, match=r"dy must be of shape \(2, 5\) in torch.float32, got \(2, 5\) in torch.bfloat16"
+    ):
+        swoosh.swoosh_backward_(torch.randn(2, 5).bfloat16(), x, "l")
+    with use_backend("cpu"):
+        if backend.missing["cpu"] is None:
+            with pytest.raises(backend.BackendError, match="it takes"):
+                swoosh.swoosh_backward_(*(torch.zeros(2, dtype=torch.int32) for _ in range(2)), "l")
 
 
 def test_a_bias_that_does_not_fit_is_named():

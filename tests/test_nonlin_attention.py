@@ -3,9 +3,13 @@
 import pytest
 import torch
 from lanes import lanes
+from parity import seed_all
 from tolerances import assert_rounded
 
 from zipformer_kernels import use_backend
+from zipformer_kernels.backend import missing
+from zipformer_kernels.joint import side_by_side, split
+from zipformer_kernels.modules import NonlinAttention
 from zipformer_kernels.ops import nonlin_attention as package
 from zipformer_kernels.ops.attention import AttentionWeights
 from zipformer_kernels.ops.nonlin_attention import infer, nonlin_attention
@@ -175,3 +179,134 @@ def test_infer_names_bad_input():
         infer.infer_nonlin_attention(projected, bias, weights[..., 1:])
     with pytest.raises(ValueError, match=r"bias must have shape \(9,\), got \(8,\)"):
         infer.infer_nonlin_attention(projected, bias[1:], weights)
+
+
+# ---- in training, with weights of one head that are kept ----
+
+
+def needs_cpu():
+    if missing["cpu"]:
+        pytest.skip(missing["cpu"])
+
+
+def kept_arguments(frames=13, batch=2, channels=7, dtype=torch.float64, heads=2):
+    """q and k of some heads, and a projection to gates and values; leaves."""
+    shapes = (frames, batch, heads, 8), (frames, batch, heads, 8), (frames, batch, 3 * channels)
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def gate(q, k, projected, backend="cpu"):
+    """The op on the first head, as the encoder's layers call it."""
+    padding = torch.arange(len(q)) >= torch.linspace(len(q), 1, q.shape[1]).long().unsqueeze(1)
+    weights = AttentionWeights(q, k, key_padding_mask=padding, backend=backend)
+    return nonlin_attention(weights[0:1], *split(projected, [projected.shape[2] // 3] * 3))
+
+
+def assert_gates_match_float64(args, grad=None):
+    out = gate(*args)
+    assert type(out.grad_fn).__name__ == "_GatedAverageBackward"
+    grad = torch.randn_like(out) if grad is None else grad
+    wide = [x.detach().double().requires_grad_() for x in args]
+    expected = gate(*wide, backend="eager")
+    wanted = torch.autograd.grad(expected, wide, grad.double())
+    assert out.dtype == args[0].dtype
+    assert relative(out, expected) < TOLERANCE[out.dtype]
+    for name, actual, other in zip("qkp", torch.autograd.grad(out, args, grad), wanted, strict=True):
+        assert relative(actual, other, floor=0.1) < 3 * TOLERANCE[out.dtype], name
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_kept_weights_match_float64(dtype):
+    for frames, batch, channels in ((1, 1, 1), (13, 2, 7), (33, 3, 144), (70, 1, 37)):
+        assert_gates_match_float64(kept_arguments(frames, batch, channels, dtype))
+
+
+def test_kept_weights_take_gradients_of_any_strides():
+    needs_cpu()
+    shape = 13, 2, 7
+    grads = {
+        "expanded": torch.ones((), dtype=torch.float64).expand(shape),
+        "one frame expanded": torch.randn(1, 2, 7, dtype=torch.float64).expand(shape),
+        "channels expanded": torch.randn(13, 2, 1, dtype=torch.float64).expand(shape),
+        "batch first": torch.randn(2, 13, 7, dtype=torch.float64).transpose(0, 1),
+        "channels first": torch.randn(7, 2, 13, dtype=torch.float64).transpose(0, 2),
+        "every second channel": torch.randn(13, 2, 14, dtype=torch.float64)[..., ::2],
+    }
+    for grad in grads.values():
+        before = grad.clone()
+        assert_gates_match_float64(kept_arguments(), grad)
+        assert torch.equal(grad, before)
+
+
+def test_gradients_of_the_thirds_are_written_side_by_side():
+    needs_cpu()
+    q, k, projected = kept_arguments()
+    thirds = projected.detach().split([7] * 3, dim=2)
+    thirds = [third.requires_grad_() for third in thirds]
+    out = nonlin_attention(AttentionWeights(q, k, backend="cpu")[0:1], *thirds)
+    assert side_by_side(*torch.autograd.grad(out.sum(), thirds)) is not None
+
+
+def test_when_kept_weights_serve():
+    needs_cpu()
+    q, k, projected = kept_arguments(dtype=torch.float32)
+    thirds = split(projected, [7] * 3)
+    weights = AttentionWeights(q, k, backend="cpu")
+    first = weights[0:1].pieces()
+    assert package.kept.serves(first, *thirds)
+    assert not package.kept.serves(weights.pieces(), *thirds)
+    assert not package.kept.serves(weights[0:1].constant().pieces(), *thirds)
+    assert not package.kept.serves(first, *thirds[::-1])
+    assert not package.kept.serves(first, *(third.double() for third in thirds))
+    assert not package.kept.serves(AttentionWeights(q, k, backend="eager")[0:1].pieces(), *thirds)
+    with torch.no_grad():
+        assert not package.kept.serves(first, *thirds)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not package.kept.serves(first, *thirds)
+    q, k, projected = kept_arguments(dtype=torch.bfloat16)
+    pieces = AttentionWeights(q, k, backend="cpu")[0:1].pieces()
+    assert not package.kept.serves(pieces, *split(projected, [7] * 3))
+
+
+@pytest.mark.parametrize("frozen", [(0, 1), (2,), (3,), (4,), (2, 3), (2, 3, 4)], ids=str)
+def test_kept_weights_with_frozen_inputs(frozen):
+    """Of q, k and the thirds."""
+    needs_cpu()
+    q, k, projected = kept_arguments()
+    parts = [x.detach() for x in (q, k, *projected.split([7] * 3, dim=2))]
+    results = []
+    for backend in ("cpu", "eager"):
+        leaves = [x.detach().requires_grad_(i not in frozen) for i, x in enumerate(parts)]
+        out = nonlin_attention(AttentionWeights(*leaves[:2], backend=backend)[0:1], *leaves[2:])
+        results.append(torch.autograd.grad(out.square().sum(), [x for x in leaves if x.requires_grad]))
+    for actual, expected in zip(*results, strict=True):
+        assert relative(actual, expected) < 3 * TOLERANCE[torch.float64]
+
+
+def test_kept_weights_have_gradients_of_gradients():
+    needs_cpu()
+    args = kept_arguments(frames=4, batch=2, channels=2)
+    assert torch.autograd.gradcheck(gate, args)
+    assert torch.autograd.gradgradcheck(gate, args)
+
+
+@pytest.mark.parametrize("name", ["tanh", "identity1"])
+def test_hooks_between_the_projections_are_called(name, monkeypatch):
+    """Without them one function stands between the projections of the module."""
+    needs_cpu()
+    module, src = NonlinAttention(6, 4).double(), torch.randn(9, 2, 6, dtype=torch.float64)
+    q, k, _ = kept_arguments(9)
+    calls, kernels = [], []
+    gated_average = package.kept.gated_average
+    monkeypatch.setattr(package.kept, "gated_average", lambda *args: kernels.append(args) or gated_average(*args))
+    results = []
+    for hooked in (False, True):
+        if hooked:
+            getattr(module, name).register_forward_hook(lambda *args: calls.append(args))
+        seed_all(0)  # the balancer draws
+        y = module(src, AttentionWeights(q, k, backend="cpu")[0:1])
+        assert (len(kernels), len(calls)) == (1, hooked)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [q, k, *module.parameters()])])
+    for plain, other in zip(*results, strict=True):
+        assert relative(other, plain, floor=0.1) < 3 * TOLERANCE[torch.float64]

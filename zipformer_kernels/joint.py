@@ -54,7 +54,8 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None]:
-        joint = side_by_side(*grads)
+        # Gradients that are to be differentiated come from `cat`: `side_by_side` hides where they are from.
+        joint = None if torch.is_grad_enabled() else side_by_side(*grads)
         if joint is not None:
             return joint, None
         given = next((grad for grad in grads if grad is not None), None)

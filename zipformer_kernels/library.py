@@ -156,7 +156,7 @@ class Op:
         launchers = self.backends[name]
         if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.tensors):
             return _Function.apply(self, launchers, *args)
-        return self._results(_without_autocast(launchers.forward, *args))
+        return self._results(without_autocast(launchers.forward, *args))
 
     def _results(self, results: tuple[Tensor, ...]) -> Any:
         return results[0] if self.outputs == 1 else tuple(results[: self.outputs])
@@ -227,7 +227,7 @@ class Op:
 
     def _operator(self, *args: Any) -> Any:
         *args, name = args
-        return _one_or_all(_without_autocast(self.backends[name].forward, *args))
+        return _one_or_all(without_autocast(self.backends[name].forward, *args))
 
     def _operator_fake(self, *args: Any) -> Any:
         return _one_or_all(self.fake(*args[:-1]))
@@ -256,7 +256,7 @@ class Op:
 
     def _backward_operator(self, needs: Sequence[bool], *arguments: Any) -> Any:
         name, grads, saved, args = self._split_backward(arguments)
-        gradients = _without_autocast(self.backends[name].backward, tuple(needs), grads, saved, *args)
+        gradients = without_autocast(self.backends[name].backward, tuple(needs), grads, saved, *args)
         return _one_or_all(
             tuple(
                 grads[0].new_empty(0) if gradient is None else like(gradient, torch.empty_like(args[i]))
@@ -303,7 +303,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def _without_autocast(launch: Callable[..., Any], *args: Any) -> Any:
+def without_autocast(launch: Callable[..., Any], *args: Any) -> Any:
     """Launchers state their dtypes; torch functions inside them must not cast once more."""
     for device in ("cpu", "cuda"):
         if torch.is_autocast_enabled(device):
@@ -317,7 +317,7 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, op: Op, launchers: Launchers, *args: Any) -> Any:
-        results = _without_autocast(launchers.forward, *args)
+        results = without_autocast(launchers.forward, *args)
         ctx.op, ctx.launchers, ctx.values = op, launchers, op._values(args)
         ctx.save_for_backward(*op._keep(args, results))
         return op._results(results)
@@ -329,7 +329,7 @@ class _Function(torch.autograd.Function):
         saved, args = kept[len(op.saved) :], op._arguments(kept, ctx.values)
         # With create_graph=True gradients are differentiated in turn: the kernels' cannot be, the reference's can.
         launch = op._reference_backward if torch.is_grad_enabled() else ctx.launchers.backward
-        return None, None, *op._spread(_without_autocast(launch, needs, grads, saved, *args))
+        return None, None, *op._spread(without_autocast(launch, needs, grads, saved, *args))
 
 
 class _GradientHook(torch.autograd.Function):
@@ -341,7 +341,7 @@ class _GradientHook(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _without_autocast(ctx.function, grad, *ctx.saved_tensors), None, *(None,) * ctx.count
+        return without_autocast(ctx.function, grad, *ctx.saved_tensors), None, *(None,) * ctx.count
 
 
 def gradient_hook(x: Tensor, function: Callable[..., Tensor], *saved: Tensor) -> Tensor:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zipformer_kernels.library import without_autocast
+
 
 class Activation(Protocol):
     """What stands between the two products of a branch: of each row by itself, and of the same shape."""
@@ -57,7 +59,7 @@ class _PointwiseBranch(torch.autograd.Function):
             found = iter(_differentiable(ctx, grad, needs))
             gradients = [next(found) if need else None for need in needs]
         else:
-            gradients = _gradients(ctx, grad.contiguous(), needs)
+            gradients = without_autocast(_gradients, ctx, grad.contiguous(), needs)
         return None, None, None, grad, *gradients
 
 

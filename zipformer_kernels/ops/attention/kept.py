@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.library import autocast_dtype
+from zipformer_kernels.library import autocast_dtype, without_autocast
 from zipformer_kernels.ops.attention import native, reference
 
 Use = tuple[Tensor, Tensor, Tensor]  # V_u, O_u, G_u: (frames, B, H, C)
@@ -46,9 +46,15 @@ class Uses:
 
     left: dict[int, list[Use]] = field(default_factory=dict)
 
-    def leave(self, *use: Tensor) -> None:
-        """Leaves V_u, O_u and G_u to the pass that is going on."""
-        self.left.setdefault(torch._C._current_graph_task_id(), []).append(use)
+    def leave(self, weights: Any, *use: Tensor) -> None:
+        """Leaves V_u, O_u and G_u to the pass that is going on, unless that will not come to the weights.
+
+        Args:
+            weights: the node of the graph that made them, as ``ctx.next_functions`` has it; None if they need nothing.
+            use: V_u, O_u and G_u.
+        """
+        if weights is not None and torch._C._will_engine_execute_node(weights):
+            self.left.setdefault(torch._C._current_graph_task_id(), []).append(use)
 
     def take(self) -> list[Use]:
         """All that was left in the pass that is going on."""
@@ -101,15 +107,20 @@ class _Average(torch.autograd.Function):
             wanted = [x for x, need in zip((values, *weights), ctx.needs_input_grad[1:], strict=True) if need]
             found = iter(torch.autograd.grad(_dense(weights, values), wanted, grad, create_graph=True))
             return None, *(next(found) if need else None for need in ctx.needs_input_grad[1:])
-        grad = grad.to(values.dtype)
-        dvalues = torch.empty_like(values) if ctx.needs_input_grad[1] else None
-        for uses, (w, heads), needs in zip(ctx.uses, _heads(weights), ctx.needs_input_grad[2:], strict=True):
-            v, g = values[:, :, heads], grad[:, :, heads]
-            if dvalues is not None:
-                dvalues[:, :, heads] = _swap(w.transpose(2, 3) @ _swap(g))
-            if needs:
-                uses.leave(v, out[:, :, heads], g)
-        return None, dvalues, *(None for _ in weights)
+        gradient = without_autocast(_leave_uses, ctx, values, out, weights, grad.to(values.dtype))
+        return None, gradient, *(None for _ in weights)
+
+
+def _leave_uses(ctx: Any, values: Tensor, out: Tensor, weights: Sequence[Tensor], grad: Tensor) -> Tensor | None:
+    """The gradient of the values, if it is needed; leaves what backward of the weights needs."""
+    dvalues = torch.empty_like(values) if ctx.needs_input_grad[1] else None
+    nodes = [node for node, _ in ctx.next_functions[1:]]
+    for uses, node, (w, heads) in zip(ctx.uses, nodes, _heads(weights), strict=True):
+        v, g = values[:, :, heads], grad[:, :, heads]
+        if dvalues is not None:
+            dvalues[:, :, heads] = _swap(w.transpose(2, 3) @ _swap(g))
+        uses.leave(node, v, out[:, :, heads], g)
+    return dvalues
 
 
 def make(groups: Sequence[slice], *args: Any) -> tuple[Piece, ...]:

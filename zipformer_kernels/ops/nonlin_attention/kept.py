@@ -17,6 +17,7 @@ from torch import Tensor
 
 from zipformer_kernels.joint import side_by_side
 from zipformer_kernels.launch import DTYPE_CODES, INFERENCE_DTYPES, call_cpu
+from zipformer_kernels.library import without_autocast
 from zipformer_kernels.ops.attention.kept import Piece, Uses
 from zipformer_kernels.ops.nonlin_attention.infer import close, infer, open_
 
@@ -43,10 +44,10 @@ class _GatedAverage(torch.autograd.Function):
         inner = _by_sequence(average)
         gradients = torch.empty_like(projected)
         _call("close_backward", projected, [grad, average, inner], gradients)
-        dvalues = (w[0].transpose(1, 2) @ inner.transpose(0, 1)).transpose(0, 1)
+        dvalues = without_autocast(torch.matmul, w[0].transpose(1, 2), inner.transpose(0, 1)).transpose(0, 1)
         _call("open_backward", projected, [dvalues], gradients)
-        if ctx.needs_input_grad[1]:
-            ctx.uses.leave(*(t.unsqueeze(2) for t in (open_(projected, None), average, inner)))
+        weights, _ = ctx.next_functions[0]
+        ctx.uses.leave(weights, *(t.unsqueeze(2) for t in (open_(projected, None), average, inner)))
         return None, None, *gradients.chunk(3, dim=2)
 
 
