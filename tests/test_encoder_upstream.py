@@ -56,24 +56,34 @@ def batch(config, lengths, dtype=torch.float64):
     return [x, x_lens, torch.arange(frames) >= x_lens[:, None]]
 
 
-def assume_whitening_is_determined(config, lengths):
-    """Of two frames in all Whiten's direction is zero but for rounding errors, which it scales up."""
+def assume_gradients_are_determined(config, lengths):
+    """Not zero but for rounding errors: Whiten's direction of two frames in all, which it scales up, and the gradient
+    of a downsampling's weights where it repeats a single frame."""
+    assume(max(lengths) > 1)
     assume(all(len(lengths) * -(-max(lengths) // factor) != 2 for factor in config["downsampling_factor"]))
 
 
 @given(configurations(), lengths, st.booleans())
 def test_eval(config, lengths, masked):
-    assume_whitening_is_determined(config, lengths)
+    assume_gradients_are_determined(config, lengths)
     ours, theirs = pair(config)
     args = batch(config, lengths)
     assert_same_run(ours.eval(), theirs.eval(), args if masked else args[:2])
 
 
 @settings(max_examples=8)
+@given(configurations(), st.integers(1, 3))
+def test_single_frames(config, batch_size):
+    ours, theirs = pair(config)
+    with torch.no_grad():
+        assert_same_run(ours.eval(), theirs.eval(), batch(config, [1] * batch_size))
+
+
+@settings(max_examples=8)
 @given(configurations(), lengths)
 def test_eval_float32(config, lengths):
     """Gradients gather rounding errors over layers and, in sums that cancel, over frames: ten times more."""
-    assume_whitening_is_determined(config, lengths)
+    assume_gradients_are_determined(config, lengths)
     ours, theirs = pair(config, torch.float32)
     args = batch(config, lengths, torch.float32)
     with torch.no_grad():
@@ -85,7 +95,7 @@ def test_eval_float32(config, lengths):
 @given(configurations(), lengths.filter(lambda lengths: max(lengths) > 3), st.sampled_from([0, 100, 5000, 30000]))
 def test_training(config, lengths, batch_count):
     """Three steps, each under its seed, with every skip, dropout, penalty, balancer and whitening."""
-    assume_whitening_is_determined(config, lengths)
+    assume_gradients_are_determined(config, lengths)
     ours, theirs = pair(config)
     args = batch(config, lengths)
     for step in range(3):
