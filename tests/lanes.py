@@ -10,11 +10,25 @@ from dataclasses import dataclass
 import pytest
 import torch
 from emulator import emulated_cuda
+from torch.utils import deterministic
 
 from zipformer_kernels import backend
 from zipformer_kernels.library import Op
 
 HAS_GPU = torch.cuda.is_available()
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Within the block torch fills memory that is left uninitialised with NaN, so that reading it shows."""
+    filled = deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        deterministic.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(False)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from lanes import lanes
+from lanes import lanes, poisoned_memory
 from tolerances import assert_rounded, relative_error, rounding
-from torch.utils import deterministic
 
 from zipformer_kernels import backend
 from zipformer_kernels.ops.depthwise_conv2d import _op, depthwise_conv2d
@@ -205,17 +204,12 @@ def test_the_same_inputs_give_the_same_bits_on_any_number_of_threads(lane):
 
 
 @pytest.mark.parametrize("lane", lanes(_op))
-def test_uninitialised_memory_is_never_read(lane, monkeypatch):
-    monkeypatch.setattr(deterministic, "fill_uninitialized_memory", True)
-    torch.use_deterministic_algorithms(True)
-    try:
-        with lane.active():
-            for case in SMALL:
-                args = case.inputs(torch.float32, lane.device)
-                y, dy, grads = run(args)
-                assert_matches(args, y, dy, grads)
-    finally:
-        torch.use_deterministic_algorithms(False)
+def test_uninitialised_memory_is_never_read(lane):
+    with lane.active(), poisoned_memory():
+        for case in SMALL:
+            args = case.inputs(torch.float32, lane.device)
+            y, dy, grads = run(args)
+            assert_matches(args, y, dy, grads)
 
 
 @pytest.mark.parametrize("lane", lanes(_op))

@@ -16,7 +16,7 @@ DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.floa
 GPU_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 CPU_DTYPES = (*GPU_DTYPES, torch.float64)
 INFERENCE_DTYPES = (torch.float32, torch.float64)
-"""Of the kernels that are for inference on the CPU only."""
+"""Of kernels on the CPU that take no half precision: those for inference, and the gates of nonlin_attention."""
 
 FEW_ROWS = 16
 """Rows up to which `csrc/linear` measured faster than torch's products: those of a stream's chunk."""

@@ -92,14 +92,20 @@ W sign(W x) {
   return W((x > 0) - (x < 0));
 }
 
+// As torch.clamp: the upper limit wins where they cross, and NaN stays.
+template <class W>
+W clamp(W x, double low, double high) {
+  return std::min(std::max(x, W(low)), W(high));
+}
+
 // What is added to a gradient g: |g| (level + slope (x - mean)).
 template <class W>
 void push(W mean, W variance, const BalancerLimits& limits, W& level, W& slope) {
   W square = variance + mean * mean;
   W stddev = std::sqrt(std::max(variance, W(tiny))), rms = std::sqrt(std::max(square, W(tiny)));
   W ratio = mean / stddev, part = stddev / rms;
-  W mean_push = sign(ratio - std::clamp(ratio, W(limits.min_mean), W(limits.max_mean)));
-  W rms_push = sign(std::clamp(rms, W(limits.min_rms), W(limits.max_rms)) - rms) * (part * part);
+  W mean_push = sign(ratio - clamp(ratio, limits.min_mean, limits.max_mean));
+  W rms_push = sign(clamp(rms, limits.min_rms, limits.max_rms) - rms) * (part * part);
   if (!(square >= W(tiny))) rms_push = 0;
   level = mean_push - rms_push * ratio;
   slope = (variance >= W(tiny) ? -mean_push * ratio : W(0)) - rms_push;

@@ -7,7 +7,8 @@ With T targets, S sources, and for each sequence b and head h::
     aggregate(v)[i] = sum_j W[i, j] v[j]
 
 `AttentionWeights` (weights.py) holds q, k, p, e, the masks and lse; every use of it runs one fused kernel, and the
-gradients of its uses add. On backend ``eager`` it holds W itself; so it does on ``cpu`` as long as W is small.
+gradients of its uses add. On backend ``eager`` it holds W itself; so it does on ``cpu`` as long as W is small,
+where uses leave what the gradients of q, k, p and e need to one kernel (kept.py).
 
 Source: section 3.2 of the Zipformer paper (arXiv:2310.11230); ``RelPositionMultiheadAttentionWeights`` and
 ``SelfAttention`` in upstream's ``zipformer.py``.

@@ -165,11 +165,8 @@ class AttentionWeights:
             apart = torch.is_grad_enabled() or not native.keeps_weights(*self.shape, self.dtype)
             groups = (slice(0, 1), slice(1, None)) if apart and self.shape[0] > 1 else (slice(None),)
             args = *self.masks, *self._penalty
-            if (
-                watcher() is None
-                and torch.is_grad_enabled()
-                and any(x is not None and x.requires_grad for x in self.scores)
-            ):
+            trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.scores)
+            if trained and watcher() is None:
                 self._dense = make(groups, *self.scores, *args)
             else:
                 made = (attention._weights(*self._scores_of(g), *args, backend=self.backend) for g in groups)

@@ -42,7 +42,7 @@ def _backward(
 
 
 def _input_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """The convolution of dy with the kernel turned round, which is faster than torch's own backward."""
+    """The convolution of dy with the kernel turned round, which measured faster than torch's own backward."""
     (dx,) = _forward(dy.to(x.dtype), weight.flip(2, 3), None)
     return dx
 
