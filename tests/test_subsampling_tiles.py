@@ -12,6 +12,7 @@ from tolerances import PARITY, assert_parity, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zipformer_kernels.modules import Conv2dSubsampling, subsampling
+from zipformer_kernels.modules.swoosh import SwooshR
 from zipformer_kernels.training import ScheduledFloat
 
 BINS = 20
@@ -71,6 +72,20 @@ def test_presets_are_upstreams_across_real_tiles(name):
     expected, expected_lengths = theirs(x, x_lens)
     assert_parity(y, expected, PARITY[torch.float32], "embedding")
     assert torch.equal(lengths, expected_lengths)
+
+
+@torch.no_grad()
+def test_only_what_convolutions_made_is_overwritten(tile):
+    model = embed()
+    x, x_lens = inputs(2, 31)
+    given = x.clone()
+    expected = whole(model, x, x_lens)[0]
+    assert_parity(model(x, x_lens)[0], expected, PARITY[torch.float32], "in place")
+    assert torch.equal(x, given)
+    model.conv = torch.nn.Sequential(torch.nn.Identity(), SwooshR(), *model.conv)
+    expected = whole(model, x, x_lens)[0]
+    assert_parity(model(x, x_lens)[0], expected, PARITY[torch.float32], "an activation on the input")
+    assert torch.equal(x, given)
 
 
 @settings(max_examples=100)

@@ -18,7 +18,7 @@ from zipformer_kernels.recompute import pointwise_branch
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten
 from zipformer_kernels.training.balancer import Moments, balanced_gradient
 
-ROWS = 4096  # frames times frequencies whose hidden channels are computed at a time in training
+ROWS = 4096  # frames times frequencies whose hidden channels are computed at a time
 
 
 class ConvNeXt(nn.Module):
@@ -111,29 +111,33 @@ class ConvNeXt(nn.Module):
     def _added(self, src: Tensor, keep: Tensor | None) -> Tensor:
         """src and what the block adds to it, in the sequences to keep."""
         x = self._depthwise(src)
-        if self._recomputes(src, x):
-            return self._recomputed(src, x, keep)
+        if self._goes_in_parts(src, x):
+            return self._added_in_parts(src, x, keep)
         branch = self._after_depthwise(x)
         return src + (branch if keep is None else branch * keep)
 
     def _after_depthwise(self, x: Tensor) -> Tensor:
         return self.pointwise_conv2(self.activation(self.hidden_balancer(self.pointwise_conv1(x))))
 
-    def _recomputes(self, src: Tensor, x: Tensor) -> bool:
-        """Whether backward computes the hidden channels again, which on the CPU costs less than to store them."""
+    def _goes_in_parts(self, src: Tensor, x: Tensor) -> bool:
+        """Whether hidden channels are of some rows at a time, which on the CPU costs less than to store and load them.
+
+        Backward computes them again.
+        """
         if not channels_last(x) or x.numel() == 0 or src.dtype != x.dtype:
             return False
         if not all(image.is_contiguous(memory_format=torch.channels_last) for image in (src, x)):
             return False
-        hidden_needs = x.requires_grad or any(p.requires_grad for p in self.pointwise_conv1.parameters())
-        if not (torch.is_grad_enabled() and hidden_needs) or autocast_dtype(x) is not None:
+        if autocast_dtype(x) is not None:
             return False
         layers = (self.pointwise_conv1, self.hidden_balancer, self.activation, self.pointwise_conv2)
         return all(map(is_untouched, layers, (nn.Conv2d, Balancer, SwooshL, nn.Conv2d)))
 
-    def _recomputed(self, src: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
+    def _added_in_parts(self, src: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
         """`_added` by `pointwise_branch`, where x is the depthwise convolution's result."""
-        activation = _Hidden(self.hidden_balancer.draw())
+        differentiates = x.requires_grad or any(p.requires_grad for p in self.pointwise_conv1.parameters())
+        draws = torch.is_grad_enabled() and differentiates  # as the balancer does, which wants a gradient to act on
+        activation = _Hidden(self.hidden_balancer.draw() if draws else None)
         kept = [True] * len(x) if keep is None else keep.flatten().tolist()
         src_rows, rows = (image.permute(0, 2, 3, 1).flatten(1, 2) for image in (src, x))
         first, last = self.pointwise_conv1, self.pointwise_conv2

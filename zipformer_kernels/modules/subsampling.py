@@ -13,6 +13,7 @@ from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.convnext import ConvNeXt, channels_last
 from zipformer_kernels.modules.inference import hooked, is_untouched
 from zipformer_kernels.modules.swoosh import SwooshR
+from zipformer_kernels.ops.swoosh import swoosh_
 from zipformer_kernels.presets import FBANK_BINS, preset
 from zipformer_kernels.training import Balancer, Dropout3, FloatLike, ScaleGrad, ScheduledFloat, Whiten
 from zipformer_kernels.training.randomness import being_traced
@@ -145,6 +146,17 @@ class Conv2dSubsampling(nn.Module):
         image = x.contiguous().unsqueeze(3).permute(0, 3, 1, 2) if channels_last(x) else x.unsqueeze(1)
         return self.convnext(self.conv(image))
 
+    def _inferred_features(self, x: Tensor) -> Tensor:
+        """`_features` without gradients: activations overwrite what the convolutions before them made."""
+        image, fresh = x.contiguous().unsqueeze(3).permute(0, 3, 1, 2), False
+        for layer in self.conv:
+            if fresh and is_untouched(layer, SwooshR):
+                swoosh_(image.permute(0, 2, 3, 1), "r")
+            else:
+                image = layer(image)
+            fresh = fresh or is_untouched(layer, nn.Conv2d)
+        return self.convnext(image)
+
     def _projected(self, features: Tensor, weight: Tensor) -> Tensor:
         """The linear layer on `_features` whose channels lie last in memory; `weight` as `_channels_last_weight`."""
         return F.linear(features.permute(0, 2, 3, 1).flatten(2), weight, self.out.bias)
@@ -170,7 +182,7 @@ class Conv2dSubsampling(nn.Module):
         y = None
         for sequences, begin, end in _tiles(batch, frames):
             first, last = max(begin - reach, 0), min(end + reach, frames)
-            features = self._features(x[sequences, 2 * first : 2 * last + 7])
+            features = self._inferred_features(x[sequences, 2 * first : 2 * last + 7])
             tile = self._projected(features[:, :, begin - first : end - first], weight)
             if y is None:
                 y = tile.new_empty(batch, frames, tile.shape[2])
