@@ -36,9 +36,13 @@ def unsupported_dtype(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
 
 def unsupported_dtypes(tensors: Iterable[Tensor | None], dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why kernels that take tensors of one of `dtypes` cannot take these, or None if they can; None stands for none."""
-    first, *others = (x for x in tensors if x is not None)
-    for x in others:
-        if x.dtype != first.dtype:
+    first = None
+    for x in tensors:
+        if x is None:
+            continue
+        if first is None:
+            first = x
+        elif x.dtype != first.dtype:
             return f"it takes tensors of one dtype, got {first.dtype} and {x.dtype}"
     return unsupported_dtype(first, dtypes)
 

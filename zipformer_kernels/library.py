@@ -284,10 +284,10 @@ def watcher() -> str | None:
         "export" where a program is recorded to run elsewhere (torch.export, torch.jit.trace, an ONNX exporter),
         "compile" under torch.compile, "transform" under a transform of torch.func (vmap, grad, jvp, ...), or None.
     """
-    if torch.jit.is_tracing() or _is_exporting():
+    if torch.compiler.is_compiling():  # so it is while torch.export records, too
+        return "export" if _is_exporting() else "compile"
+    if torch._C._is_tracing():
         return "export"
-    if torch.compiler.is_compiling():
-        return "compile"
     return "transform" if torch._C._are_functorch_transforms_active() else None
 
 
