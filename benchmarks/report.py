@@ -33,7 +33,7 @@ def readme_table(found: dict[Path, list[dict[str, Any]]]) -> str:
     lines += ["|---|---|---|---|---|---|---|---|"]
     for folder, files in found.items():
         for file in (file for name in HEADLINES for file in files if file["benchmark"] == name):
-            device = file["environment"]["device"]
+            device = machine_of(file["environment"])
             path = f"benchmarks/results/{folder.name}/{file['benchmark']}.json"
             for row in fastest_of_ours(file["rows"]).values():
                 ratios = [row["times_as_long"].get(f"upstream{kind}") for kind in ("", " as shipped", " compiled")]
@@ -43,6 +43,12 @@ def readme_table(found: dict[Path, list[dict[str, Any]]]) -> str:
                 cells = [device, work, milliseconds(row["median_s"]), *cells, peak]
                 lines.append(f"| {' | '.join(cells)} | [{file['benchmark']}.json]({path}) |")
     return "\n".join(lines)
+
+
+def machine_of(environment: dict[str, Any]) -> str:
+    """The device, with the settings of the allocator, if there were any."""
+    settings = environment.get("allocator", {}).items()
+    return ", ".join([environment["device"], *(f"`{name}={value}`" for name, value in settings)])
 
 
 def peak_of(rows: list[dict[str, Any]], like: dict[str, Any], peer: str) -> str:
@@ -63,7 +69,7 @@ def page(found: dict[Path, list[dict[str, Any]]]) -> str:
     parts = ["# Results", "Written by `benchmarks/report.py` from the files it names; how they are measured stands in"]
     parts[-1] += " [benchmarks.md](benchmarks.md)."
     for folder, files in found.items():
-        parts.append(f"## {files[0]['environment']['device']}")
+        parts.append(f"## {machine_of(files[0]['environment'])}")
         parts += [
             f"![{title}](../benchmarks/results/{folder.name}/{name}.png)"
             for name, title in PLOTS.items()

@@ -6,6 +6,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from zipformer_kernels.bench import (
     op_jobs,
     optimizer,
     others,
+    process,
     rates,
     results,
     shared_attention,
@@ -165,6 +167,50 @@ def test_a_peer_that_is_wrong_is_not_timed(monkeypatch):
     prepared = op_jobs.prepare("swoosh", case, "forward", torch.float32, ("upstream", "eager"))
     assert set(prepared.runs) == {"eager"}
     assert "off by" in prepared.wrong["upstream"]
+
+
+# ---- processes ----
+
+
+def fresh_peers(wanted):
+    """A job's `prepare`: functions that return the process they run in."""
+    return job.Prepared(runs={peer: os.getpid for peer in wanted if peer != "absent"}, skipped={"absent": "by design"})
+
+
+def whole_again(run):
+    return run(), run()
+
+
+def test_peers_apart_have_processes_of_their_own():
+    with process.Apart(fresh_peers, "a") as a, process.Apart(fresh_peers, "b") as b:
+        first, again = a.tell(whole_again)
+        assert first == again
+        assert len({first, process.ask(whole_again, b)[0], os.getpid()}) == 3
+        assert a() is None  # results may be large: they stay there
+    assert process.ask(whole_again, os.getpid) == (os.getpid(), os.getpid())
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_job_is_measured_in_turns_here_and_apart(apart):
+    its = job.Job(
+        "b", "c", "forward", torch.float32, ("a", "absent", "b"), fresh_peers, rounds=2, seconds=0.0, apart=apart
+    )
+    found = its.measure(RATES)
+    assert [row["peer"] for row in found.rows] == ["a", "b"]
+    assert all(len(row["samples_s"]) == 2 for row in found.rows)
+    assert found.skipped == [{**its.key, "peer": "absent", "reason": "by design"}]
+
+
+def test_a_peer_that_fails_apart_says_why():
+    with pytest.raises(KeyError, match="absent"):
+        process.Apart(fresh_peers, "absent")
+
+
+@pytest.mark.parametrize("name", suite.MODELS)
+def test_jobs_whose_peers_run_apart_can_be_sent_to_them(name):
+    for its in suite.jobs(name, every=True):
+        if its.apart:
+            assert pickle.loads(pickle.dumps(its.prepare)).func == its.prepare.func
 
 
 # ---- length ----

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,7 +11,11 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels.bench import memory, statistics
+from zipformer_kernels.bench.machine import DEVICE
+from zipformer_kernels.bench.process import Apart, ask
 from zipformer_kernels.bench.timing import Run, replays, take_turns
+
+USAGE = {"peak_bytes": memory.peak_bytes, "launches": memory.launches}
 
 
 @dataclass
@@ -59,6 +64,7 @@ class Job:
         rounds: how many times each peer runs at least.
         seconds: how long the rounds go on at least.
         graphs: whether on a GPU each peer can be replayed as a CUDA graph.
+        apart: whether on a CPU each peer runs in a process of its own. `prepare` must pickle then.
     """
 
     benchmark: str
@@ -72,6 +78,7 @@ class Job:
     rounds: int = 7
     seconds: float = 1.0
     graphs: bool = False
+    apart: bool = False
 
     @property
     def key(self) -> dict[str, str]:
@@ -105,15 +112,26 @@ class Job:
         if not prepared.runs:
             return found
         graphs = replays(prepared.runs) if self.graphs else {}
-        samples = take_turns(prepared.runs | graphs, seconds=self.seconds, least=self.rounds)
-        for peer, times in samples.items():
-            run = prepared.runs[peer]
-            others = {name: statistics.ratio(theirs, times) for name, theirs in samples.items() if name != peer}
-            usage = {"peak_bytes": memory.peak_bytes(run), "launches": memory.launches(run)}
-            numbers = figures(times, self.bytes, self.flops, self.key["dtype"], rates)
-            usage["graph"] = peer in graphs
-            found.rows.append({**self.key, "peer": peer, **numbers, **usage, "times_as_long": others})
+        with self._seats(prepared) as runs:
+            samples = take_turns(runs | graphs, seconds=self.seconds, least=self.rounds)
+            for peer, times in samples.items():
+                others = {name: statistics.ratio(theirs, times) for name, theirs in samples.items() if name != peer}
+                usage = {name: ask(count, runs[peer]) for name, count in USAGE.items()}
+                usage["graph"] = peer in graphs
+                numbers = figures(times, self.bytes, self.flops, self.key["dtype"], rates)
+                found.rows.append({**self.key, "peer": peer, **numbers, **usage, "times_as_long": others})
         return found
+
+    @contextlib.contextmanager
+    def _seats(self, prepared: Prepared) -> Iterator[dict[str, Run]]:
+        """What is timed: the functions prepared, or, where peers run apart, the same ones in their processes."""
+        if not self.apart or DEVICE.type != "cpu":
+            yield prepared.runs
+            return
+        peers = list(prepared.runs)
+        prepared.runs.clear()  # they were for the check alone, and hold whole models
+        with contextlib.ExitStack() as processes:
+            yield {peer: processes.enter_context(Apart(self.prepare, peer)) for peer in peers}
 
 
 def figures(

@@ -20,6 +20,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PACKAGES = ("torch", "triton", "numpy", "zipformer", "zipformer-kernels")
 FEATURES = {"avx512f": "AVX-512", "amx_tile": "AMX"}  # of x86 processors, as Linux names them
 
+ALLOCATOR = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # variables that change how memory is got
+
 
 def synchronize() -> None:
     """Waits for the GPU, if there is one."""
@@ -60,6 +62,7 @@ def environment() -> dict[str, Any]:
         "isa": backend.native.current_isa() if backend.native else None,
         "cuda": torch.version.cuda if DEVICE.type == "cuda" else None,
         "versions": versions,
+        "allocator": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(ALLOCATOR)},
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", ":!benchmarks/results", ":!docs")),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -15,8 +15,8 @@ from zipformer_kernels.bench import models
 from zipformer_kernels.bench.conformer import conformer_l
 from zipformer_kernels.bench.job import Job, Prepared
 from zipformer_kernels.bench.machine import DEVICE
-from zipformer_kernels.bench.models import FEATURES_PER_SECOND, FRAMES_PER_SECOND, PEERS
-from zipformer_kernels.presets import FBANK_BINS, preset
+from zipformer_kernels.bench.models import PEERS
+from zipformer_kernels.presets import preset
 
 ON_GPU = DEVICE.type == "cuda"
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
@@ -39,18 +39,20 @@ def encoder_forward(every: bool = False) -> Iterator[Job]:
     for name, batch, seconds in FORWARD:
         yield Job(
             *("encoder-forward", sizes(name, batch, seconds), "forward", DTYPE, peers),
-            partial(_forward, partial(_encoder, name), _frames(name, batch, seconds), DTYPE),
+            partial(_forward, partial(_encoder, name), partial(models.frames, name, batch, seconds), DTYPE),
             rounds=ROUNDS["forward"],
+            apart=True,
         )
 
 
 def conv_embed(every: bool = False) -> Iterator[Job]:
     """The conv embed in eval mode."""
     for name, batch, seconds in FORWARD[:1]:
-        features = _features(batch, seconds)
+        features = partial(models.features, batch, seconds)
         yield Job(
             *("conv-embed", sizes(name, batch, seconds), "forward", DTYPE, PEERS),
             partial(_forward, partial(_embed, name), features, DTYPE),
+            apart=True,
         )
 
 
@@ -58,11 +60,12 @@ def training_step(every: bool = False) -> Iterator[Job]:
     """Forward and backward of conv embed and encoder in training; on a CPU compiled upstream only if `every`."""
     peers = PEERS if ON_GPU or every else tuple(peer for peer in PEERS if peer != "upstream compiled")
     for name, batch, seconds in TRAINING:
-        make_run = models.training(_features(batch, seconds), DTYPE)
+        make_run = partial(models.training, partial(models.features, batch, seconds), DTYPE)
         yield Job(
             *("training-step", sizes(name, batch, seconds), "both", DTYPE, peers),
             partial(models.prepare, partial(models.model, name=name), make_run, DTYPE),
             rounds=ROUNDS["both"],
+            apart=True,
         )
 
 
@@ -74,6 +77,7 @@ def streaming_chunk(every: bool = False) -> Iterator[Job]:
             *("streaming-chunk", f"causal {name}, 320 ms", "forward", torch.float32, peers),
             partial(models.prepare, partial(_streaming, name), partial(_stream, name), torch.float32),
             rounds=CHUNKS,
+            apart=True,
         )
 
 
@@ -82,24 +86,16 @@ def conformer(every: bool = False) -> Iterator[Job]:
     if not ON_GPU and not every:
         return
     name, batch, seconds = CONFORMER
-    features = _features(batch, seconds)
+    features = partial(models.features, batch, seconds)
     for direction, make_run in (
-        ("forward", models.inference(features, DTYPE)),
-        ("both", models.training(features, DTYPE)),
+        ("forward", partial(models.inference, features, DTYPE)),
+        ("both", partial(models.training, features, DTYPE)),
     ):
         yield Job(
             *("conformer", sizes(name, batch, seconds), direction, DTYPE, ("Conformer-L", "ours")),
             partial(_conformer, name, make_run),
             rounds=ROUNDS[direction],
         )
-
-
-def _features(batch: int, seconds: int) -> Callable[[], Tensor]:
-    return lambda: torch.randn(batch, seconds * FEATURES_PER_SECOND, FBANK_BINS, device=DEVICE)
-
-
-def _frames(name: str, batch: int, seconds: int) -> Callable[[], Tensor]:
-    return lambda: torch.randn(seconds * FRAMES_PER_SECOND, batch, preset(name)["encoder_dim"][0], device=DEVICE)
 
 
 def _encoder(name: str, peer: str) -> nn.Module:
@@ -113,7 +109,7 @@ def _embed(name: str, peer: str) -> nn.Module:
 def _forward(
     build: Callable[[str], nn.Module], x: Callable[[], Tensor], dtype: torch.dtype, wanted: Sequence[str]
 ) -> Prepared:
-    return models.prepare(build, models.inference(x, dtype), dtype, wanted)
+    return models.prepare(build, partial(models.inference, x, dtype), dtype, wanted)
 
 
 def _streaming(name: str, peer: str) -> nn.Module:

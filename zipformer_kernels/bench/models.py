@@ -115,6 +115,16 @@ def model(peer: str, name: str) -> Model:
     return Model(conv_embed(peer, name), encoder(peer, name))
 
 
+def features(batch: int, seconds: int) -> Tensor:
+    """Random features, (batch, T, 80)."""
+    return torch.randn(batch, seconds * FEATURES_PER_SECOND, FBANK_BINS, device=DEVICE)
+
+
+def frames(name: str, batch: int, seconds: int) -> Tensor:
+    """Random frames for a preset's encoder, (T, batch, channels)."""
+    return torch.randn(seconds * FRAMES_PER_SECOND, batch, preset(name)["encoder_dim"][0], device=DEVICE)
+
+
 def seed(number: int) -> None:
     """Seeds both generators that training draws from."""
     random.seed(number)
@@ -177,42 +187,34 @@ def prepare(
     return prepared
 
 
-def inference(make_x: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[nn.Module], Callable[[], Tensor]]:
-    """Makes functions that run a model in eval mode on what `make_x` draws from one seed."""
+def inference(make_x: Callable[[], Tensor], dtype: torch.dtype, module: nn.Module) -> Callable[[], Tensor]:
+    """A function that runs a model in eval mode on what `make_x` draws from one seed."""
+    module.eval()
+    seed(0)
+    x = make_x()
 
-    def make_run(module: nn.Module) -> Callable[[], Tensor]:
-        module.eval()
-        seed(0)
-        x = make_x()
+    def run() -> Tensor:
+        with torch.no_grad(), autocast(dtype):
+            return module(x)
 
-        def run() -> Tensor:
-            with torch.no_grad(), autocast(dtype):
-                return module(x)
-
-        return run
-
-    return make_run
+    return run
 
 
-def training(make_x: Callable[[], Tensor], dtype: torch.dtype) -> Callable[[nn.Module], Callable[[], Tensor]]:
-    """Makes functions that run a model forward and backward on such x; the k-th call of each draws from seed k."""
+def training(make_x: Callable[[], Tensor], dtype: torch.dtype, module: nn.Module) -> Callable[[], Tensor]:
+    """A function that runs a model forward and backward on such x; its k-th call draws from seed k."""
+    module.train()
+    for part in module.modules():
+        if hasattr(part, "batch_count"):
+            part.batch_count = BATCH_COUNT
+    seed(0)
+    x, steps = make_x(), itertools.count()
 
-    def make_run(module: nn.Module) -> Callable[[], Tensor]:
-        module.train()
-        for part in module.modules():
-            if hasattr(part, "batch_count"):
-                part.batch_count = BATCH_COUNT
-        seed(0)
-        x, steps = make_x(), itertools.count()
+    def run() -> Tensor:
+        seed(next(steps))
+        module.zero_grad(set_to_none=True)
+        with autocast(dtype):
+            y = module(x)
+        y.float().square().mean().backward()
+        return y
 
-        def run() -> Tensor:
-            seed(next(steps))
-            module.zero_grad(set_to_none=True)
-            with autocast(dtype):
-                y = module(x)
-            y.float().square().mean().backward()
-            return y
-
-        return run
-
-    return make_run
+    return run

@@ -19,7 +19,6 @@ from zipformer_kernels.bench import memory, models, upstream
 from zipformer_kernels.bench.job import Job, Measured, Prepared
 from zipformer_kernels.bench.machine import DEVICE, synchronize
 from zipformer_kernels.bench.timing import take_turns
-from zipformer_kernels.presets import preset
 
 BATCH, SECONDS = 4, 16
 ALONE = "its products alone"
@@ -43,7 +42,8 @@ class Products(TorchDispatchMode):
 def products_of(name: str) -> Counter[tuple[int, int, int]]:
     """The products with weights in upstream's forward pass of a preset: what no implementation can do without."""
     found = Products()
-    run = models.inference(partial(_frames, name), torch.float32)(models.Encoder(models.encoder("upstream", name)))
+    encoder = models.Encoder(models.encoder("upstream", name))
+    run = models.inference(partial(models.frames, name, BATCH, SECONDS), torch.float32, encoder)
     with found:
         run()
     return found.shapes
@@ -66,6 +66,7 @@ def jobs(every: bool = False) -> Iterator[Job]:
             (ALONE, "ours", "upstream"),
             partial(_prepare, name),
             seconds=2.0,
+            apart=True,
         )
 
 
@@ -121,14 +122,9 @@ def _named(name: str, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
 
 
-def _frames(name: str) -> Tensor:
-    shape = SECONDS * models.FRAMES_PER_SECOND, BATCH, preset(name)["encoder_dim"][0]
-    return torch.randn(shape, device=DEVICE)
-
-
 def _prepare(name: str, wanted: Sequence[str]) -> Prepared:
     whole = [peer for peer in wanted if peer != ALONE]
-    make_run = models.inference(partial(_frames, name), torch.float32)
+    make_run = partial(models.inference, partial(models.frames, name, BATCH, SECONDS), torch.float32)
     prepared = models.prepare(lambda peer: models.Encoder(models.encoder(peer, name)), make_run, torch.float32, whole)
     reason = upstream.unavailable()
     if ALONE in wanted and reason is not None:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import multiprocessing
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
@@ -27,6 +23,7 @@ from zipformer_kernels.bench import (
     shared_attention,
 )
 from zipformer_kernels.bench.job import Job, Measured
+from zipformer_kernels.bench.process import fresh
 
 MODELS: dict[str, Callable[[bool], Iterator[Job]]] = {
     "shared-attention": shared_attention.jobs,
@@ -57,12 +54,6 @@ def jobs(name: str, every: bool = False) -> list[Job]:
         raise ValueError(f"benchmark: wanted one of {', '.join(names())}, got {name!r}")
     make = MODELS.get(name) or partial(op_jobs.jobs, name)
     return list(make(every))
-
-
-def quieten() -> None:
-    """Silences, in this process, what upstream logs and what the compiler warns of."""
-    logging.getLogger().setLevel(logging.ERROR)  # upstream logs its clipping
-    warnings.filterwarnings("ignore", module="torch._dynamo")  # compiled upstream draws random numbers in Python
 
 
 def run(
@@ -110,8 +101,7 @@ def _process(apart: bool) -> Iterator[Callable[..., Any]]:
     if not apart:
         yield lambda function, *args: function(*args)
         return
-    context = multiprocessing.get_context("spawn")  # forked ones would have lost OpenMP's threads
-    with ProcessPoolExecutor(1, mp_context=context, initializer=quieten) as pool:
+    with fresh() as pool:
         yield lambda function, *args: pool.submit(function, *args).result()
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from zipformer_kernels.bench.machine import DEVICE
+from zipformer_kernels.bench.process import ask
 
 Run = Callable[[], Any]
 WARM_UP = 2
@@ -35,11 +36,16 @@ def take_turns(runs: dict[str, Run], *, seconds: float, least: int) -> dict[str,
     start, rounds = time.perf_counter(), 0
     while rounds < least or time.perf_counter() - start < seconds:
         for name, run in runs.items():
-            begin = time.perf_counter()
-            run()
-            samples[name].append(time.perf_counter() - begin)
+            samples[name].append(ask(by_the_clock, run))
         rounds += 1
     return samples
+
+
+def by_the_clock(run: Run) -> float:
+    """Seconds of one call."""
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
 
 
 def captured(run: Run) -> Run:

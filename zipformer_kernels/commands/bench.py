@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from zipformer_kernels.bench import results, suite, tables
+from zipformer_kernels.bench import process, results, suite, tables
 from zipformer_kernels.bench.compare import compare
 from zipformer_kernels.bench.job import Job, Measured
 
@@ -64,7 +64,7 @@ def report_changes(first: Path, second: Path) -> int:
 
 def measure(wanted: list[str], folder: Path, every: bool) -> int:
     """Runs benchmarks, prints their tables and writes files; 1 if a peer's results were wrong, else 0."""
-    suite.quieten()
+    process.quieten()
     console = wide_console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     total = sum(len(suite.jobs(name, every)) for name in wanted)
