@@ -41,7 +41,11 @@ class Apart:
 
     def __init__(self, prepare: Callable[[Sequence[str]], Prepared], peer: str) -> None:
         self._process = fresh()
-        self._process.submit(_hold, prepare, peer).result()
+        try:
+            self._process.submit(_hold, prepare, peer).result()
+        except BaseException:
+            self._process.shutdown()
+            raise
 
     def __enter__(self) -> Apart:
         return self
