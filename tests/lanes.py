@@ -3,7 +3,7 @@
 With a GPU: ``triton`` and ``cuda`` on it. Without: Triton's interpreter and the CUDA emulator, on CPU tensors.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -14,6 +14,7 @@ from torch.utils import deterministic
 
 from zipformer_kernels import backend
 from zipformer_kernels.library import Op
+from zipformer_kernels.ops.cases import Case
 
 HAS_GPU = torch.cuda.is_available()
 
@@ -64,3 +65,13 @@ def lanes(op: Op, *excluded: str) -> list:
     return [
         pytest.param(Lane(name), id=name) for name in backend.BACKENDS if name in op.backends and name not in excluded
     ]
+
+
+def assert_reads_only_what_is_written(
+    lane: Lane, cases: Sequence[Case], run: Callable, assert_matches: Callable
+) -> None:
+    """Runs cases where memory left uninitialised is NaN; `run` and `assert_matches` are those of the op's tests."""
+    with lane.active(), poisoned_memory():
+        for case in cases:
+            args = case.inputs(torch.float32, lane.device)
+            assert_matches(args, *run(args))

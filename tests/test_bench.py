@@ -11,6 +11,7 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -177,6 +178,18 @@ def fresh_peers(wanted):
     return job.Prepared(runs={peer: os.getpid for peer in wanted if peer != "absent"}, skipped={"absent": "by design"})
 
 
+def peers_that_sign(folder, wanted):
+    """The same, of functions that write their process down."""
+    prepared = fresh_peers(wanted)
+    prepared.runs = {peer: partial(sign, folder / peer) for peer in prepared.runs}
+    return prepared
+
+
+def sign(path):
+    with path.open("a") as file:
+        print(os.getpid(), file=file)
+
+
 def whole_again(run):
     return run(), run()
 
@@ -191,14 +204,15 @@ def test_peers_apart_have_processes_of_their_own():
 
 
 @pytest.mark.parametrize("apart", [False, True])
-def test_a_job_is_measured_in_turns_here_and_apart(apart):
-    its = job.Job(
-        "b", "c", "forward", torch.float32, ("a", "absent", "b"), fresh_peers, rounds=2, seconds=0.0, apart=apart
-    )
+def test_a_job_is_measured_in_turns_here_and_apart(apart, tmp_path):
+    prepare, peers = partial(peers_that_sign, tmp_path), ("a", "absent", "b")
+    its = job.Job("b", "c", "forward", torch.float32, peers, prepare, rounds=2, seconds=0.0, apart=apart)
     found = its.measure(RATES)
     assert [row["peer"] for row in found.rows] == ["a", "b"]
     assert all(len(row["samples_s"]) == 2 for row in found.rows)
     assert found.skipped == [{**its.key, "peer": "absent", "reason": "by design"}]
+    (a,), (b,) = ({int(line) for line in (tmp_path / peer).read_text().split()} for peer in "ab")
+    assert len({a, b, os.getpid()}) == (3 if apart and machine.DEVICE.type == "cpu" else 1)
 
 
 def test_a_peer_that_fails_apart_says_why():
@@ -206,11 +220,12 @@ def test_a_peer_that_fails_apart_says_why():
         process.Apart(fresh_peers, "absent")
 
 
-@pytest.mark.parametrize("name", suite.MODELS)
-def test_jobs_whose_peers_run_apart_can_be_sent_to_them(name):
-    for its in suite.jobs(name, every=True):
-        if its.apart:
-            assert pickle.loads(pickle.dumps(its.prepare)).func == its.prepare.func
+def test_jobs_whose_peers_run_apart_can_be_sent_to_them():
+    apart = [its for name in suite.MODELS for its in suite.jobs(name, every=True) if its.apart]
+    models = {"conv-embed", "encoder-forward", "training-step", "streaming-chunk", "encoder-products"}
+    assert {its.benchmark for its in apart} == models
+    for its in apart:
+        assert pickle.loads(pickle.dumps(its.prepare)).func == its.prepare.func
 
 
 # ---- length ----

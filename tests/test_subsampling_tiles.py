@@ -82,10 +82,21 @@ def test_only_what_convolutions_made_is_overwritten(tile):
     expected = whole(model, x, x_lens)[0]
     assert_parity(model(x, x_lens)[0], expected, PARITY[torch.float32], "in place")
     assert torch.equal(x, given)
-    model.conv = torch.nn.Sequential(torch.nn.Identity(), SwooshR(), *model.conv)
+    first, *rest = model.conv
+    kept = Kept()
+    model.conv = torch.nn.Sequential(torch.nn.Identity(), SwooshR(), first, kept, SwooshR(), *rest)
     expected = whole(model, x, x_lens)[0]
-    assert_parity(model(x, x_lens)[0], expected, PARITY[torch.float32], "an activation on the input")
+    assert_parity(model(x, x_lens)[0], expected, PARITY[torch.float32], "other activations")
     assert torch.equal(x, given)
+    assert torch.equal(kept.seen, kept.copy)
+
+
+class Kept(torch.nn.Module):
+    """Returns its input and keeps it."""
+
+    def forward(self, x):
+        self.seen, self.copy = x, x.clone()
+        return x
 
 
 @settings(max_examples=100)

@@ -1,4 +1,4 @@
-"""Fresh processes to measure in: what one model leaves of the heap changes the times of the next by a tenth."""
+"""Fresh processes to measure in: what one model leaves of the heap changes the times of the next."""
 
 from __future__ import annotations
 

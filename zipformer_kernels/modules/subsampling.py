@@ -147,14 +147,17 @@ class Conv2dSubsampling(nn.Module):
         return self.convnext(self.conv(image))
 
     def _inferred_features(self, x: Tensor) -> Tensor:
-        """`_features` without gradients: activations overwrite what the convolutions before them made."""
+        """`_features` without gradients: activations overwrite what the convolutions before them made.
+
+        A `Balancer` and a `ScaleGrad` in between return what they get.
+        """
         image, fresh = x.contiguous().unsqueeze(3).permute(0, 3, 1, 2), False
         for layer in self.conv:
             if fresh and is_untouched(layer, SwooshR):
                 swoosh_(image.permute(0, 2, 3, 1), "r")
             else:
                 image = layer(image)
-            fresh = fresh or is_untouched(layer, nn.Conv2d)
+            fresh = is_untouched(layer, nn.Conv2d) or (fresh and isinstance(layer, (Balancer, ScaleGrad)))
         return self.convnext(image)
 
     def _projected(self, features: Tensor, weight: Tensor) -> Tensor:
