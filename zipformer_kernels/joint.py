@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.library import watcher
+from zipformer_kernels.call import watcher
 
 
 def side_by_side(*parts: Tensor | None) -> Tensor | None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels import backend as backends
+from zipformer_kernels.call import WATCHERS, unreadable, watcher, without_autocast
 from zipformer_kernels.launch import like
 
 _LIBRARY = torch.library.Library("zipformer_kernels", "FRAGMENT")
@@ -100,35 +101,40 @@ class Op:
 
     def unsupported(self, name: str, *args: Any) -> str | None:
         """Why backend `name` cannot serve a call with these arguments, or None if it can."""
-        return self._unsupported(name, watcher(), args)
+        return self._unsupported(name, self._barred(watcher(), args), args)
 
-    def _unsupported(self, name: str, watched_by: str | None, args: tuple[Any, ...]) -> str | None:
+    def _barred(self, watched_by: str | None, args: tuple[Any, ...]) -> str | None:
+        """Why no kernel may serve a call, whatever it takes, so that the reference must; or None."""
+        if watched_by is None:
+            return unreadable([args[i] for i in self.tensors])
+        return WATCHERS.get(watched_by)
+
+    def _unsupported(self, name: str, barred: str | None, args: tuple[Any, ...]) -> str | None:
         if name not in self.backends:
             return backends.missing[name] or f"{self.name} has no {name} kernels"
-        if watched_by == "transform" and name != "eager":
-            return "it cannot be transformed by torch.func (vmap, grad, jvp, ...); only eager can"
+        if barred is not None and name != "eager":
+            return barred
         device = args[self.tensors[0]].device.type
         return backends.unserved_device(name, device) or self.backends[name].supports(*args)
 
     def select(self, backend: str | None, *args: Any) -> str:
         """The name of the backend that a call with these arguments gets. Raises `BackendError`."""
-        return self._select(backend, watcher(), args)
+        watched_by = watcher()
+        return self._select(backend, watched_by, self._barred(watched_by, args), args)
 
-    def _select(self, backend: str | None, watched_by: str | None, args: tuple[Any, ...]) -> str:
+    def _select(self, backend: str | None, watched_by: str | None, barred: str | None, args: tuple[Any, ...]) -> str:
         request = backends.requested(backend)
         if request == "auto":
-            if watched_by == "export":  # what is exported must not need this package
+            if barred is not None or watched_by == "export":  # what is exported must not need this package
                 return "eager"
             for name in backends.serving.get(args[self.tensors[0]].device.type, ()):
                 launchers = self.backends.get(name)
-                if launchers is None or (watched_by == "transform" and name != "eager"):
-                    continue
-                if launchers.supports(*args) is None and launchers.worthwhile(*args):
+                if launchers is not None and launchers.supports(*args) is None and launchers.worthwhile(*args):
                     return name
             return "eager"
         reasons = []
         for name in request.split(","):
-            reason = self._unsupported(name, watched_by, args)
+            reason = self._unsupported(name, barred, args)
             if reason is None:
                 return name
             reasons.append(f"backend {name!r} cannot serve this call: {reason}")
@@ -147,10 +153,11 @@ class Op:
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Runs the op. Arguments as in its schema."""
         watched_by = watcher()
-        name = self._select(backend, watched_by, args)
+        barred = self._barred(watched_by, args)
+        name = self._select(backend, watched_by, barred, args)
+        if name == "eager" and (watched_by or barred):
+            return self.reference(*args)
         if watched_by is not None:
-            if name == "eager":
-                return self.reference(*args)
             results = getattr(torch.ops.zipformer_kernels, self.name)(*args, name)
             return self._results((results,) if isinstance(results, Tensor) else results)
         launchers = self.backends[name]
@@ -274,42 +281,8 @@ class Op:
         )
 
 
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # since torch 2.7
-
-
-def watcher() -> str | None:
-    """Who takes calls apart, rather than to run them.
-
-    Returns:
-        "export" where a program is recorded to run elsewhere (torch.export, torch.jit.trace, an ONNX exporter),
-        "compile" under torch.compile, "transform" under a transform of torch.func (vmap, grad, jvp, ...), or None.
-    """
-    if torch.compiler.is_compiling():  # so it is while torch.export records, too
-        return "export" if _is_exporting() else "compile"
-    if torch._C._is_tracing():
-        return "export"
-    return "transform" if torch._C._are_functorch_transforms_active() else None
-
-
 def _one_or_all(results: tuple[Tensor, ...]) -> Any:
     return results[0] if len(results) == 1 else results
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """The dtype that autocast computes products in on the device of x, or None where it is off."""
-    device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device)
-
-
-def without_autocast(launch: Callable[..., Any], *args: Any) -> Any:
-    """Launchers state their dtypes; torch functions inside them must not cast once more."""
-    for device in ("cpu", "cuda"):
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return launch(*args)
-    return launch(*args)
 
 
 class _Function(torch.autograd.Function):

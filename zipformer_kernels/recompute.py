@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.library import without_autocast
+from zipformer_kernels.call import without_autocast
 
 
 class Activation(Protocol):

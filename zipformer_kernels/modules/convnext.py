@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipformer_kernels.library import autocast_dtype, gradient_hook, watcher
+from zipformer_kernels.call import autocast_dtype, watcher
+from zipformer_kernels.library import gradient_hook
 from zipformer_kernels.modules.inference import is_untouched
 from zipformer_kernels.modules.scaled_init import ScaledConv2d
 from zipformer_kernels.modules.swoosh import SwooshL

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from zipformer_kernels.call import watcher
 from zipformer_kernels.launch import INFERENCE_DTYPES
-from zipformer_kernels.library import watcher
 
 
 def hooked(*modules: nn.Module) -> bool:

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels import backend
+from zipformer_kernels.call import watcher
 from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, call_cpu, like
-from zipformer_kernels.library import watcher
 
 PARTS = 64  # groups of rows that are summed apart at most: so many that threads share them out evenly
 SHORTEST = 64  # rows of a group at least

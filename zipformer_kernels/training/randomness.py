@@ -14,7 +14,7 @@ from typing import SupportsFloat
 import torch
 from torch import Tensor
 
-from zipformer_kernels.library import watcher
+from zipformer_kernels.call import watcher
 
 _drawing = True
 

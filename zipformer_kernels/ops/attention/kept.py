@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.library import autocast_dtype, without_autocast
+from zipformer_kernels.call import autocast_dtype, without_autocast
 from zipformer_kernels.ops.attention import native, reference
 
 Use = tuple[Tensor, Tensor, Tensor]  # V_u, O_u, G_u: (frames, B, H, C)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.library import autocast_dtype, gradient_hook, watcher
+from zipformer_kernels.call import autocast_dtype, watcher
+from zipformer_kernels.library import gradient_hook
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import native, reference
 from zipformer_kernels.ops.attention.kept import Piece, average, make

@@ -25,7 +25,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.library import Op, autocast_dtype, triton_launchers
+from zipformer_kernels.call import autocast_dtype
+from zipformer_kernels.library import Op, triton_launchers
 from zipformer_kernels.ops.conv_module import native, reference
 
 _op = Op(

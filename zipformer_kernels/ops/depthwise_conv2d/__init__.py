@@ -19,7 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.library import Op, autocast_dtype
+from zipformer_kernels.call import autocast_dtype
+from zipformer_kernels.library import Op
 from zipformer_kernels.ops.depthwise_conv2d import native, reference
 
 _op = Op(

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zipformer_kernels.call import without_autocast
 from zipformer_kernels.joint import side_by_side
 from zipformer_kernels.launch import DTYPE_CODES, INFERENCE_DTYPES, call_cpu
-from zipformer_kernels.library import without_autocast
 from zipformer_kernels.ops.attention.kept import Piece, Uses
 from zipformer_kernels.ops.nonlin_attention.infer import close, infer, open_
 

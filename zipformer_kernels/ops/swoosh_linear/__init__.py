@@ -20,7 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.library import Op, autocast_dtype, triton_launchers
+from zipformer_kernels.call import autocast_dtype
+from zipformer_kernels.library import Op, triton_launchers
 from zipformer_kernels.ops.shapes import check_shapes
 from zipformer_kernels.ops.swoosh_linear import native, reference
 

@@ -1,0 +1,138 @@
+"""What is asked once a call: who looks on, and whether kernels may read the tensors' memory.
+
+Kernels take raw addresses, and fused ways leave out calls. Both are right only for plain tensors that nobody looks at:
+a subclass may hold its numbers in another form, a mode may want to see or to change every call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
+from torch.utils._device import DeviceContext
+
+_is_exporting = getattr(torch.compiler, "is_exporting", is_compiling)  # since torch 2.7
+
+WATCHERS = {
+    "transform": "it cannot be transformed by torch.func (vmap, grad, jvp, ...); only eager can",
+    "tangents": "it has no forward-mode derivative; only eager has",
+    "mode": "a TorchDispatchMode or TorchFunctionMode is active, which would not see what it does; only eager shows it",
+}
+"""Why no kernel can serve a call, by who takes it apart. (Exporters and torch.compile record operators.)"""
+
+LOWEST = 1 << 32
+"""No heap of a process of 64 bits, or hardly any, has an address below this: one that does is looked into."""
+
+_CLASSES = frozenset({Tensor, nn.Parameter})
+_CLASSES_OR_NONE = _CLASSES | {type(None)}
+
+# Unbound, so that `map` calls them without a step of the interpreter for each tensor.
+_address, _is_negated, _is_on_cpu, _device = Tensor.data_ptr, Tensor.is_neg, attrgetter("is_cpu"), attrgetter("device")
+
+
+def watcher() -> str | None:
+    """Who takes calls apart, rather than to run them.
+
+    Returns:
+        "export" where a program is recorded to run elsewhere (torch.export, torch.jit.trace, an ONNX exporter),
+        "compile" under torch.compile, "transform" under a transform of torch.func (vmap, grad, jvp, ...), "tangents"
+        inside ``torch.autograd.forward_ad.dual_level()``, "mode" under a TorchDispatchMode (FakeTensorMode,
+        FlopCounterMode, ...) or a TorchFunctionMode other than a default device; or None.
+    """
+    if is_compiling():  # so it is while torch.export records, too
+        return "export" if _is_exporting() else "compile"
+    if torch._C._is_tracing():
+        return "export"
+    if torch._C._are_functorch_transforms_active():
+        return "transform"
+    if forward_ad._current_level >= 0:
+        return "tangents"
+    if torch._C._len_torch_dispatch_stack() or (torch._C._len_torch_function_stack() and _wants_to_see_functions()):
+        return "mode"
+    return None
+
+
+def _wants_to_see_functions() -> bool:
+    """Whether a TorchFunctionMode is active that is more than `torch.set_default_device`."""
+    stack = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
+    return any(type(mode) is not DeviceContext for mode in stack)
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Whether nobody looks on and kernels may read the memory of all these tensors; see `unreadable`.
+
+    It costs a few hundred nanoseconds, and some 0.2 microseconds for each tensor.
+    """
+    return watcher() is None and unreadable(tensors) is None
+
+
+def unreadable(tensors: Sequence[Tensor | None]) -> str | None:
+    """Why kernels must not read the memory of these tensors, or None if they may.
+
+    They may where each tensor is None, or exactly a `torch.Tensor` or `torch.nn.Parameter`, strided, with memory of its
+    own in which its numbers stand as they are (not those of their negatives), and all are on one device.
+    """
+    if _CLASSES_OR_NONE.issuperset(map(type, tensors)):
+        given = [x for x in tensors if x is not None]
+        try:
+            as_they_are = min(map(_address, given), default=LOWEST) >= LOWEST and not any(map(_is_negated, given))
+        except RuntimeError:  # torch raises it for every tensor without memory; `_why` asks again, and tells
+            as_they_are = False
+        if as_they_are and (all(map(_is_on_cpu, given)) or len(set(map(_device, given))) == 1):
+            return None
+    device = None
+    for x in tensors:
+        if x is None:
+            continue
+        reason = _why(x)
+        if reason is None and device is not None and x.device != device:
+            reason = f"tensors on {device} and {x.device}"
+        if reason is not None:
+            return f"it reads memory and takes plain tensors of one device, got {reason}"
+        device = x.device
+    return None
+
+
+def _why(x: Tensor) -> str | None:
+    """Why kernels must not read the memory of x."""
+    if type(x) not in _CLASSES:
+        return f"a {type(x).__module__}.{type(x).__qualname__}"
+    if x.layout is not torch.strided or x.is_nested:
+        return f"a nested tensor or one of layout {x.layout}"
+    try:
+        address = x.data_ptr()
+    except RuntimeError as error:
+        return f"one without memory: {str(error).splitlines()[0]}"
+    if x.is_neg():
+        return "one that stands for its negative: call its resolve_neg()"
+    if x.numel() > 0 and (address == 0 or not _covered(x)):
+        return f"one without memory of its own, on {x.device}"
+    return None
+
+
+def _covered(x: Tensor) -> bool:
+    """Whether all elements of x, which has some, lie in its storage."""
+    last = x.storage_offset() + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.untyped_storage().nbytes() >= (last + 1) * x.element_size()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast computes products in on the device of x, or None where it is off."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def without_autocast(launch: Callable[..., Any], *args: Any) -> Any:
+    """Launchers state their dtypes; torch functions inside them must not cast once more."""
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return launch(*args)
+    return launch(*args)
