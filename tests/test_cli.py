@@ -295,9 +295,7 @@ class Harmful:
 def test_code_in_a_checkpoint_is_never_run(tmp_path, command):
     torch.save({"model": weights_of(*tiny()), "more": Harmful(tmp_path / "harm")}, tmp_path / "c.pt")
     code, _, err = command("encode", RECORDINGS[0], "--checkpoint", tmp_path / "c.pt")
-    assert (code, len(err)) == (2, 1)
-    assert "needs the class" in err[0]
-    assert "code from a checkpoint is never run" in err[0]
+    assert (code, err) == (0, [])
     assert not (tmp_path / "harm").exists()
 
 

@@ -1,7 +1,7 @@
 """Fused Triton, CUDA and CPU kernels for the Zipformer speech encoder, behind upstream's modules and arguments."""
 
 from zipformer_kernels.backend import BackendError, use_backend
-from zipformer_kernels.checkpoint import load_checkpoint
+from zipformer_kernels.checkpoint import load_checkpoint, load_encoder
 from zipformer_kernels.convert import convert, revert
 from zipformer_kernels.encoder import Zipformer, Zipformer2
 from zipformer_kernels.modules import *  # noqa: F403
@@ -33,6 +33,7 @@ __all__ = [
     "convert",
     "explain",
     "load_checkpoint",
+    "load_encoder",
     "nonlin_attention",
     "revert",
     "swoosh_l",
