@@ -1,8 +1,7 @@
 """Encoder and conv embed recorded in eval mode, by every recorder of torch, and run at another length.
 
 Recorders see the reference path, plain PyTorch, so what they write runs without this package. torch.jit.script is not
-among them: it compiles the source of every method, with no room for handles, rules of masks and context managers, and
-torch has deprecated it. Whoever needs TorchScript gets it by torch.jit.trace.
+among them: see tests/test_script.py.
 """
 
 import contextlib

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zipformer_kernels.module import Module
 from zipformer_kernels.modules.layer import ZipformerEncoderLayer
 from zipformer_kernels.modules.resample import SimpleDownsample
 from zipformer_kernels.modules.stack import STATES_PER_LAYER, DownsampledZipformerEncoder, ZipformerEncoder
@@ -19,7 +20,7 @@ from zipformer_kernels.training.randomness import being_traced
 FEATURE_MASK_DROPOUT = 0.125
 
 
-class Zipformer(nn.Module):
+class Zipformer(Module):
     """The encoder of the Zipformer paper, arXiv:2310.11230; arguments, names and checkpoints are upstream's.
 
     Arguments that upstream documents as "int or tuple" take one number for all stacks or a tuple with one for

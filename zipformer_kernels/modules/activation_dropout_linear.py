@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from zipformer_kernels.module import Module
 from zipformer_kernels.modules.inference import add_product, is_untouched
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.ops.swoosh import swoosh_
@@ -14,7 +15,7 @@ from zipformer_kernels.training import FloatLike
 ACTIVATIONS = {"SwooshL": "l", "SwooshR": "r"}  # as swoosh_linear names them
 
 
-class ActivationDropoutAndLinear(nn.Module):
+class ActivationDropoutAndLinear(Module):
     """y = W (mask * Swoosh(x)) + b, where the mask drops in training with a rate that may follow a schedule.
 
     Args:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zipformer_kernels.joint import split
+from zipformer_kernels.module import Module
 from zipformer_kernels.modules.inference import add_product, hooked, is_untouched
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import average_chunk, averages_whole, check_cache, join_cache
@@ -23,7 +24,7 @@ SCORE_PENALTY = 1.0e-04
 POS_EMB_SKIP_RATE = ScheduledFloat((0.0, 0.5), (4000.0, 0.0))
 
 
-class RelPositionMultiheadAttentionWeights(nn.Module):
+class RelPositionMultiheadAttentionWeights(Module):
     """Multi-head attention weights with relative positions, W = softmax(s), for several modules to share.
 
     s[i, j] = q_i . k_j + p_i . E[T - 1 - i + j], with q, k, p linear in x and E linear in the positional
@@ -174,7 +175,7 @@ class RelPositionMultiheadAttentionWeights(nn.Module):
         return AttentionWeights(q, k, p, e[0] if e.shape[0] == 1 else e, key_padding_mask, attn_mask, penalty, limit)
 
 
-class SelfAttention(nn.Module):
+class SelfAttention(Module):
     """Averages values, linear in x, with given attention weights, and projects back.
 
     Args:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from zipformer_kernels.module import Module
 from zipformer_kernels.ops.bias_norm import bias_norm
 from zipformer_kernels.training import FloatLike, limit_param_value
 
 
-class BiasNorm(nn.Module):
+class BiasNorm(Module):
     """y = x * exp(log_scale) / RMS(x - bias), the mean of the RMS over the channels, with no epsilon.
 
     The trainable bias lets a channel carry a large constant without shrinking the others, which is what

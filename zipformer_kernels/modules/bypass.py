@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.backend import requested
+from zipformer_kernels.module import Module
 from zipformer_kernels.modules.inference import is_untouched, only_computes
 from zipformer_kernels.ops.bypass import bypass
 from zipformer_kernels.training import FloatLike, ScheduledFloat, limit_param_value
@@ -15,7 +16,7 @@ from zipformer_kernels.training import FloatLike, ScheduledFloat, limit_param_va
 SCALE_MIN = ScheduledFloat((0.0, 0.9), (20000.0, 0.2), default=0)
 
 
-class BypassModule(nn.Module):
+class BypassModule(Module):
     """src_orig + (src - src_orig) * c, with c learned for each channel.
 
     (Zipformer paper, arXiv:2310.11230, section 3.2.)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zipformer_kernels.call import autocast_dtype, watcher
 from zipformer_kernels.library import gradient_hook
+from zipformer_kernels.module import Module
 from zipformer_kernels.modules.inference import is_untouched
 from zipformer_kernels.modules.scaled_init import ScaledConv2d
 from zipformer_kernels.modules.swoosh import SwooshL
@@ -22,7 +23,7 @@ from zipformer_kernels.training.balancer import Moments, balanced_gradient
 ROWS = 4096  # frames times frequencies whose hidden channels are computed at a time
 
 
-class ConvNeXt(nn.Module):
+class ConvNeXt(Module):
     """x + pointwise(SwooshL(pointwise(depthwise(x)))), after arXiv:2206.14747.
 
     Args:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from zipformer_kernels.joint import split
 from zipformer_kernels.launch import few_rows
+from zipformer_kernels.module import Module
 from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
 from zipformer_kernels.modules.inference import add_product, hooked, is_untouched, only_computes
 from zipformer_kernels.modules.streaming import join_cache
@@ -19,7 +20,7 @@ from zipformer_kernels.ops.conv_module.stream import stream_conv_module
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
 
 
-class ChunkCausalDepthwiseConv1d(nn.Module):
+class ChunkCausalDepthwiseConv1d(Module):
     """A depthwise convolution that sees all of the past in its kernel, but of the future only the same chunk.
 
     It is the sum of a causal convolution of half the width and of a full-width convolution inside each chunk;
@@ -86,7 +87,7 @@ class ChunkCausalDepthwiseConv1d(nn.Module):
         return within + self.causal_conv(joined), cache
 
 
-class ConvolutionModule(nn.Module):
+class ConvolutionModule(Module):
     """Linear with a sigmoid gate, zeros on padding, depthwise convolution, SwooshR, linear.
 
     Args:

@@ -6,13 +6,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zipformer_kernels.launch import few_rows
+from zipformer_kernels.module import Module
 from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
 from zipformer_kernels.modules.inference import hooked, is_untouched
 from zipformer_kernels.ops.swoosh_linear import infer_feed_forward
 from zipformer_kernels.training import Balancer, FloatLike, Whiten, whitening_schedule
 
 
-class FeedforwardModule(nn.Module):
+class FeedforwardModule(Module):
     """Linear, SwooshL, dropout with a mask shared over time, linear.
 
     Args:

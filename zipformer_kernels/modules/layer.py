@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from zipformer_kernels.module import Module
 from zipformer_kernels.modules.attention import RelPositionMultiheadAttentionWeights, SelfAttention
 from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.bypass import BypassModule
@@ -24,7 +25,7 @@ FEEDFORWARD_SKIP_RATE = ScheduledFloat((0.0, 0.1), (4000.0, 0.01), (50000.0, 0.0
 BYPASS_SKIP_RATE = ScheduledFloat((0.0, 0.5), (4000.0, 0.02), default=0)
 
 
-class ZipformerEncoderLayer(nn.Module):
+class ZipformerEncoderLayer(Module):
     """One layer of a stack; see figure 2 of the Zipformer paper, arXiv:2310.11230.
 
     Each module's result is added to src; a bypass in the middle and one at the end mix in the layer's input.

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zipformer_kernels.joint import split
+from zipformer_kernels.module import Module
 from zipformer_kernels.modules.inference import add_product, hooked, is_untouched
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import average_chunk, averages_whole, check_cache, join_cache
@@ -15,7 +16,7 @@ from zipformer_kernels.ops.nonlin_attention.infer import infer_nonlin_attention
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
 
 
-class NonlinAttention(nn.Module):
+class NonlinAttention(Module):
     """out_proj((W (x * tanh(s))) * y), where s, x, y are the three thirds of in_proj(src).
 
     (Zipformer paper, arXiv:2310.11230, section 3.1, figure 3.)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from zipformer_kernels.module import Module
 from zipformer_kernels.training import Dropout2, FloatLike
 from zipformer_kernels.training.randomness import being_traced
 
 
-class CompactRelPositionalEncoding(nn.Module):
+class CompactRelPositionalEncoding(Module):
     """Fourier features of a compressed relative offset, so that a few dozen channels suffice for any length.
 
     An offset t is compressed to c(t) = sqrt(D) sign(t) (log(|t| + sqrt(D)) - log sqrt(D)), of slope 1 at 0,

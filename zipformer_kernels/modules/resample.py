@@ -7,12 +7,13 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from zipformer_kernels.module import Module
 from zipformer_kernels.modules.inference import only_computes
 from zipformer_kernels.training import FloatLike
 from zipformer_kernels.training.randomness import being_traced
 
 
-class SimpleDownsample(nn.Module):
+class SimpleDownsample(Module):
     """A weighted mean of every `downsample` frames, the weights a softmax over one learned number per place.
 
     A length that `downsample` does not divide is filled up by repeating the last frame.
@@ -55,7 +56,7 @@ class SimpleDownsample(nn.Module):
         return result
 
 
-class SimpleUpsample(nn.Module):
+class SimpleUpsample(Module):
     """Repeats every frame `upsample` times.
 
     Args:

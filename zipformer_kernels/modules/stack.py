@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from zipformer_kernels.module import Module
 from zipformer_kernels.modules.bypass import BypassModule
 from zipformer_kernels.modules.inference import hooked, only_computes
 from zipformer_kernels.modules.positional import CompactRelPositionalEncoding
@@ -18,7 +19,7 @@ from zipformer_kernels.training.randomness import being_traced, keeps_all
 STATES_PER_LAYER = 6
 
 
-class ZipformerEncoder(nn.Module):
+class ZipformerEncoder(Module):
     """A stack of layers of the same shape, all starting as copies of one.
 
     Args:
@@ -137,7 +138,7 @@ class ZipformerEncoder(nn.Module):
         return src, new_states
 
 
-class DownsampledZipformerEncoder(nn.Module):
+class DownsampledZipformerEncoder(Module):
     """A stack that runs at a lower frame rate, between downsampling and upsampling, with a bypass around it.
 
     Args:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zipformer_kernels.module import Module
 from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.convnext import ConvNeXt, channels_last
 from zipformer_kernels.modules.inference import hooked, is_untouched
@@ -22,7 +23,7 @@ MIN_FRAMES = 9  # three unpadded 3 x 3 convolutions, one of stride 2 in time, le
 TILE = 256  # frames of the result that are embedded at a time: all that lies between stays in a processor's cache
 
 
-class Conv2dSubsampling(nn.Module):
+class Conv2dSubsampling(Module):
     """Three convolutions, one ConvNeXt block, a linear layer and a BiasNorm: T frames become (T - 7) // 2.
 
     Args:

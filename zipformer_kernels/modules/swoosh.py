@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from zipformer_kernels.module import Module
 from zipformer_kernels.ops.swoosh import swoosh_l, swoosh_r
 
 
-class SwooshL(nn.Module):
+class SwooshL(Module):
     """SwooshL(x) = log(1 + exp(x - 4)) - 0.08 x - 0.035; see `zipformer_kernels.ops.swoosh.swoosh_l`."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -15,7 +16,7 @@ class SwooshL(nn.Module):
         return swoosh_l(x)
 
 
-class SwooshR(nn.Module):
+class SwooshR(Module):
     """SwooshR(x) = log(1 + exp(x - 1)) - 0.08 x - 0.313261687; see `zipformer_kernels.ops.swoosh.swoosh_r`."""
 
     def forward(self, x: Tensor) -> Tensor:

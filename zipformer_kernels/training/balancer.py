@@ -6,9 +6,10 @@ import math
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zipformer_kernels.library import gradient_hook
+from zipformer_kernels.module import Module
 from zipformer_kernels.training import balancer_native
 from zipformer_kernels.training.randomness import being_traced, happens
 from zipformer_kernels.training.schedule import FloatLike, ScheduledFloat
@@ -16,7 +17,7 @@ from zipformer_kernels.training.schedule import FloatLike, ScheduledFloat
 TINY = 1.0e-20  # below this a variance or mean square counts as constant and gets no gradient
 
 
-class Balancer(nn.Module):
+class Balancer(Module):
     """The identity; on a random part of the calls its backward pushes badly behaved channels back into
     limits.
 

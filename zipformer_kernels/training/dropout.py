@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from zipformer_kernels.module import Module
 from zipformer_kernels.training.schedule import FloatLike
 
 
-class Dropout2(nn.Module):
+class Dropout2(Module):
     """Ordinary dropout whose rate `p` may follow a schedule."""
 
     def __init__(self, p: FloatLike) -> None:
@@ -20,7 +21,7 @@ class Dropout2(nn.Module):
         return F.dropout(x, p=float(self.p), training=self.training)
 
 
-class Dropout3(nn.Module):
+class Dropout3(Module):
     """Dropout that keeps or drops whole lines of x along `shared_dim` (say, a channel for a whole utterance).
 
     Upstream lets no gradient through where its output happens to be exactly zero; here the mask alone

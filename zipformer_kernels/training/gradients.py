@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zipformer_kernels.library import gradient_hook
+from zipformer_kernels.module import Module
 from zipformer_kernels.ops.attention.weights import penalized
 from zipformer_kernels.training.randomness import happens, logging_draw
 
@@ -58,7 +59,7 @@ def scale_grad(x: Tensor, alpha: float) -> Tensor:
     return gradient_hook(x, lambda grad: grad * alpha)
 
 
-class ScaleGrad(nn.Module):
+class ScaleGrad(Module):
     """The identity; in training, gradients going back through it are multiplied by `alpha`.
 
     It keeps the gradients of the first convolution inside the range of float16.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from torch import nn
-
+from zipformer_kernels.module import Module
 from zipformer_kernels.training.randomness import logging_draw
 
 logger = logging.getLogger(__name__)
@@ -99,7 +98,7 @@ class PiecewiseLinear:
         return PiecewiseLinear(*((x, operation(a, b)) for (x, a), (_, b) in zip(ours.pairs, theirs.pairs, strict=True)))
 
 
-class ScheduledFloat(nn.Module):
+class ScheduledFloat(Module):
     """A number that follows a schedule over the training's batch count; read it with ``float(...)``.
 
     It is a module only to be found by ``model.modules()``: the training loop writes `batch_count` (and, for

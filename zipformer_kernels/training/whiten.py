@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zipformer_kernels.library import gradient_hook
+from zipformer_kernels.module import Module
 from zipformer_kernels.training.randomness import being_traced, happens, logging_draw
 from zipformer_kernels.training.schedule import FloatLike, ScheduledFloat
 
@@ -21,7 +22,7 @@ def whitening_schedule(limit: float, ratio: float = 2.0) -> ScheduledFloat:
     return ScheduledFloat((0.0, limit), (20000.0, ratio * limit), default=limit)
 
 
-class Whiten(nn.Module):
+class Whiten(Module):
     """The identity; on a random part of the calls its backward pushes the features towards a white
     covariance.
 
