@@ -437,7 +437,7 @@ def test_bad_input_is_named():
         AttentionWeights(q, k, p=q)
     with pytest.raises(ValueError, match="e must be of shape"):
         AttentionWeights(q, k, q, torch.randn(5, 3, 8))
-    with pytest.raises(TypeError, match="key_padding_mask must be of dtype bool"):
+    with pytest.raises(TypeError, match="key_padding_mask must be a tensor of bools or integers"):
         AttentionWeights(q, k, key_padding_mask=torch.zeros(2, 5))
     with pytest.raises(ValueError, match="attn_mask must be of shape"):
         AttentionWeights(q, k, attn_mask=torch.zeros(4, 5, dtype=torch.bool))

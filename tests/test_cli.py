@@ -256,7 +256,7 @@ def test_a_write_that_fails_leaves_nothing_and_keeps_what_was_there(command, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--preset", "XL"], "--preset: wanted one of S, M, L, got 'XL'"),
+        (["--preset", "XS"], "--preset: wanted one of S, M, L, XL, got 'XS'"),
         (["--backend", "gpu"], "--backend: backend must be one of eager, cpu, triton, cuda, auto, got 'gpu'"),
         (["--checkpoint", "absent.pt"], "absent.pt: no such file"),
     ],

@@ -405,7 +405,11 @@ def test_bad_input_is_named():
     raises(TypeError, "a must be a tensor, got list", a=[1.0])
     raises(TypeError, "weight must be a tensor, got NoneType", weight=None)
     raises(TypeError, r"s must be floating-point, got torch\.int64", s=s.long())
-    raises(TypeError, r"key_padding_mask must be of bools, got torch\.float32", key_padding_mask=padding.float())
+    raises(
+        TypeError,
+        r"key_padding_mask must be a tensor of bools or integers, got torch\.float32",
+        key_padding_mask=padding.float(),
+    )
     raises(TypeError, r"weight must be of the dtype of a, torch\.float32, .*torch\.float16", weight=weight.half())
     raises(ValueError, r"a must have shape \(T, batch, channels\), got \(6, 8\)", a=a.reshape(6, 8))
     raises(ValueError, r"s must be as a, \(6, 2, 4\) in torch\.float32, got \(5, 2, 4\)", s=s[1:])

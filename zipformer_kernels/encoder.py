@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from typing import Any
 
@@ -13,6 +14,7 @@ from zipformer_kernels.modules.layer import ZipformerEncoderLayer
 from zipformer_kernels.modules.resample import SimpleDownsample
 from zipformer_kernels.modules.stack import STATES_PER_LAYER, DownsampledZipformerEncoder, ZipformerEncoder
 from zipformer_kernels.ops.attention import ChunkMask
+from zipformer_kernels.ops.shapes import as_mask
 from zipformer_kernels.presets import CAUSAL, preset
 from zipformer_kernels.training import FloatLike, ScheduledFloat
 from zipformer_kernels.training.randomness import being_traced
@@ -22,6 +24,8 @@ FEATURE_MASK_DROPOUT = 0.125
 
 class Zipformer(Module):
     """The encoder of the Zipformer paper, arXiv:2310.11230; arguments, names and checkpoints are upstream's.
+
+    In an icefall recipe it passes for an ``EncoderInterface``, see `join_interface`.
 
     Arguments that upstream documents as "int or tuple" take one number for all stacks or a tuple with one for
     each; the length of `downsampling_factor` is the number of stacks. All frames are counted at the rate of
@@ -71,6 +75,7 @@ class Zipformer(Module):
         chunk_size: tuple[int, ...] = (-1,),
         left_context_frames: tuple[int, ...] = (-1,),
     ) -> None:
+        join_interface(self)
         super().__init__()
         if dropout is None:
             dropout = ScheduledFloat((0.0, 0.3), (20000.0, 0.1))
@@ -140,7 +145,7 @@ class Zipformer(Module):
         """An encoder of a published size, with fresh weights.
 
         Args:
-            name: "S", "M" or "L".
+            name: "S", "M", "L" or "XL".
             causal: for streaming, with the recipe's chunk sizes and left contexts.
             **overrides: other arguments of `Zipformer`, in place of the preset's.
 
@@ -156,7 +161,7 @@ class Zipformer(Module):
             x: (T, batch, encoder_dim[0]), T at least 1. Fewer or more channels are padded with zeros or
                 cropped.
             x_lens: (batch,), the frames of each sequence before padding.
-            src_key_padding_mask: bool (batch, T), True for padding.
+            src_key_padding_mask: (batch, T), bools, or integers other than 0, for padding.
 
         Returns:
             Embeddings (ceil(T / output_downsampling_factor), batch, max(encoder_dim)), and their lengths
@@ -165,8 +170,10 @@ class Zipformer(Module):
         Raises:
             ValueError: a shape does not fit, or the chunk size picked fits the downsampling or the kernels
                 badly.
+            TypeError: src_key_padding_mask is neither of bools nor of integers.
         """
         self._check_input(x, x_lens)
+        src_key_padding_mask = as_mask("src_key_padding_mask", src_key_padding_mask)
         if src_key_padding_mask is not None and src_key_padding_mask.shape != (x.shape[1], x.shape[0]):
             raise ValueError(
                 f"src_key_padding_mask: wanted shape {(x.shape[1], x.shape[0])}, "
@@ -198,16 +205,18 @@ class Zipformer(Module):
             x: (T, batch, encoder_dim[0]), T a multiple of every downsampling factor.
             x_lens: (batch,), the frames of each sequence before padding.
             states: six tensors for each layer, from `get_init_states` or the last chunk.
-            src_key_padding_mask: bool (batch, L + T), True for padding and for left context that does not
-                exist yet.
+            src_key_padding_mask: (batch, L + T), bools, or integers other than 0, for padding and for left context
+                that does not exist yet.
 
         Returns:
             Embeddings and their lengths as from `forward`, and the next `states`.
 
         Raises:
             ValueError: a shape or the number of states does not fit.
+            TypeError: src_key_padding_mask is neither of bools nor of integers.
         """
         self._check_input(x, x_lens)
+        src_key_padding_mask = as_mask("src_key_padding_mask", src_key_padding_mask)
         left_context = self.left_context_frames[0]
         outputs, new_states = [], []
         offset = 0
@@ -345,6 +354,24 @@ class Zipformer(Module):
 
 
 Zipformer2 = Zipformer
+
+
+def join_interface(encoder: Zipformer) -> None:
+    """Makes our encoders instances of icefall's ``EncoderInterface`` too, where that can be imported.
+
+    A recipe's ``model.py`` asserts that its encoder is one. The interface is a plain module in a file of the recipe,
+    ``encoder_interface.py``, without a metaclass with which something could be registered: it must be among the bases.
+    That adds no behaviour, for all that the interface has is a ``forward`` that raises.
+    """
+    try:
+        from encoder_interface import EncoderInterface
+    except ImportError:
+        return
+    if not isinstance(encoder, EncoderInterface):
+        others = [base for base in Zipformer.__bases__ if base is not nn.Module]
+        # A subclass that names the interface before ours must keep its order, and is an instance already.
+        with contextlib.suppress(TypeError):
+            Zipformer.__bases__ = (*others, EncoderInterface)
 
 
 def convert_num_channels(x: Tensor, num_channels: int) -> Tensor:

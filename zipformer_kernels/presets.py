@@ -1,4 +1,4 @@
-"""The published sizes of Zipformer: S, M and L of table 1 in the paper, arXiv:2310.11230."""
+"""The published sizes of Zipformer: S, M and L of table 1 in the paper, arXiv:2310.11230, and icefall's XL."""
 
 from __future__ import annotations
 
@@ -38,6 +38,13 @@ PRESETS: dict[str, dict[str, Any]] = {
         "feedforward_dim": (512, 768, 1536, 2048, 1536, 768),
         "encoder_unmasked_dim": (192, 192, 256, 320, 256, 192),
     },
+    "XL": _COMMON
+    | {
+        "num_encoder_layers": (2, 2, 4, 5, 4, 2),
+        "encoder_dim": (192, 384, 768, 1024, 768, 384),
+        "feedforward_dim": (512, 1024, 2048, 3072, 2048, 1024),
+        "encoder_unmasked_dim": (192, 256, 320, 512, 320, 256),
+    },
 }
 
 # What the recipe trains a causal model with, at the encoder's input frame rate; -1 for all.
@@ -47,7 +54,7 @@ FBANK_BINS = 80
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The arguments of `Zipformer` for preset "S", "M" or "L".
+    """The arguments of `Zipformer` for preset "S", "M", "L" or "XL".
 
     Raises:
         ValueError: there is no such preset.

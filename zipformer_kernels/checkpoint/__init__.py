@@ -66,7 +66,7 @@ def load_checkpoint(
             dict that has it under ``model``, ``state_dict``, ``model_state_dict`` or ``module``. Keys start with
             ``encoder_embed.`` and ``encoder.``, whatever (``module.``, ``_orig_mod.``, ``model.``) stands before
             that; all others, of decoder and joiner, are left alone.
-        preset_name: "S", "M" or "L", if the checkpoint must have the sizes of that preset.
+        preset_name: "S", "M", "L" or "XL", if the checkpoint must have the sizes of that preset.
         causal: whether the checkpoint must be causal or not; None for either.
         model_avg: take the average over the training that icefall saves as ``model_avg``, not the last weights.
         prefix: what stands before ``encoder.`` in the names, without wrappers, if the file holds several encoders.

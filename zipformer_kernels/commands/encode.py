@@ -39,7 +39,9 @@ class ArgumentError(ValueError):
 
 def encode(
     audio: Annotated[list[Path], typer.Argument(help="Recordings: WAV, FLAC, ...; any rate, any channels.")],
-    preset: Annotated[str | None, typer.Option(help="S, M or L; by default what the checkpoint holds, else S.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="S, M, L or XL; by default what the checkpoint holds, else S.")
+    ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Weights: icefall's .pt, a state_dict, or .safetensors.")
     ] = None,

@@ -97,7 +97,7 @@ class RelPositionMultiheadAttentionWeights(Module):
         Args:
             x: (T, batch, embed_dim).
             pos_emb: (1 or batch, 2 T - 1, pos_dim), as `CompactRelPositionalEncoding` makes it.
-            key_padding_mask: bool (batch, T), True for frames that nothing may attend to.
+            key_padding_mask: bools or integers (batch, T), True for frames that nothing may attend to.
             attn_mask: bool (T, T) or (batch, T, T), True where target (row) may not attend to source
                 (column); or the rule of such a mask.
 
@@ -137,7 +137,7 @@ class RelPositionMultiheadAttentionWeights(Module):
             pos_emb: (1 or batch, L + 2 T - 1, pos_dim).
             cached_key: (L, batch, heads * query_head_dim).
             left_context_len: L.
-            key_padding_mask: bool (batch, L + T), True for frames that nothing may attend to.
+            key_padding_mask: bools or integers (batch, L + T), True for frames that nothing may attend to.
 
         Returns:
             The weights, (heads, batch, T, L + T), and the next `cached_key`.

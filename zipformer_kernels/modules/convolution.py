@@ -17,6 +17,7 @@ from zipformer_kernels.modules.streaming import join_cache
 from zipformer_kernels.ops.conv_module import chunk_conv_module, conv_module, infer_conv_module
 from zipformer_kernels.ops.conv_module.reference import chunk_convolution, chunk_factors
 from zipformer_kernels.ops.conv_module.stream import stream_conv_module
+from zipformer_kernels.ops.shapes import as_mask
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
 
 
@@ -140,7 +141,7 @@ class ConvolutionModule(Module):
 
         Args:
             x: (T, batch, channels).
-            src_key_padding_mask: bool (batch, T), True for padding, which the convolution sees as zeros.
+            src_key_padding_mask: bools or integers (batch, T), True for padding, which the convolution sees as zeros.
             chunk_size: frames per chunk; -1 for no chunks.
 
         Returns:
@@ -197,7 +198,7 @@ class ConvolutionModule(Module):
         Args:
             x: (T, batch, channels).
             cache: (batch, channels, kernel_size // 2), left context of the convolution.
-            src_key_padding_mask: bool (batch, T), True for padding.
+            src_key_padding_mask: bools or integers (batch, T), True for padding.
 
         Returns:
             (T, batch, channels), and the next `cache`.
@@ -228,6 +229,7 @@ class ConvolutionModule(Module):
     def _gate(self, x: Tensor, s: Tensor, padding: Tensor | None) -> Tensor:
         """The gated input with zeros on padding, (batch, channels, T)."""
         x = self.activation2(x * self.sigmoid(s)).permute(1, 2, 0)
+        padding = as_mask("src_key_padding_mask", padding)
         return x if padding is None else x.masked_fill(padding.unsqueeze(1), 0.0)
 
 

@@ -164,7 +164,7 @@ class ZipformerEncoderLayer(Module):
             chunk_size: frames per chunk of the convolutions; -1 for no chunks.
             attn_mask: bool (T, T) or (batch, T, T), True where target (row) may not attend to source
                 (column).
-            src_key_padding_mask: bool (batch, T), True for padding.
+            src_key_padding_mask: bools or integers (batch, T), True for padding.
 
         Returns:
             (T, batch, embed_dim).
@@ -259,7 +259,7 @@ class ZipformerEncoderLayer(Module):
             cached_val1, cached_val2: (L, batch, heads * value_head_dim).
             cached_conv1, cached_conv2: (batch, embed_dim, cnn_module_kernel // 2).
             left_context_len: frames of left context.
-            src_key_padding_mask: bool (batch, L + T), True for padding and for context that does not exist
+            src_key_padding_mask: bools or integers (batch, L + T), True for padding and for context that does not exist
                 yet.
 
         Returns:

@@ -79,7 +79,7 @@ class ZipformerEncoder(Module):
             feature_mask: multiplies src and every layer's result; broadcasts with (T, batch, channels).
             attn_mask: bool (T, T) or (batch, T, T), True where target (row) may not attend to source
                 (column).
-            src_key_padding_mask: bool (batch, T), True for padding.
+            src_key_padding_mask: bools or integers (batch, T), True for padding.
 
         Returns:
             (T, batch, channels).
@@ -112,7 +112,7 @@ class ZipformerEncoder(Module):
             src: (T, batch, channels).
             states: six caches for each layer, see `ZipformerEncoderLayer.streaming_forward`.
             left_context_len: frames of left context L.
-            src_key_padding_mask: bool (batch, L + T), True for padding and for context that does not exist
+            src_key_padding_mask: bools or integers (batch, L + T), True for padding and for context that does not exist
                 yet.
 
         Returns:

@@ -80,7 +80,7 @@ class Conv2dSubsampling(Module):
         """The conv embed for `Zipformer.from_preset(name)`, with fresh weights, from 80 filterbank bins.
 
         Args:
-            name: "S", "M" or "L".
+            name: "S", "M", "L" or "XL".
             **overrides: other arguments of `Conv2dSubsampling`, in place of the preset's.
 
         Raises:

@@ -13,6 +13,7 @@ from zipformer_kernels.library import gradient_hook
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import native, reference
 from zipformer_kernels.ops.attention.kept import Piece, average, make
+from zipformer_kernels.ops.shapes import as_mask
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,13 @@ class AttentionWeights:
         k: keys (S, B, H, D).
         p: position queries (T, B, H, P), or None for no positional term.
         e: position projections (T + S - 1, H, P), or (B, T + S - 1, H, P) on ``eager``, or None.
-        key_padding_mask: bool (B, S), True for sources that no target may attend to.
+        key_padding_mask: (B, S), bools, or integers other than 0, for sources that no target may attend to.
         attn_mask: bool (T, S) or (B, T, S), True where a target may not attend to a source, or a `ChunkMask`.
         penalty, limit: the gradient of the scores gains penalty sign(s) where abs(s) > limit, once for all uses.
         backend: which backend to use; see `zipformer_kernels.backend`.
     Raises:
         ValueError: a shape does not fit the others.
-        TypeError: a mask is not boolean.
+        TypeError: key_padding_mask is neither of bools nor of integers, or attn_mask not of bools.
         BackendError: `backend` cannot serve the call.
     """
 
@@ -80,6 +81,7 @@ class AttentionWeights:
         backend: str | None = None,
     ) -> None:
         self.shape = torch.Size((q.shape[2], q.shape[1], q.shape[0], k.shape[0]))
+        key_padding_mask = as_mask("key_padding_mask", key_padding_mask)
         _check(self.shape, q, k, p, e, key_padding_mask, attn_mask)
         rule = attn_mask if isinstance(attn_mask, ChunkMask) else ChunkMask(-1)
         mask = None if isinstance(attn_mask, ChunkMask) else attn_mask
@@ -306,7 +308,7 @@ def _check(
             continue
         if tuple(x.shape) not in shapes:
             raise ValueError(f"{name} must be of shape {' or '.join(map(str, shapes))}, got {tuple(x.shape)}")
-        if "mask" in name and x.dtype != torch.bool:
+        if name == "attn_mask" and x.dtype != torch.bool:
             raise TypeError(f"{name} must be of dtype bool, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name} must be on {q.device} as q is, got {x.device}")

@@ -28,6 +28,7 @@ from torch import Tensor
 from zipformer_kernels.call import autocast_dtype
 from zipformer_kernels.library import Op, triton_launchers
 from zipformer_kernels.ops.conv_module import native, reference
+from zipformer_kernels.ops.shapes import as_mask
 
 _op = Op(
     "conv_module",
@@ -75,7 +76,7 @@ def conv_module(
             of a projection have, is the fast layout; others are copied.
         weight: (channels, 1, K), K odd; of the dtype of a, or any under autocast.
         bias: (channels,), or None.
-        key_padding_mask: bool (batch, T), True for padding; or None.
+        key_padding_mask: (batch, T), bools, or integers other than 0, for padding; or None.
         backend: which backend to use; see `zipformer_kernels.backend`.
     Returns:
         (T, batch, channels), of the dtype of a, or of autocast's dtype under autocast (but float64 stays). The kernels
@@ -86,6 +87,7 @@ def conv_module(
         BackendError: `backend` cannot serve the call.
     """
     parameters = {"weight": weight, "bias": bias}
+    key_padding_mask = as_mask("key_padding_mask", key_padding_mask)
     _check(a, s, parameters, {"weight": weight}, key_padding_mask)
     return _op(a, s, weight, bias, None, None, None, key_padding_mask, -1, _dtype(a, parameters), backend=backend)
 
@@ -126,6 +128,7 @@ def chunk_conv_module(
         "causal_bias": causal_bias,
         "edge_scale": edge_scale,
     }
+    key_padding_mask = as_mask("key_padding_mask", key_padding_mask)
     _check(a, s, parameters, {"weight": weight, "causal_weight": causal_weight}, key_padding_mask)
     frames, _, channels = a.shape
     wanted = (2, channels, weight.shape[2])
@@ -175,6 +178,7 @@ def infer_conv_module(
         BackendError: `backend` cannot serve the call.
     """
     frames, batch, channels = x.shape[0], x.shape[1], weight.shape[0]
+    key_padding_mask = as_mask("key_padding_mask", key_padding_mask)
     if x.shape[2] != 2 * channels:
         raise ValueError(f"x must have {2 * channels} channels, twice those of weight, got {tuple(x.shape)}")
     if key_padding_mask is not None and key_padding_mask.shape != (batch, frames):
@@ -201,8 +205,6 @@ def _check(
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-        if name == "key_padding_mask" and tensor.dtype != torch.bool:
-            raise TypeError(f"key_padding_mask must be of bools, got {tensor.dtype}")
         if name != "key_padding_mask" and not tensor.is_floating_point():
             raise TypeError(f"{name} must be floating-point, got {tensor.dtype}")
         if tensor.device != a.device:

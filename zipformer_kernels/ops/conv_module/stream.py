@@ -19,7 +19,7 @@ from zipformer_kernels.launch import (
 )
 from zipformer_kernels.library import Launchers, Op
 from zipformer_kernels.ops.conv_module import reference
-from zipformer_kernels.ops.shapes import check_shapes
+from zipformer_kernels.ops.shapes import as_mask, check_shapes
 
 
 def stream(
@@ -122,6 +122,7 @@ def stream_conv_module(
     """
     frames, batch, channels = src.shape
     taps = weight.shape[2]
+    key_padding_mask = as_mask("key_padding_mask", key_padding_mask)
     check_shapes(
         in_weight=(in_weight, (2 * channels, channels)),
         in_bias=(in_bias, (2 * channels,)),
