@@ -17,7 +17,9 @@ from torch import nn
 from upstream_models import CAUSAL, Model, assert_same_run, batch, build, icefall, is_upstream, snapshot
 
 from zipformer_kernels import modules, training
-from zipformer_kernels.convert import _ROWS, ORIGINAL, convert, revert
+from zipformer_kernels.convert import ORIGINAL, convert, revert
+from zipformer_kernels.convert.known import KNOWN
+from zipformer_kernels.convert.rows import ROWS
 from zipformer_kernels.encoder import Zipformer
 
 ATTENTION = {
@@ -74,9 +76,9 @@ def test_table_is_complete():
     """Every module of ours is in the table, and the table's examples are what it says."""
     public = [getattr(module, name) for module in (modules, training) for name in module.__all__]
     wanted = {cls.__name__ for cls in public if inspect.isclass(cls) and issubclass(cls, nn.Module)}
-    assert wanted | {"Zipformer", "Zipformer2", "Identity"} == set(_ROWS)
-    for name, row in _ROWS.items():
-        assert type(row.example).__name__ == ("Zipformer" if name == "Zipformer2" else name)
+    assert wanted | {"Zipformer", "Identity"} == set(ROWS) == set(KNOWN)
+    for name, row in ROWS.items():
+        assert type(row.example).__name__ == name
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
@@ -182,7 +184,9 @@ def test_revert_restores_every_object():
     model = build(**CAUSAL).train()
     theirs, before = copy.deepcopy(model), snapshot(model)
     report = convert(model)
-    assert revert(model) == report
+    reverted = revert(model)
+    assert (reverted.swapped, reverted.kept) == (report.swapped, [])
+    assert (report.layers, reverted.layers) == ((4, 4), (0, 4))
     assert_identical(before, snapshot(model))
     assert_same_run(model, theirs, batch())
     assert revert(model).swapped == []
@@ -220,7 +224,7 @@ def test_twice_is_once():
     assert "BiasNorm" not in {name for _, name in first.swapped}
     second = convert(model)
     assert (second.swapped, second.kept) == ([], [])
-    assert str(second) == "swapped: 0\nkept: 0"
+    assert str(second) == "swapped: 0\nkept: 0\n4 of 4 encoder layers are ours"
     assert len(revert(model).swapped) > len(first.swapped)
 
 
@@ -276,23 +280,23 @@ def test_inside_distributed_data_parallel():
         torch.distributed.destroy_process_group()
 
 
-def test_icefall_layout():
+@pytest.mark.parametrize("config", [{}, CAUSAL], ids=["offline", "causal"])
+def test_icefall_layout(config):
+    """Another base class and other names: everything is swapped all the same."""
     with icefall() as recipe:
-        assert recipe.scaling.BiasNorm is not upstream.scaling.BiasNorm
-        model = build(recipe.subsampling, recipe.zipformer, **CAUSAL)
-    for module in model.modules():
-        if is_upstream(module):
-            assert type(module).__module__ in ("scaling", "subsampling", "zipformer"), type(module)
-        for name in ("func", "forward_func", "backward_func"):
-            vars(module).pop(name, None)
-    before = snapshot(model)
-    report = convert(model)
-    assert not report.kept
-    assert ("encoder", "Zipformer2") in report.swapped
-    assert not any(is_upstream(module) for module in model.modules())
-    theirs = build(**CAUSAL)
-    for seed in range(2):
-        assert_same_run(model.train(), theirs.train(), batch(), seed=seed)
-    revert(model)
-    assert before["encoder"][0] is type(model.encoder)
-    assert not any(hasattr(module, ORIGINAL) for module in model.modules())
+        model = build(recipe.subsampling, recipe.zipformer, **config)
+        for module in model.modules():
+            assert not is_upstream(module) or type(module).__module__ in ("scaling", "subsampling", "zipformer")
+        assert type(model.encoder).__mro__[1].__name__ == "EncoderInterface"
+        theirs, before = copy.deepcopy(model), snapshot(model)
+        report = convert(model)
+        assert not report.kept
+        assert report.layers == (4, 4)
+        names = {name for _, name in report.swapped}
+        assert {"Zipformer2", "Zipformer2Encoder", "DownsampledZipformer2Encoder", "Zipformer2EncoderLayer"} < names
+        assert not any(is_upstream(module) for module in model.modules())
+        for seed in range(2):
+            assert_same_run(model.train(), theirs.train(), batch(), seed=seed, recipe=recipe)
+        revert(model)
+        assert before["encoder"][0] is type(model.encoder)
+        assert not any(hasattr(module, ORIGINAL) for module in model.modules())

@@ -23,11 +23,11 @@ class _WideTorch(types.ModuleType):
 
 
 @contextlib.contextmanager
-def wide():
+def wide(module=None):
     """Upstream's softmax, Balancer and Whiten cast to float32 in their backward; within this block to
-    float64.
+    float64. `module` is the module ``scaling`` that they are of, by default upstream's.
 
     So models in float64 can be compared to the precision of float64, every mechanism included.
     """
-    with mock.patch.object(scaling, "torch", _WideTorch("torch")):
+    with mock.patch.object(module or scaling, "torch", _WideTorch("torch")):
         yield

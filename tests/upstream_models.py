@@ -2,8 +2,11 @@
 
 import contextlib
 import importlib.util
+import re
 import sys
+import tempfile
 import types
+from pathlib import Path
 
 import parity
 import torch
@@ -35,7 +38,7 @@ class Model(nn.Module):
 def build(subsampling=upstream.subsampling, zipformer=upstream.zipformer, dtype=torch.float64, **config):
     """A model of upstream's, somewhere in training: weights perturbed, batch counts and names set."""
     seed_all(0)
-    encoder_class = getattr(zipformer, "Zipformer2", zipformer.Zipformer)
+    encoder_class = zipformer.Zipformer2 if hasattr(zipformer, "Zipformer2") else zipformer.Zipformer
     model = Model(subsampling.Conv2dSubsampling, encoder_class, **config).to(dtype)
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -47,9 +50,9 @@ def batch(dtype=torch.float64):
     return [torch.randn(2, 51, BINS, dtype=dtype), torch.tensor([51, 40])]
 
 
-def assert_same_run(ours, theirs, args, **kwargs):
-    """Also where modules of upstream's are left on our side."""
-    with upstream.wide() if args[0].dtype == torch.float64 else contextlib.nullcontext():
+def assert_same_run(ours, theirs, args, *, recipe=None, **kwargs):
+    """Also where modules of upstream's, or of a recipe's, are left on our side."""
+    with upstream.wide(recipe and recipe.scaling) if args[0].dtype == torch.float64 else contextlib.nullcontext():
         parity.assert_same_run(ours, theirs, args, **kwargs)
 
 
@@ -65,31 +68,46 @@ def snapshot(model):
     }
 
 
+ENCODER_INTERFACE = """
+from torch import nn
+class EncoderInterface(nn.Module):
+    def forward(self, x, x_lens):
+        raise NotImplementedError
+"""
+FILES = ("encoder_interface", "scaling", "subsampling", "zipformer")
+
+
 @contextlib.contextmanager
-def icefall():
-    """Upstream's sources as icefall has them: top-level modules, an abstract base, and activations by k2."""
+def icefall(*edits):
+    """Within the block upstream's sources are as icefall has them: top-level modules, icefall's names, a base class.
 
-    class EncoderInterface(nn.Module):
-        def forward(self, x, x_lens):
-            raise NotImplementedError
-
-    names = ("scaling", "subsampling", "zipformer")
-    kept = {name: sys.modules[name] for name in sys.modules if name.split(".")[0] in names}
-    loaded = []
-    try:
-        for name in names:
-            spec = importlib.util.spec_from_file_location(name, getattr(upstream, name).__file__)
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[name] = module if name != "zipformer" else sys.modules[name]
-            spec.loader.exec_module(module)
-            sys.modules[f"zipformer.modules.{name}"] = module
-            loaded.append(module)
-        scaling, subsampling, zipformer = loaded
-        bodies = {key: value for key, value in vars(zipformer.Zipformer).items() if key != "__dict__"}
-        bodies.pop("__weakref__", None)
-        zipformer.Zipformer = zipformer.Zipformer2 = type("Zipformer2", (EncoderInterface,), bodies)
-        yield types.SimpleNamespace(scaling=scaling, subsampling=subsampling, zipformer=zipformer)
-    finally:
-        for name in [*names, *(f"zipformer.modules.{name}" for name in names)]:
-            sys.modules.pop(name, None)
-        sys.modules.update(kept)
+    Args:
+        edits: (old, new) pieces of text, each to be found in one of the files.
+    """
+    texts = {name: Path(getattr(upstream, name).__file__).read_text() for name in FILES[1:]} | {
+        FILES[0]: ENCODER_INTERFACE
+    }
+    texts["zipformer"] = re.sub(r"Zipformer(?=Encoder|[(,])", "Zipformer2", texts["zipformer"]).replace(
+        "class Zipformer2(torch.nn.Module):",
+        "from encoder_interface import EncoderInterface\nclass Zipformer2(EncoderInterface):",
+    )
+    for old, new in [("zipformer.modules.", ""), ("zipformer.utils", "icefall.utils"), *edits]:
+        assert any(old in text for text in texts.values()), f"not found: {old}"
+        texts = {name: text.replace(old, new) for name, text in texts.items()}
+    names = [*FILES, "icefall", "icefall.utils"]
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.modules["icefall"] = types.ModuleType("icefall")
+    sys.modules["icefall.utils"] = sys.modules["zipformer.utils"]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            for name in FILES:
+                path = Path(folder) / f"{name}.py"
+                path.write_text(texts[name])
+                spec = importlib.util.spec_from_file_location(name, path)
+                sys.modules[name] = importlib.util.module_from_spec(spec)
+                spec.loader.exec_module(sys.modules[name])
+            yield types.SimpleNamespace(**{name: sys.modules[name] for name in FILES})
+        finally:
+            for name in names:
+                sys.modules.pop(name, None)
+            sys.modules.update(before)

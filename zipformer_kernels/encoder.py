@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.module import Module
+from zipformer_kernels.modules.attention import given_mask
 from zipformer_kernels.modules.layer import ZipformerEncoderLayer
 from zipformer_kernels.modules.resample import SimpleDownsample
 from zipformer_kernels.modules.stack import STATES_PER_LAYER, DownsampledZipformerEncoder, ZipformerEncoder
@@ -54,6 +55,8 @@ class Zipformer(Module):
     Raises:
         ValueError: a tuple has the wrong length, or an `encoder_unmasked_dim` exceeds its `encoder_dim`.
     """
+
+    downsamples_output = True  # `forward` of icefall's SSL recipe does not: its output is at the rate of x
 
     def __init__(
         self,
@@ -191,9 +194,11 @@ class Zipformer(Module):
                 chunk_size=chunk_size,
                 feature_mask=feature_masks[i],
                 src_key_padding_mask=_every(src_key_padding_mask, self.downsampling_factor[i]),
-                attn_mask=attn_mask,
+                attn_mask=given_mask(attn_mask, x, stack, ZipformerEncoder, DownsampledZipformerEncoder),
             )
             outputs.append(x)
+        if not self.downsamples_output:
+            return self._get_full_dim_output(outputs), x_lens
         return self._finish(outputs, x_lens)
 
     def streaming_forward(

@@ -21,6 +21,16 @@ from zipformer_kernels.training.randomness import happens, logging_draw
 SCORE_LIMIT = 25.0
 SCORE_PENALTY = 1.0e-04
 
+
+def given_mask(
+    mask: Tensor | ChunkMask | None, x: Tensor, module: nn.Module, *kinds: type[nn.Module]
+) -> Tensor | ChunkMask | None:
+    """The mask as a module takes it: those classes of ours take a rule, all else a tensor, for the frames of x."""
+    if not isinstance(mask, ChunkMask) or (type(module) in kinds and "forward" not in module.__dict__):
+        return mask
+    return mask.materialize(x.shape[0], x.device)
+
+
 POS_EMB_SKIP_RATE = ScheduledFloat((0.0, 0.5), (4000.0, 0.0))
 
 

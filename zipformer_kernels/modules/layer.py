@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.module import Module
-from zipformer_kernels.modules.attention import RelPositionMultiheadAttentionWeights, SelfAttention
+from zipformer_kernels.modules.attention import RelPositionMultiheadAttentionWeights, SelfAttention, given_mask
 from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.bypass import BypassModule
 from zipformer_kernels.modules.convolution import ConvolutionModule
 from zipformer_kernels.modules.feedforward import FeedforwardModule
 from zipformer_kernels.modules.inference import hooked, only_computes
 from zipformer_kernels.modules.nonlin_attention import NonlinAttention
-from zipformer_kernels.ops.attention import ChunkMask, constant_attention
+from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, constant_attention
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
 from zipformer_kernels.training.randomness import happens, keeps_all
 
@@ -48,6 +48,8 @@ class ZipformerEncoderLayer(Module):
         const_attention_rate: the probability, in training, that NonlinAttention gets constant weights.
         bypass_skip_rate: the probability, in training, that a sequence skips the layer.
     """
+
+    const_attention_in_training = True  # recipes copied before March 2024 draw it in evaluation instead
 
     def __init__(
         self,
@@ -169,6 +171,7 @@ class ZipformerEncoderLayer(Module):
         Returns:
             (T, batch, embed_dim).
         """
+        attn_mask = given_mask(attn_mask, src, self.self_attn_weights, RelPositionMultiheadAttentionWeights)
         if not self.training and self._only_computes(src):
             return self._infer(src, pos_emb, chunk_size, attn_mask, src_key_padding_mask)
         src_orig = src
@@ -180,9 +183,7 @@ class ZipformerEncoderLayer(Module):
         src = src + self.feed_forward1(src)
 
         attention_mask = self.get_sequence_dropout_mask(src, attention_skip_rate)
-        first_head = attn_weights[0:1]
-        if self.training and happens(self.const_attention_rate):
-            first_head = constant_attention(first_head)
+        first_head = self._first_head(attn_weights)
         src = _add(src, self.balancer_na(self.nonlin_attention(src, first_head)), attention_mask)
         src = _add(src, self.self_attn1(src, attn_weights), attention_mask)
 
@@ -207,6 +208,11 @@ class ZipformerEncoderLayer(Module):
         src = self.bypass(src_orig, src)
         return self.whiten(self.balancer2(src))
 
+    def _first_head(self, weights: AttentionWeights | Tensor) -> AttentionWeights | Tensor:
+        """The weights for NonlinAttention: those of the first head, or, drawn in training, constant ones."""
+        constant = self.training == self.const_attention_in_training and happens(self.const_attention_rate)
+        return constant_attention(weights[0:1]) if constant else weights[0:1]
+
     def _only_computes(self, src: Tensor) -> bool:
         """Whether `_infer` does what `forward` would: nothing wants to see what only gradients pass through."""
         watched = self.balancer_na, self.balancer_ff2, self.balancer_ff3, self.balancer1, self.balancer2, self.whiten
@@ -224,7 +230,7 @@ class ZipformerEncoderLayer(Module):
         src_orig = src
         attn_weights = self.self_attn_weights(src, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=padding)
         src = self.feed_forward1.add_to(src, over=False)
-        src = self.nonlin_attention.add_to(src, attn_weights[0:1], over=True)
+        src = self.nonlin_attention.add_to(src, self._first_head(attn_weights), over=True)
         src = self.self_attn1.add_to(src, attn_weights, over=True)
         src = self.conv_module1.add_to(src, padding, chunk_size, over=True)
         src = self.feed_forward2.add_to(src, over=True)

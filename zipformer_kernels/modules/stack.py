@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.module import Module
+from zipformer_kernels.modules.attention import given_mask
 from zipformer_kernels.modules.bypass import BypassModule
 from zipformer_kernels.modules.inference import hooked, only_computes
+from zipformer_kernels.modules.layer import ZipformerEncoderLayer
 from zipformer_kernels.modules.positional import CompactRelPositionalEncoding
 from zipformer_kernels.modules.resample import SimpleDownsample, SimpleUpsample
 from zipformer_kernels.ops.attention import ChunkMask, downsample_mask
@@ -92,7 +94,7 @@ class ZipformerEncoder(Module):
                 output,
                 pos_emb,
                 chunk_size=chunk_size,
-                attn_mask=attn_mask,
+                attn_mask=given_mask(attn_mask, src, layer, ZipformerEncoderLayer),
                 src_key_padding_mask=src_key_padding_mask,
             )
             if masked:
@@ -170,11 +172,12 @@ class DownsampledZipformerEncoder(Module):
         `feature_mask` broadcasts over time and `src_key_padding_mask` is already at the lower rate.
         """
         ds = self.downsample_factor
+        output = self.downsample(src)
         output = self.encoder(
-            self.downsample(src),
+            output,
             chunk_size=chunk_size // ds,  # -1 stays -1
             feature_mask=feature_mask,
-            attn_mask=downsample_mask(attn_mask, ds),
+            attn_mask=given_mask(downsample_mask(attn_mask, ds), output, self.encoder, ZipformerEncoder),
             src_key_padding_mask=src_key_padding_mask,
         )
         return self._combine(src, output)

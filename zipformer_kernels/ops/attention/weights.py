@@ -191,8 +191,25 @@ class AttentionWeights:
         dense = lambda x: x.materialize() if isinstance(x, AttentionWeights) else x  # noqa: E731
         return function(*map(dense, args), **{name: dense(x) for name, x in (kwargs or {}).items()})
 
+    def __getattr__(self, name: str) -> Any:
+        """What W has and a handle has not, such as ``clone``, for code that was written for a tensor."""
+        if name.startswith("__") or not hasattr(Tensor, name):
+            raise AttributeError(f"AttentionWeights has no attribute {name!r}")
+        return getattr(self.materialize(), name)
+
     def __repr__(self) -> str:
         return f"AttentionWeights(shape={tuple(self.shape)}, dtype={self.dtype}, backend={self.backend!r})"
+
+
+def _of_tensor(name: str) -> Any:
+    def operator(self: AttentionWeights, *args: Any) -> Any:
+        return getattr(self.materialize(), name)(*args)
+
+    return operator
+
+
+for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "gt", "ge", "lt", "le"):
+    setattr(AttentionWeights, f"__{_name}__", _of_tensor(f"__{_name}__"))
 
 
 def _slice_heads(pieces: tuple[Piece, ...], heads: slice) -> tuple[Piece, ...]:

@@ -1,0 +1,108 @@
+"""Which class of ours a module can become: by what its methods do, then by what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from zipformer_kernels.convert.digest import Digests
+from zipformer_kernels.convert.known import KNOWN, Version
+from zipformer_kernels.convert.rows import ROWS, Row, attributes, listed
+
+# Names under which upstream's classes are found beside our own.
+ALIASES = {
+    "Zipformer2": "Zipformer",
+    "Zipformer2Encoder": "ZipformerEncoder",
+    "DownsampledZipformer2Encoder": "DownsampledZipformerEncoder",
+    "Zipformer2EncoderLayer": "ZipformerEncoderLayer",
+}
+OURS = tuple(type(row.example) for row in ROWS.values() if type(row.example) is not nn.Identity)
+
+
+@dataclass(frozen=True, eq=False)
+class Match:
+    """What a module is.
+
+    Attributes:
+        name: of the row; the name of the class that it becomes.
+        reason: why it is kept nevertheless, or None.
+        settings: attributes that the version it has of this class needs.
+    """
+
+    name: str
+    reason: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def row(self) -> Row:
+        return ROWS[self.name]
+
+
+def recognise(module: nn.Module, trust: Collection[str | type], digests: Digests) -> Match | None:
+    """The row of a module, or None for one that is ours already or has nothing to do with upstream.
+
+    Args:
+        module: any module.
+        trust: classes, or their names, that do what upstream's class of their name or with their attributes does.
+        digests: of the classes that were looked at before.
+    """
+    if isinstance(module, OURS) or type(module).__module__.partition(".")[0] == "torch":
+        return None
+    looks = _looks_like(module)
+    if not looks:
+        return None
+    patched = ROWS[looks[0]].patched(module)
+    if patched:
+        return Match(looks[0], patched)
+    found = digests.of(module)
+    reasons = []
+    for name in KNOWN:
+        versions = _versions(name, found)
+        if versions is not None:
+            settings = {key: value for version in versions for key, value in version.settings.items()}
+            reason = next((r for version in versions if (r := version.refuses(module)) is not None), None)
+            reason = reason or ROWS[name].mismatch(module)
+            if reason is None:
+                return Match(name, None, settings)
+            reasons.append(Match(name, reason))
+    if reasons:
+        return reasons[0]
+    name = looks[0]
+    if type(module) in trust or type(module).__name__ in trust:
+        return Match(name, ROWS[name].mismatch(module))
+    return Match(name, _unknown(module, name, found))
+
+
+def _looks_like(module: nn.Module) -> list[str]:
+    """The rows whose name the class or one of its bases bears, or else those whose attributes the module has."""
+    names = [ALIASES.get(base.__name__, base.__name__) for base in type(module).__mro__]
+    named = [name for name in names if name in ROWS]
+    if named:
+        return named
+    held = attributes(module)
+    alike = [name for name, row in ROWS.items() if len(row.attributes) > 2 and row.attributes - row.adds.keys() <= held]
+    return sorted(alike, key=lambda name: -len(ROWS[name].attributes))
+
+
+def _versions(name: str, found: dict[str, str | None]) -> list[Version] | None:
+    """The versions of the methods that were found, or None where one of them is none of this class."""
+    known = KNOWN[name]
+    main = next(iter(known)) if "forward" not in known else "forward"
+    if main not in found or any(digest not in known.get(method, ()) for method, digest in found.items()):
+        return None
+    versions = [known[method][digest] for method, digest in found.items()]
+    return versions if all(need in found for version in versions for need in version.needs) else None
+
+
+def _unknown(module: nn.Module, name: str, found: dict[str, str | None]) -> str:
+    known, cls = KNOWN[name], type(module).__name__
+    odd = [method for method, digest in found.items() if digest not in known.get(method, ())]
+    new = [method for method in odd if method not in known]
+    changed = [method for method in odd if method in known]
+    if new and not changed:
+        return f"it has {listed(new)}, which ours has not"
+    what = listed(changed) or "forward"
+    return f"its {what} is none of the known versions of {name}; if it does the same, pass trust=[{cls!r}]"
