@@ -13,20 +13,18 @@ from zipformer_kernels.ops.nonlin_attention import nonlin_attention
 from zipformer_kernels.ops.swoosh import swoosh_l, swoosh_r
 from zipformer_kernels.ops.swoosh_linear import swoosh_linear
 from zipformer_kernels.optim import Eden, Eden2, ScaledAdam
-from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten
+from zipformer_kernels.scaling import *  # noqa: F403
+from zipformer_kernels.scaling import __all__ as _scaling
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttentionWeights",
     "BackendError",
-    "Balancer",
     "ChunkMask",
     "Eden",
     "Eden2",
     "ScaledAdam",
-    "ScheduledFloat",
-    "Whiten",
     "Zipformer",
     "Zipformer2",
     "bias_norm",
@@ -40,5 +38,5 @@ __all__ = [
     "swoosh_linear",
     "swoosh_r",
     "use_backend",
-    *_modules,
+    *sorted({*_modules, *_scaling}),
 ]

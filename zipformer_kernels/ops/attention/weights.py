@@ -184,7 +184,7 @@ class AttentionWeights:
         if self._penalty[0] != 0.0:
             raw = penalized(raw, *self._penalty)
         mask = reference.forbidden(self.shape[1:], *self.masks, self.device)
-        return _softmax(raw if mask is None else raw.masked_fill(mask, reference.MASKED_SCORE))
+        return softmax(raw if mask is None else raw.masked_fill(mask, reference.MASKED_SCORE), dim=-1)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -230,9 +230,10 @@ def penalized(scores: Tensor, penalty: float, limit: float) -> Tensor:
     return gradient_hook(scores, lambda grad, over: torch.add(grad, over, alpha=penalty), over)
 
 
-def _softmax(scores: Tensor) -> Tensor:
-    weights = scores.softmax(dim=-1)
-    return weights.to(autocast_dtype(scores) or weights.dtype)
+def softmax(x: Tensor, dim: int) -> Tensor:
+    """The softmax along a dimension; under autocast in the autocast dtype, as upstream's."""
+    y = x.softmax(dim)
+    return y.to(autocast_dtype(x) or y.dtype)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
