@@ -6,10 +6,11 @@ import sys
 
 import pytest
 import torch
+import upstream
 from test_encoder_upstream import CONFIG
 from torch import nn
 
-from zipformer_kernels import Zipformer, Zipformer2
+from zipformer_kernels import Zipformer, Zipformer2, convert
 
 INTERFACE = """
 from torch import nn
@@ -44,6 +45,15 @@ def test_an_encoder_is_an_instance(recipe):
     x, lengths = torch.randn(9, 1, CONFIG["encoder_dim"][0]), torch.tensor([9])
     y, _ = before(x, lengths)
     assert y.shape == (5, 1, max(CONFIG["encoder_dim"]))
+
+
+def test_a_converted_encoder_is_an_instance(recipe):
+    encoder = upstream.zipformer.Zipformer(**CONFIG)
+    convert(encoder)
+    from encoder_interface import EncoderInterface
+
+    assert type(encoder) is Zipformer
+    assert isinstance(encoder, EncoderInterface)
 
 
 def test_a_subclass_may_name_the_interface_itself(recipe):

@@ -12,7 +12,7 @@ from test_encoder_upstream import CONFIG, batch
 from torch import nn
 
 import zipformer_kernels
-from zipformer_kernels import scaling
+from zipformer_kernels import optim, scaling
 
 # What the files of icefall's ASR/zipformer, its tests among them, import from scaling.
 IMPORTED = [
@@ -90,3 +90,8 @@ def test_softmax(dim):
     assert_same_run(Softmax(scaling.softmax), Softmax(upstream.scaling.softmax), [x])
     with torch.autocast("cpu", torch.bfloat16):
         assert scaling.softmax(torch.randn(5, 7), dim).dtype == torch.bfloat16
+
+
+def test_schedules_have_the_base_that_training_scripts_name():
+    assert issubclass(optim.Eden, optim.LRScheduler)
+    assert issubclass(optim.Eden2, optim.LRScheduler)

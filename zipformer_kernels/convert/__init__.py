@@ -19,6 +19,7 @@ from zipformer_kernels.convert.digest import Digests
 from zipformer_kernels.convert.recognise import ALIASES, Match, recognise
 from zipformer_kernels.convert.report import Report
 from zipformer_kernels.convert.rows import ROWS, listed
+from zipformer_kernels.encoder import Zipformer, join_interface
 
 __all__ = ["Report", "convert", "revert"]
 
@@ -160,6 +161,8 @@ def _changes(module: nn.Module, match: Match) -> dict[str, Any]:
 def _change(module: nn.Module, cls: type[nn.Module], attributes: dict[str, Any]) -> None:
     """Gives a module another class and other plain attributes; MISSING stands for none."""
     module.__class__ = cls
+    if cls is Zipformer:
+        join_interface(module)
     for name, value in attributes.items():
         if value is MISSING:
             vars(module).pop(name, None)

@@ -1,5 +1,7 @@
 """The optimizer and the learning-rate schedules that Zipformer recipes train with."""
 
+from torch.optim.lr_scheduler import LRScheduler  # icefall's train.py names it as the base of Eden
+
 from zipformer_kernels.optim.averaging import average_model, update_averaged_model
 from zipformer_kernels.optim.checkpoint import load_upstream_state_dict, upstream_state_dict
 from zipformer_kernels.optim.diagnostics import GroupDiagnostics, PendingDiagnostics
@@ -10,6 +12,7 @@ __all__ = [
     "Eden",
     "Eden2",
     "GroupDiagnostics",
+    "LRScheduler",
     "PendingDiagnostics",
     "ScaledAdam",
     "average_model",

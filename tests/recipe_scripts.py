@@ -1,0 +1,107 @@
+"""icefall's own scripts on our modules in place of the recipe's: what a user gets who replaces imports."""
+
+import contextlib
+import importlib
+import os
+import sys
+import tempfile
+
+import recipes
+import torch
+from tolerances import PARITY, assert_parity
+
+import zipformer_kernels
+from zipformer_kernels import convert, optim, scaling
+
+FOLDER = "egs/librispeech/ASR/zipformer"
+CAUSAL = {"causal": True, "chunk_size": "16", "left_context_frames": "64"}
+OURS = {"scaling": scaling, "subsampling": zipformer_kernels, "zipformer": zipformer_kernels, "optim": optim}
+
+
+@contextlib.contextmanager
+def on_ours(recipe, **replaced):
+    """Within the block the recipe's files import ours in place of the modules named, in a folder they may write to."""
+    before = os.getcwd()
+    with recipes.importing(recipe.folder, recipe.checkout), tempfile.TemporaryDirectory() as folder:
+        sys.modules.update(replaced or OURS)
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)
+
+
+def parameters(train, **changes):
+    """What the recipe's train.py makes of its command line, for a very small model."""
+    tiny = recipes.TINY
+    args = train.get_parser().parse_args([])
+    for name in ("downsampling_factor", "encoder_dim", "num_encoder_layers", "encoder_unmasked_dim", "feedforward_dim"):
+        setattr(args, name, ",".join(map(str, tiny[name])))
+    args.cnn_module_kernel = ",".join(map(str, tiny["cnn_module_kernel"]))
+    for name in ("query_head_dim", "pos_head_dim", "value_head_dim", "num_heads"):
+        setattr(args, name, str(tiny[name]))
+    args.pos_dim = tiny["pos_dim"]
+    args.use_ctc, args.use_transducer = True, False
+    train.get_env_info = dict  # it would ask k2 for its version and git for the commit
+    params = train.get_params()
+    params.update(vars(args))
+    params.update({"vocab_size": 11, "blank_id": 0, **changes})
+    return params
+
+
+def own_tests(recipe):
+    """test_scaling.py and test_subsampling.py pass on ours."""
+    with on_ours(recipe):
+        for name in ("test_scaling", "test_subsampling"):
+            importlib.import_module(name).main()
+
+
+def model(recipe):
+    """train.py builds its model, which asserts that the encoder is an ``EncoderInterface``, and takes a step."""
+    with on_ours(recipe):
+        train = importlib.import_module("train")
+        built = train.get_model(parameters(train))
+        assert type(built.encoder) is zipformer_kernels.Zipformer
+        optimizer = train.ScaledAdam(
+            train.get_parameter_groups_with_lrs(built, lr=0.01, include_names=True), lr=0.01, clipping_scale=2.0
+        )
+        y, _ = built.forward_encoder(torch.randn(2, 60, 80), torch.tensor([60, 50]))
+        y.square().mean().backward()
+        optimizer.step()
+
+
+def converted(recipe):
+    """A converted encoder is an ``EncoderInterface`` still."""
+    with on_ours(recipe, scaling=importlib.import_module("zipformer_kernels.scaling")):
+        train = importlib.import_module("train")
+        params = parameters(train)
+        encoder = train.get_encoder_model(params)
+        convert(encoder)
+        assert isinstance(encoder, zipformer_kernels.Zipformer)
+        ctc_only = {"use_transducer": False, "use_ctc": True, "encoder_dim": max(recipes.TINY["encoder_dim"])}
+        train.AsrModel(encoder_embed=train.get_encoder_embed(params), encoder=encoder, **ctc_only)
+
+
+def export(recipe):
+    """export.py's encoders, which pass padding masks of int32, agree with those around the recipe's own modules."""
+    outputs = {}
+    for side, replaced in (("theirs", {"optim": optim}), ("ours", OURS)):
+        with on_ours(recipe, **replaced):
+            train, script = importlib.import_module("train"), importlib.import_module("export")
+            offline, causal = (train.get_model(parameters(train, **kind)).eval() for kind in ({}, CAUSAL))
+            for built in (offline, causal):
+                torch.manual_seed(0)
+                for parameter in built.parameters():
+                    parameter.data = 0.1 * torch.randn_like(parameter)
+            torch.manual_seed(1)
+            x, chunk = torch.randn(2, 60, 80), torch.randn(1, 45, 80)
+            stream = script.StreamingEncoderModel(causal.encoder, causal.encoder_embed)
+            with torch.no_grad():
+                whole, _ = script.EncoderModel(offline.encoder, offline.encoder_embed)(x, torch.tensor([60, 50]))
+                part, *_ = stream(chunk, torch.tensor([45]), stream.get_init_states(1))
+            outputs[side] = {"offline": whole, "stream": part}
+    for name, expected in outputs["theirs"].items():
+        assert_parity(outputs["ours"][name], expected, PARITY[torch.float32], name)
+
+
+SCRIPTS = {"its own tests": own_tests, "train.py, model.py": model, "converted": converted, "export.py": export}
