@@ -1,14 +1,19 @@
 """Selection of a backend: who is asked first, what an impossible choice raises, and what is explained."""
 
+import asyncio
+import itertools
 import os
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from zipformer_kernels import backend, explain, ops, swoosh_l, use_backend
 from zipformer_kernels.backend import BackendError
+from zipformer_kernels.library import gradient_hook
 
 X = torch.zeros(4)
 needs_cpu = pytest.mark.skipif(backend.missing["cpu"] is not None, reason=str(backend.missing["cpu"]))
@@ -132,3 +137,97 @@ print(zk.explain("swoosh"))
     assert float(value) == float(swoosh_l(torch.zeros(1), backend="eager"))
     assert chosen == "swoosh: runs on 'eager' (asked for: 'auto')"
     assert sum("the compiled module was not built" in line for line in reasons) == 2
+
+
+# ---- whose choice it is ----
+
+
+def in_thread(function):
+    """The result of a function that runs in a thread of its own."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+def test_a_choice_belongs_to_its_thread():
+    both_inside, done = threading.Barrier(2), threading.Event()
+
+    def other():
+        with use_backend("cpu,eager"):
+            both_inside.wait(10)
+            assert done.wait(10)
+            return backend.requested()
+
+    with ThreadPoolExecutor(1) as pool:
+        with use_backend("eager"):
+            assert in_thread(backend.requested) == backend._default
+            result = pool.submit(other)
+            both_inside.wait(10)
+            assert backend.requested() == "eager"
+        assert backend.requested() == backend._default  # the block that began first ends first
+        done.set()
+        assert result.result() == "cpu,eager"
+    assert backend.requested() == backend._default
+    assert backend._latest is None
+
+
+@pytest.mark.parametrize("order", itertools.permutations(range(3)))
+def test_blocks_end_in_any_order(order):
+    names = ["eager", "cpu", "auto"]
+    blocks = [use_backend(name) for name in names]
+    for block in blocks:
+        block.__enter__()
+    inside = dict(enumerate(names))
+    for i in order:
+        assert backend.requested() == inside[max(inside)]
+        blocks[i].__exit__(None, None, None)
+        del inside[i]
+    assert backend.requested() == backend._default
+
+
+def test_generators():
+    def chosen(name):
+        with use_backend(name):
+            yield backend.requested()
+
+    first, second = chosen("eager"), chosen("cpu")
+    assert (next(first), next(second)) == ("eager", "cpu")
+    first.close()
+    assert backend.requested() == "cpu"
+    in_thread(second.close)  # where the block did not begin
+    assert backend.requested() == backend._default
+    assert backend._latest is None
+
+
+def test_tasks_of_asyncio():
+    async def task(name, rounds):
+        with use_backend(name):
+            for _ in range(rounds):
+                await asyncio.sleep(0)
+                assert backend.requested() == name
+        return backend.requested()
+
+    async def both():
+        with use_backend("auto"):
+            return await asyncio.gather(task("eager", 3), task("cpu", 5), task("cpu,eager", 1))
+
+    assert asyncio.run(both()) == ["auto"] * 3
+    assert backend.requested() == backend._default
+
+
+def test_a_backward_pass_keeps_the_choice_of_its_forward():
+    seen = []
+
+    def note(grad):
+        seen.append(backend.requested())
+        return grad
+
+    x = torch.randn(3, requires_grad=True)
+    with use_backend("eager"):
+        y = gradient_hook(x, note)
+    in_thread(y.sum().backward)
+    with use_backend("eager"):
+        gradient_hook(x, note).sum().backward()
+    z = gradient_hook(x, note).sum()
+    with use_backend("eager"):
+        z.backward()
+    assert seen == ["eager", "eager", backend._default]

@@ -17,11 +17,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch  # before the compiled module, so that both use one OpenMP runtime
+from torch.compiler import is_compiling
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
@@ -39,32 +43,71 @@ def check_request(request: str) -> str:
     return request
 
 
-_requested = check_request(os.environ.get("ZIPFORMER_KERNELS_BACKEND", "auto"))
+@dataclass(eq=False)
+class _Choice:
+    """One ``with use_backend(request):`` that is not over."""
+
+    request: str
+    holds: bool = True
+
+
+_default = check_request(os.environ.get("ZIPFORMER_KERNELS_BACKEND", "auto"))
+_choices: ContextVar[tuple[_Choice, ...]] = ContextVar("choices of backends, the innermost last", default=())
+
+_lock = threading.Lock()
+_count = 0  # choices that hold, in all contexts
+_latest: str | None = None  # what the context asks for that entered or left a block last; None while there is no block
 
 
 @contextmanager
 def use_backend(request: str) -> Iterator[None]:
     """Within the block every op runs on the backend asked for, or raises `BackendError` where it cannot.
 
-    The choice holds for the whole process, not for one thread. A backward pass keeps the backend of its forward.
+    The choice belongs to the context (`contextvars`): to this thread, or to this asyncio task and those that it starts.
+    A block that ends takes its own choice away, whichever began last. A backward pass keeps the backend of its forward.
+    Only torch.compile, which cannot see contexts, goes by the block that was entered or left last in any of them.
 
     Args:
         request: ``eager``, ``cpu``, ``triton``, ``cuda``, several of them separated by commas, or ``auto``.
     Raises:
         ValueError: `request` names something else.
     """
-    global _requested
-    previous = _requested
-    _requested = check_request(request)
+    choice = _Choice(check_request(request))
+    token = _choices.set((*_choices.get(), choice))
+    _note(1)
     try:
         yield
     finally:
-        _requested = previous
+        left = tuple(other for other in _choices.get() if other is not choice)
+        try:
+            _choices.reset(token)
+        except ValueError:  # a generator is closed in another context than it began in, which still has the choice
+            choice.holds = False
+        else:
+            _choices.set(left)
+        _note(-1)
+
+
+def _note(change: int) -> None:
+    """Keeps what torch.compile sees up to date where the number of choices changes."""
+    global _count, _latest
+    with _lock:
+        _count += change
+        _latest = _innermost() if _count > 0 else None
+
+
+def _innermost() -> str:
+    """What the surrounding context asks for."""
+    return next((choice.request for choice in reversed(_choices.get()) if choice.holds), _default)
 
 
 def requested(argument: str | None = None) -> str:
     """What a call asks for: `argument` if given, else the surrounding choice; ``auto``, or names and commas."""
-    return _requested if argument is None else check_request(argument)
+    if argument is not None:
+        return check_request(argument)
+    if _latest is None:  # as nearly always: nobody has chosen
+        return _default
+    return _latest if is_compiling() else _innermost()
 
 
 TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"

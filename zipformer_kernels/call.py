@@ -28,8 +28,10 @@ WATCHERS = {
 LOWEST = 1 << 32
 """No heap of a process of 64 bits, or hardly any, has an address below this: one that does is looked into."""
 
-_CLASSES = frozenset({Tensor, nn.Parameter})
-_CLASSES_OR_NONE = _CLASSES | {type(None)}
+PLAIN = frozenset({Tensor, nn.Parameter})
+"""The classes of tensors whose numbers stand in memory as torch's own do; subclasses may hold them otherwise."""
+
+_PLAIN_OR_NONE = PLAIN | {type(None)}
 
 # Unbound, so that `map` calls them without a step of the interpreter for each tensor.
 _address, _is_negated, _is_on_cpu, _device = Tensor.data_ptr, Tensor.is_neg, attrgetter("is_cpu"), attrgetter("device")
@@ -63,6 +65,18 @@ def _wants_to_see_functions() -> bool:
     return any(type(mode) is not DeviceContext for mode in stack)
 
 
+def barred(tensors: Sequence[Tensor | None], watched_by: str | None) -> str | None:
+    """Why no kernel may serve a call, whatever it takes, so that the reference must; or None.
+
+    Exporters and torch.compile bar none: they record operators.
+
+    Args:
+        tensors: those of the call.
+        watched_by: as `watcher` has it.
+    """
+    return unreadable(tensors) if watched_by is None else WATCHERS.get(watched_by)
+
+
 def plain(*tensors: Tensor | None) -> bool:
     """Whether nobody looks on and kernels may read the memory of all these tensors; see `unreadable`.
 
@@ -77,7 +91,7 @@ def unreadable(tensors: Sequence[Tensor | None]) -> str | None:
     They may where each tensor is None, or exactly a `torch.Tensor` or `torch.nn.Parameter`, strided, with memory of its
     own in which its numbers stand as they are (not those of their negatives), and all are on one device.
     """
-    if _CLASSES_OR_NONE.issuperset(map(type, tensors)):
+    if _PLAIN_OR_NONE.issuperset(map(type, tensors)):
         given = [x for x in tensors if x is not None]
         try:
             as_they_are = min(map(_address, given), default=LOWEST) >= LOWEST and not any(map(_is_negated, given))
@@ -100,7 +114,7 @@ def unreadable(tensors: Sequence[Tensor | None]) -> str | None:
 
 def _why(x: Tensor) -> str | None:
     """Why kernels must not read the memory of x."""
-    if type(x) not in _CLASSES:
+    if type(x) not in PLAIN:
         return f"a {type(x).__module__}.{type(x).__qualname__}"
     if x.layout is not torch.strided or x.is_nested:
         return f"a nested tensor or one of layout {x.layout}"

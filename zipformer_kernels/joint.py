@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import watcher
+from zipformer_kernels.call import plain, unreadable
 
 
 def side_by_side(*parts: Tensor | None) -> Tensor | None:
@@ -21,7 +21,7 @@ def side_by_side(*parts: Tensor | None) -> Tensor | None:
         parts: (T, batch, ...), whose further dimensions lie next to each other in memory.
     """
     first = parts[0]
-    if any(x is None or x.numel() == 0 for x in parts):
+    if any(x is None or x.numel() == 0 for x in parts) or unreadable(parts) is not None:
         return None
     frames, batch = first.shape[:2]
     widths = [x.shape[2:].numel() for x in parts]
@@ -70,7 +70,7 @@ class _Split(torch.autograd.Function):
 
 def split(x: Tensor, widths: Sequence[int]) -> tuple[Tensor, ...]:
     """``x.split(widths, dim=2)`` of x, (T, batch, channels); gradients side by side are not copied together."""
-    if watcher() is not None or not (torch.is_grad_enabled() and x.requires_grad):
+    if not (torch.is_grad_enabled() and x.requires_grad) or not plain(x):
         return x.split(list(widths), dim=2)
     return _Split.apply(x, list(widths))
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels import backend
+from zipformer_kernels.call import LOWEST, PLAIN, unreadable
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 """Dtypes as `csrc/common/dtypes.h` numbers them."""
@@ -29,27 +30,38 @@ def few_rows(x: Tensor) -> bool:
 
 def unsupported_dtype(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:
     """Why kernels for `dtypes` cannot take x, or None if they can."""
-    if x.dtype in dtypes:
-        return None
-    return f"it takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {x.dtype}"
+    return None if x.dtype in dtypes else _refused(x.dtype, dtypes)
+
+
+def _refused(dtype: torch.dtype, dtypes: tuple[torch.dtype, ...]) -> str:
+    return f"it takes {', '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {dtype}"
 
 
 def unsupported_dtypes(tensors: Iterable[Tensor | None], dtypes: tuple[torch.dtype, ...]) -> str | None:
-    """Why kernels that take tensors of one of `dtypes` cannot take these, or None if they can; None stands for none."""
-    first = None
-    for x in tensors:
-        if x is None:
-            continue
-        if first is None:
-            first = x
-        elif x.dtype != first.dtype:
-            return f"it takes tensors of one dtype, got {first.dtype} and {x.dtype}"
-    return unsupported_dtype(first, dtypes)
+    """Why kernels that take tensors of one of `dtypes` cannot take these, or None if they can; masks go with any."""
+    found = {x.dtype for x in tensors if x is not None}
+    found.discard(torch.bool)
+    if len(found) > 1:
+        return f"it takes tensors of one dtype, got {' and '.join(sorted(map(str, found)))}"
+    return None if found.issubset(dtypes) else _refused(*found, dtypes)
 
 
 def pointer(x: Tensor | None) -> int:
-    """The address of a tensor, 0 for none."""
-    return 0 if x is None else x.data_ptr()
+    """The address of a tensor, 0 for none: the only way in which one gets to a kernel.
+
+    Whether a call's tensors can be read is asked before; here they come last.
+
+    Raises:
+        TypeError: x has no memory to read.
+    """
+    if x is None:
+        return 0
+    address = x.data_ptr() if type(x) in PLAIN else 0
+    if address < LOWEST:
+        reason = unreadable((x,))
+        if reason is not None:
+            raise TypeError(f"a kernel cannot take a tensor: {reason}")
+    return address
 
 
 def contiguous(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from zipformer_kernels import backend as backends
-from zipformer_kernels.call import WATCHERS, unreadable, watcher, without_autocast
+from zipformer_kernels.call import barred, plain, watcher, without_autocast
 from zipformer_kernels.launch import like
 
 _LIBRARY = torch.library.Library("zipformer_kernels", "FRAGMENT")
@@ -101,31 +102,25 @@ class Op:
 
     def unsupported(self, name: str, *args: Any) -> str | None:
         """Why backend `name` cannot serve a call with these arguments, or None if it can."""
-        return self._unsupported(name, self._barred(watcher(), args), args)
+        return self._unsupported(name, barred(self._tensors(args), watcher()), args)
 
-    def _barred(self, watched_by: str | None, args: tuple[Any, ...]) -> str | None:
-        """Why no kernel may serve a call, whatever it takes, so that the reference must; or None."""
-        if watched_by is None:
-            return unreadable([args[i] for i in self.tensors])
-        return WATCHERS.get(watched_by)
-
-    def _unsupported(self, name: str, barred: str | None, args: tuple[Any, ...]) -> str | None:
+    def _unsupported(self, name: str, bar: str | None, args: tuple[Any, ...]) -> str | None:
         if name not in self.backends:
             return backends.missing[name] or f"{self.name} has no {name} kernels"
-        if barred is not None and name != "eager":
-            return barred
+        if bar is not None and name != "eager":
+            return bar
         device = args[self.tensors[0]].device.type
         return backends.unserved_device(name, device) or self.backends[name].supports(*args)
 
     def select(self, backend: str | None, *args: Any) -> str:
         """The name of the backend that a call with these arguments gets. Raises `BackendError`."""
         watched_by = watcher()
-        return self._select(backend, watched_by, self._barred(watched_by, args), args)
+        return self._select(backend, watched_by, barred(self._tensors(args), watched_by), args)
 
-    def _select(self, backend: str | None, watched_by: str | None, barred: str | None, args: tuple[Any, ...]) -> str:
+    def _select(self, backend: str | None, watched_by: str | None, bar: str | None, args: tuple[Any, ...]) -> str:
         request = backends.requested(backend)
         if request == "auto":
-            if barred is not None or watched_by == "export":  # what is exported must not need this package
+            if bar is not None or watched_by == "export":  # what is exported must not need this package
                 return "eager"
             for name in backends.serving.get(args[self.tensors[0]].device.type, ()):
                 launchers = self.backends.get(name)
@@ -134,7 +129,7 @@ class Op:
             return "eager"
         reasons = []
         for name in request.split(","):
-            reason = self._unsupported(name, barred, args)
+            reason = self._unsupported(name, bar, args)
             if reason is None:
                 return name
             reasons.append(f"backend {name!r} cannot serve this call: {reason}")
@@ -153,9 +148,9 @@ class Op:
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Runs the op. Arguments as in its schema."""
         watched_by = watcher()
-        barred = self._barred(watched_by, args)
-        name = self._select(backend, watched_by, barred, args)
-        if name == "eager" and (watched_by or barred):
+        bar = barred(self._tensors(args), watched_by)
+        name = self._select(backend, watched_by, bar, args)
+        if name == "eager" and (watched_by is not None or bar is not None):
             return self.reference(*args)
         if watched_by is not None:
             results = getattr(torch.ops.zipformer_kernels, self.name)(*args, name)
@@ -164,6 +159,9 @@ class Op:
         if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.tensors):
             return _Function.apply(self, launchers, *args)
         return self._results(without_autocast(launchers.forward, *args))
+
+    def _tensors(self, args: Sequence[Any]) -> list[Tensor | None]:
+        return [args[i] for i in self.tensors]
 
     def _results(self, results: tuple[Tensor, ...]) -> Any:
         return results[0] if self.outputs == 1 else tuple(results[: self.outputs])
@@ -285,6 +283,47 @@ def _one_or_all(results: tuple[Tensor, ...]) -> Any:
     return results[0] if len(results) == 1 else results
 
 
+def keep(ctx: Any, *tensors: Tensor | None) -> None:
+    """Saves tensors for the backward pass of a Function that hands them to kernels; `kept_tensors` returns them."""
+    ctx.save_for_backward(*tensors)
+    ctx.forms = [None if x is None else (x.shape, x.device, x.dtype) for x in tensors]
+
+
+def kept_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
+    """The tensors that `keep` saved, on the device and in the dtype in which they were.
+
+    Hooks on saved tensors (`torch.autograd.graph.saved_tensors_hooks`) may put others in their place.
+
+    Raises:
+        ValueError: a hook returned another shape.
+    """
+    tensors = []
+    for x, form in zip(ctx.saved_tensors, ctx.forms, strict=True):
+        if x is not None and x.shape != form[0]:
+            raise ValueError(f"a hook on saved tensors must return shape {tuple(form[0])}, got {tuple(x.shape)}")
+        tensors.append(x if x is None else x.to(*form[1:]))
+    return tuple(tensors)
+
+
+def reference_gradients(
+    reference: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
+) -> list[Tensor | None]:
+    """Gradients of the inputs of a Function by autograd of a reference, themselves differentiable in grad mode.
+
+    Args:
+        reference: ``(*inputs)`` -> what the Function returned.
+        inputs: as it saved them.
+        needs: which gradients are wanted; None stands for the others.
+        grad: of what it returned.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        out = reference(*inputs)
+    wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph))
+    return [next(found) if need else None for need in needs]
+
+
 class _Function(torch.autograd.Function):
     """Forward and backward of one call of an `Op` on one backend, outside of tracing."""
 
@@ -292,16 +331,19 @@ class _Function(torch.autograd.Function):
     def forward(ctx: Any, op: Op, launchers: Launchers, *args: Any) -> Any:
         results = without_autocast(launchers.forward, *args)
         ctx.op, ctx.launchers, ctx.values = op, launchers, op._values(args)
-        ctx.save_for_backward(*op._keep(args, results))
+        keep(ctx, *op._keep(args, results))
         return op._results(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        op, kept = ctx.op, ctx.saved_tensors
+        op, kept = ctx.op, kept_tensors(ctx)
         needs = tuple(ctx.needs_input_grad[2 + i] for i in op.tensors)
         saved, args = kept[len(op.saved) :], op._arguments(kept, ctx.values)
         # With create_graph=True gradients are differentiated in turn: the kernels' cannot be, the reference's can.
-        launch = op._reference_backward if torch.is_grad_enabled() else ctx.launchers.backward
+        if torch.is_grad_enabled():
+            launch = op._reference_backward
+        else:
+            launch = (ctx.launchers if plain(*grads, *kept) else op.backends["eager"]).backward
         return None, None, *op._spread(without_autocast(launch, needs, grads, saved, *args))
 
 
@@ -315,6 +357,12 @@ class _GradientHook(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return without_autocast(ctx.function, grad, *ctx.saved_tensors), None, *(None,) * ctx.count
+
+
+def _as_asked(request: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
+    """The function's result with the choice of backends of its forward pass, whichever thread runs it."""
+    with backends.use_backend(request):
+        return function(*args)
 
 
 def gradient_hook(x: Tensor, function: Callable[..., Tensor], *saved: Tensor) -> Tensor:
@@ -338,4 +386,6 @@ def gradient_hook(x: Tensor, function: Callable[..., Tensor], *saved: Tensor) ->
         )
     if torch.compiler.is_compiling():  # the compiler takes no tensor twice
         saved = tuple(tensor.detach() for tensor in saved)
+    else:
+        function = partial(_as_asked, backends.requested(), function)
     return _GradientHook.apply(x, function, *saved)

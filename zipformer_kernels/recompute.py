@@ -4,13 +4,16 @@ in cache."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.call import without_autocast
+from zipformer_kernels.backend import requested, use_backend
+from zipformer_kernels.call import plain, without_autocast
+from zipformer_kernels.library import keep, kept_tensors, reference_gradients
 
 
 class Activation(Protocol):
@@ -40,8 +43,8 @@ class _PointwiseBranch(torch.autograd.Function):
         weight2: Tensor,
         bias2: Tensor,
     ) -> Tensor:
-        ctx.activation, ctx.rows, ctx.kept = activation, rows, kept
-        ctx.save_for_backward(x, weight1, bias1, weight2, bias2)
+        ctx.activation, ctx.rows, ctx.kept, ctx.request = activation, rows, kept, requested()
+        keep(ctx, x, weight1, bias1, weight2, bias2)
         y = torch.empty_like(src, memory_format=torch.contiguous_format)
         for sequence, part in _parts(x, rows):
             a = activation.forward(x[sequence, part] @ weight1.t(), bias1)
@@ -54,27 +57,29 @@ class _PointwiseBranch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[4:]
-        if torch.is_grad_enabled():  # create_graph=True: what the parts save would all be kept
-            found = iter(_differentiable(ctx, grad, needs))
-            gradients = [next(found) if need else None for need in needs]
-        else:
-            gradients = without_autocast(_gradients, ctx, grad.contiguous(), needs)
+        needs, tensors = ctx.needs_input_grad[4:], kept_tensors(ctx)
+        with use_backend(ctx.request):
+            gradients = _PointwiseBranch._gradients(ctx, grad, needs, tensors)
         return None, None, None, grad, *gradients
 
-
-def _differentiable(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> tuple[Tensor, ...]:
-    """The gradients that are needed, by autograd of all rows at once."""
-    x, weight1, bias1, weight2, bias2 = tensors = ctx.saved_tensors
-    branch = F.linear(ctx.activation.reference(F.linear(x, weight1, bias1)), weight2, bias2)
-    wanted = [tensor for tensor, need in zip(tensors, needs, strict=True) if need]
-    keep = torch.tensor(ctx.kept, dtype=grad.dtype, device=grad.device).view(-1, 1, 1)
-    return torch.autograd.grad(branch, wanted, grad * keep, create_graph=True)
+    @staticmethod
+    def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool], tensors: Sequence[Tensor]) -> list[Tensor | None]:
+        if torch.is_grad_enabled() or not plain(grad, *tensors):  # create_graph=True: the parts would all be kept
+            kept = torch.tensor(ctx.kept, dtype=grad.dtype, device=grad.device).view(-1, 1, 1)
+            return reference_gradients(partial(_branch, ctx.activation), tensors, needs, grad * kept)
+        return without_autocast(_gradients, ctx, tensors, grad.contiguous(), needs)
 
 
-def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
+def _branch(
+    activation: Activation, x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor
+) -> Tensor:
+    """The branch of all rows at once, differentiable."""
+    return F.linear(activation.reference(F.linear(x, weight1, bias1)), weight2, bias2)
+
+
+def _gradients(ctx: Any, tensors: Sequence[Tensor], grad: Tensor, needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients of x and of the parameters; those of parameters are summed part by part, in order."""
-    x, weight1, bias1, weight2, _ = tensors = ctx.saved_tensors
+    x, weight1, bias1, weight2, _ = tensors
     sums = [torch.zeros_like(t) if need else None for t, need in zip(tensors[1:], needs[1:], strict=True)]
     dweight1, dbias1, dweight2, dbias2 = sums
     dx = torch.empty_like(x) if needs[0] else None

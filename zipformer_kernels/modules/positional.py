@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from zipformer_kernels.call import plain, watcher
 from zipformer_kernels.module import Module
 from zipformer_kernels.training import Dropout2, FloatLike
 from zipformer_kernels.training.randomness import being_traced
@@ -19,7 +20,8 @@ class CompactRelPositionalEncoding(Module):
     and then mapped into a finite interval by a(t) = atan(2 pi c(t) / (length_factor D)). Channels 2k and 2k +
     1 are cos((k + 1) a) and sin((k + 1) a); the last channel is 1 instead, for a bias. D is `embed_dim`.
 
-    The table is computed in float32 whatever the model's dtype, and cached.
+    The table is computed in float32 whatever the model's dtype, and cached, where it is plain: one that a
+    `FakeTensorMode` or another mode made is of use to its own call only.
 
     Args:
         embed_dim: D, even.
@@ -63,10 +65,11 @@ class CompactRelPositionalEncoding(Module):
 
     def _table(self, frames: int, device: torch.device) -> Tensor:
         """The encodings of offsets -(n - 1) to n - 1 for some n >= `frames`."""
-        if being_traced():
+        if being_traced() or watcher() is not None:
             return self._encode(frames, device)
-        if self.pe is None or self.pe.shape[0] < 2 * frames - 1 or self.pe.device != device:
-            self.pe = self._encode(max(frames, self.max_len), device)
+        if self.pe is None or self.pe.shape[0] < 2 * frames - 1 or self.pe.device != device or not plain(self.pe):
+            with torch.inference_mode(False), torch.no_grad():  # for whoever trains later, too
+                self.pe = self._encode(max(frames, self.max_len), device)
         return self.pe
 
     def _encode(self, frames: int, device: torch.device) -> Tensor:

@@ -143,7 +143,7 @@ def balanced_gradient(
         min_rms, max_rms: limits on the RMS.
         grad_scale: the RMS of the term that is added, relative to |grad|.
     """
-    if grad.dtype == x.dtype and balancer_native.serves(x, channel_dim):
+    if balancer_native.serves(x, channel_dim, grad):
         known = moments and (moments.variance, moments.mean)
         limits = min_mean, max_mean, min_rms, max_rms, grad_scale
         return balancer_native.gradient(

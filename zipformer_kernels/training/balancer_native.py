@@ -6,16 +6,21 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels import backend
-from zipformer_kernels.call import watcher
-from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, call_cpu, like
+from zipformer_kernels.call import plain
+from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, call_cpu, contiguous, like, pointer
 
 PARTS = 64  # groups of rows that are summed apart at most: so many that threads share them out evenly
 SHORTEST = 64  # rows of a group at least
 
 
-def serves(x: Tensor, channel_dim: int) -> bool:
-    """Whether the kernels can take x: on the CPU, dense, its channels next to each other, and nobody looks on."""
-    if x.device.type != "cpu" or x.dtype not in CPU_DTYPES or torch.is_grad_enabled() or watcher() is not None:
+def serves(x: Tensor, channel_dim: int, *others: Tensor) -> bool:
+    """Whether the kernels can take x: on the CPU, dense, its channels next to each other; and others of its dtype.
+
+    All must be plain, and nobody may look on.
+    """
+    if x.device.type != "cpu" or x.dtype not in CPU_DTYPES or torch.is_grad_enabled() or not plain(x, *others):
+        return False
+    if any(other.dtype != x.dtype for other in others):
         return False
     if backend.missing["cpu"] is not None or backend.requested().split(",")[0] not in ("auto", "cpu"):
         return False
@@ -31,7 +36,7 @@ def moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
     wide = torch.promote_types(x.dtype, torch.float32)
     mean, variance = (x.new_empty(channels, dtype=wide) for _ in range(2))
     partials = x.new_empty((parts, 2, channels), dtype=wide)
-    addresses = (t.data_ptr() for t in (x, mean, variance, partials))
+    addresses = map(pointer, (x, mean, variance, partials))
     call_cpu("balancer_moments", x, *addresses, rows, channels, parts, DTYPE_CODES[x.dtype])
     return variance, mean
 
@@ -48,7 +53,8 @@ def gradient(
         limits: min_mean, max_mean, min_rms, max_rms and grad_scale.
     """
     grad, out = like(grad, x), torch.empty_like(x)
-    addresses = (t.data_ptr() for t in (grad, x, mean.contiguous(), variance.contiguous(), out))
+    mean, variance = contiguous(mean, variance)  # kept here until the call is over
+    addresses = map(pointer, (grad, x, mean, variance, out))
     channels = x.shape[channel_dim]
     call_cpu("balancer_gradient", x, *addresses, limits, x.numel() // channels, channels, DTYPE_CODES[x.dtype])
     return out

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import autocast_dtype, without_autocast
+from zipformer_kernels.call import autocast_dtype, plain, without_autocast
+from zipformer_kernels.library import keep, kept_tensors, reference_gradients
 from zipformer_kernels.ops.attention import native, reference
 
 Use = tuple[Tensor, Tensor, Tensor]  # V_u, O_u, G_u: (frames, B, H, C)
@@ -37,7 +38,7 @@ class Piece:
     def serves(self, values: Tensor) -> bool:
         """Whether a use of the values leaves its part, rather than to multiply with the tensor."""
         same = self.w.dtype == values.dtype and autocast_dtype(values) in (None, values.dtype)
-        return same and self.uses is not None and torch.is_grad_enabled()
+        return same and self.uses is not None and torch.is_grad_enabled() and plain(values)
 
 
 @dataclass
@@ -67,15 +68,16 @@ class _Make(torch.autograd.Function):
         tensors, ctx.rest = args[:4], args[6:]
         weights = [native.make_weights(*native.of_heads(heads, *tensors), *args[4:])[0] for heads in groups]
         ctx.uses, ctx.groups = uses, groups
-        ctx.save_for_backward(*args[:6], *weights)
+        keep(ctx, *args[:6], *weights)
         ctx.set_materialize_grads(False)
         return tuple(weights)
 
     @staticmethod
     def backward(ctx: Any, *dweights: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: checkpointing computes them again
+        saved = kept_tensors(ctx)  # once: checkpointing computes them again
         tensors, weights = saved[:6], saved[6:]
         needs = ctx.needs_input_grad[2:6]
+        left = [uses.take() for uses in ctx.uses]
         if torch.is_grad_enabled():  # create_graph=True: uses have left nothing
             wanted = [x for x, need in zip(tensors, needs, strict=False) if need]
             w = reference.weights(*tensors, *ctx.rest)
@@ -83,10 +85,12 @@ class _Make(torch.autograd.Function):
             given = [dw for dw in dweights if dw is not None]
             found = iter(torch.autograd.grad(made, wanted, given, create_graph=True))
             gradients = [next(found) if need else None for need in needs]
-        else:
-            left = [uses.take() for uses in ctx.uses]
+        elif plain(*saved, *dweights):
             pieces = list(zip(ctx.groups, weights, dweights, left, strict=True))
             gradients = native.weights_gradients(needs, pieces, *tensors, *ctx.rest)
+        else:
+            dw = torch.cat([_dense_gradient(*piece) for piece in zip(weights, dweights, left, strict=True)])
+            gradients = reference.weights_backward(needs, (dw,), (torch.cat(weights),), *tensors, *ctx.rest)[:4]
         return None, None, *gradients, *(None,) * (2 + len(ctx.rest))
 
 
@@ -97,16 +101,15 @@ class _Average(torch.autograd.Function):
         for w, heads in _heads(weights):
             out[:, :, heads] = _swap(w @ _swap(values[:, :, heads]))
         ctx.uses = uses
-        ctx.save_for_backward(values, out, *weights)
+        keep(ctx, values, out, *weights)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, out, *weights = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: what is left could not be differentiated
-            wanted = [x for x, need in zip((values, *weights), ctx.needs_input_grad[1:], strict=True) if need]
-            found = iter(torch.autograd.grad(_dense(weights, values), wanted, grad, create_graph=True))
-            return None, *(next(found) if need else None for need in ctx.needs_input_grad[1:])
+        values, out, *weights = kept_tensors(ctx)
+        if torch.is_grad_enabled() or not plain(grad, values, out, *weights):  # what is left is not differentiable
+            dense = lambda values, *weights: _dense(weights, values)  # noqa: E731
+            return None, *reference_gradients(dense, (values, *weights), ctx.needs_input_grad[1:], grad)
         gradient = without_autocast(_leave_uses, ctx, values, out, weights, grad.to(values.dtype))
         return None, gradient, *(None for _ in weights)
 
@@ -121,6 +124,14 @@ def _leave_uses(ctx: Any, values: Tensor, out: Tensor, weights: Sequence[Tensor]
             dvalues[:, :, heads] = _swap(w.transpose(2, 3) @ _swap(g))
         uses.leave(node, v, out[:, :, heads], g)
     return dvalues
+
+
+def _dense_gradient(w: Tensor, dw: Tensor | None, left: Sequence[Use]) -> Tensor:
+    """The gradient of a piece of W, as large as itself."""
+    dw = torch.zeros_like(w) if dw is None else dw
+    for values, _, grad in left:
+        dw = dw + _swap(grad) @ _swap(values).transpose(2, 3)
+    return dw
 
 
 def make(groups: Sequence[slice], *args: Any) -> tuple[Piece, ...]:

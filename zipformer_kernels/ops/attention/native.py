@@ -33,7 +33,7 @@ def _unit_stride(x: Tensor | None) -> Tensor | None:
 
 def _rows(x: Tensor | None) -> Rows:
     """The address and strides of a tensor (frames, B, H, channels)."""
-    return (0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride()[:3])
+    return (0, 0, 0, 0) if x is None else (pointer(x), *x.stride()[:3])
 
 
 def _projections(e: Tensor | None) -> Rows:
@@ -41,7 +41,7 @@ def _projections(e: Tensor | None) -> Rows:
     if e is None:
         return (0, 0, 0, 0)
     offset, head = e.stride()[-3:-1]
-    return e.data_ptr(), offset, e.stride(0) if e.ndim == 4 else 0, head
+    return pointer(e), offset, e.stride(0) if e.ndim == 4 else 0, head
 
 
 class _Weights:
@@ -69,10 +69,10 @@ class _Weights:
         """What every function of the compiled module takes first."""
         q, k, p, mask = self.q, self.k, self.p, self.mask
         scores = _rows(q), _rows(k), _rows(p), _projections(self.e)
-        masks = (0 if self.padding is None else self.padding.data_ptr(), 0 if mask is None else mask.data_ptr())
+        masks = pointer(self.padding), pointer(mask)
         strides = (0, 0) if mask is None else (mask.stride(-2), mask.stride(0) if mask.ndim == 3 else 0)
         sizes = (q.shape[0], k.shape[0], *q.shape[1:], 0 if p is None else p.shape[3], *self.rule)
-        return scores, self.result.data_ptr(), (*masks, *strides), sizes, DTYPE_CODES[q.dtype]
+        return scores, pointer(self.result), (*masks, *strides), sizes, DTYPE_CODES[q.dtype]
 
 
 def _log_sum_exp(*args: Tensor | int | None) -> tuple[Tensor]:
@@ -91,7 +91,7 @@ def forward(*args: Tensor | int | float | None) -> tuple[Tensor]:
     if out.numel() > 0:
         weights = _Weights(q, k, p, e, lse, *masks)
         v = _unit_stride(v)
-        call_cpu("attention_forward", v, *weights.arguments(), _rows(v), out.data_ptr(), v.shape[3])
+        call_cpu("attention_forward", v, *weights.arguments(), _rows(v), pointer(out), v.shape[3])
     return (out,)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import autocast_dtype, watcher
+from zipformer_kernels import backend as backends
+from zipformer_kernels.call import autocast_dtype, barred, watcher
 from zipformer_kernels.library import gradient_hook
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import native, reference
@@ -50,8 +51,10 @@ class AttentionWeights:
         scores: q, k, p, e; where W is kept, of all heads that it was made of.
         masks: key_padding_mask, attn_mask as a tensor, chunk, left_chunks.
         keeps: whether W itself is made, at its first use, and kept: on ``eager``, and on ``cpu`` while it is small.
+            Made without gradients, it is made once more for a use with them.
         lse: the log-sum-exp of the masked scores, (H, B, T), -inf where all are masked; None where W is kept.
-        backend: the backend that every use runs on.
+        backend: the backend that every use runs on; the reference where values are not plain tensors or a mode looks
+            on, unless a backend was asked for by name, which then raises.
 
     Args:
         q: queries (T, B, H, D).
@@ -93,7 +96,9 @@ class AttentionWeights:
         if torch.is_grad_enabled():
             detached = tuple(None if x is None else x.detach() for x in self.scores)
         self.backend = attention._log_sum_exp.select(backend, *detached, *self.masks)
-        self._dense: tuple[Piece, ...] = ()
+        self._named = backends.requested(backend) != "auto"
+        self._made: tuple[Piece, ...] = ()
+        self._part_of: tuple[AttentionWeights, slice] | None = None  # where W is kept
         self.lse: Tensor | None = None
         largest = max(self.shape[0] - 1, 1), *self.shape[1:], q.dtype
         self.keeps = self.backend == "eager" or (self.backend == "cpu" and native.keeps_weights(*largest))
@@ -108,7 +113,7 @@ class AttentionWeights:
         part.__dict__.update(self.__dict__)
         part._penalty = 0.0, 0.0  # the whole's uses bring it
         if self.keeps:
-            part._dense = _slice_heads(self.pieces(), heads)
+            part._part_of = self, heads
         else:
             part.scores, part.lse = self._scores_of(heads), self.lse[heads]
         part.shape = torch.Size((len(range(self.shape[0])[heads]), *self.shape[1:]))
@@ -121,17 +126,20 @@ class AttentionWeights:
         """
         if self.keeps:
             part = self[:]
-            part._dense = tuple(Piece(constant_attention(piece.w)) for piece in self.pieces())
+            part._part_of, part.scores = None, tuple(None if x is None else x.detach() for x in self.scores)
+            part._made = tuple(Piece(constant_attention(piece.w)) for piece in self.pieces())
             return part
         q, k, _, _ = self.scores
         key_padding_mask, mask, chunk, left_chunks = self.masks
-        return AttentionWeights(
+        equal = AttentionWeights(
             torch.zeros_like(q, requires_grad=False),
             torch.zeros_like(k, requires_grad=False),
             key_padding_mask=key_padding_mask,
             attn_mask=ChunkMask(chunk, left_chunks) if chunk > 0 else mask,
             backend=self.backend,
         )
+        equal._named = self._named
+        return equal
 
     def aggregate(self, values: Tensor) -> Tensor:
         """The average of the values with the weights, for each head.
@@ -146,9 +154,14 @@ class AttentionWeights:
         heads = self.shape[0]
         _check_values(self.shape, values)
         v = values.unflatten(2, (heads, values.shape[2] // heads))
+        falls_back = self.falls_back(values)
         if self.keeps:
             return average(self.pieces(), v).flatten(2)
-        penalty, self._penalty = self._penalty, (0.0, 0.0)
+        if falls_back:
+            return average((Piece(self._reference()),), v).flatten(2)
+        penalty = self._penalty
+        if self._trained():  # the first use that has gradients brings it, for all
+            self._penalty = 0.0, 0.0
         return attention._op(*self.scores, v, self.lse, *self.masks, *penalty, backend=self.backend).flatten(2)
 
     def materialize(self) -> Tensor:
@@ -161,20 +174,41 @@ class AttentionWeights:
 
     def pieces(self) -> tuple[Piece, ...]:
         """W where it is kept, made once. On ``cpu`` the first head, which nonlin_attention takes, may lie apart."""
-        if not self._dense and self.backend == "eager":
-            self._dense = (Piece(self._reference()),)
-        elif not self._dense:
-            # A slice's gradient is as large as its base; and together all heads may be too large to keep.
-            apart = torch.is_grad_enabled() or not native.keeps_weights(*self.shape, self.dtype)
-            groups = (slice(0, 1), slice(1, None)) if apart and self.shape[0] > 1 else (slice(None),)
-            args = *self.masks, *self._penalty
-            trained = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.scores)
-            if trained and watcher() is None:
-                self._dense = make(groups, *self.scores, *args)
-            else:
-                made = (attention._weights(*self._scores_of(g), *args, backend=self.backend) for g in groups)
-                self._dense = tuple(map(Piece, made))
-        return self._dense
+        if self._part_of is not None:
+            whole, heads = self._part_of
+            return _slice_heads(whole.pieces(), heads)
+        trained = self._trained()
+        if self._made and (self._made[0].w.requires_grad or not trained):
+            return self._made
+        if self.falls_back():
+            return (Piece(self._reference()),)
+        if self.backend == "eager":
+            self._made = (Piece(self._reference()),)
+            return self._made
+        # A slice's gradient is as large as its base; and together all heads may be too large to keep.
+        apart = torch.is_grad_enabled() or not native.keeps_weights(*self.shape, self.dtype)
+        groups = (slice(0, 1), slice(1, None)) if apart and self.shape[0] > 1 else (slice(None),)
+        args = *self.masks, *self._penalty
+        if trained and watcher() is None:
+            self._made = make(groups, *self.scores, *args)
+        else:
+            made = (attention._weights(*self._scores_of(g), *args, backend=self.backend) for g in groups)
+            self._made = tuple(map(Piece, made))
+        return self._made
+
+    def falls_back(self, *values: Tensor) -> bool:
+        """Whether a use of the values must run on the reference, whatever backend the weights are on.
+
+        Raises:
+            BackendError: it must, and a backend was asked for by name.
+        """
+        reason = None if self.backend == "eager" else barred(values, watcher())
+        if reason is not None and self._named:
+            raise backends.BackendError(f"attention: backend {self.backend!r} cannot serve this call: {reason}")
+        return reason is not None
+
+    def _trained(self) -> bool:
+        return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in self.scores)
 
     def _scores_of(self, heads: slice) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         return tuple(native.of_heads(heads, *self.scores))

@@ -27,8 +27,7 @@ def _forward(call: Callable[..., None], x: Tensor, bias: Tensor, log_scale: Tens
     rows = Rows(x, bias, log_scale)
     y, inverse_rms = rows.results()
     if x.numel() > 0:
-        outputs = y.data_ptr(), inverse_rms.data_ptr()
-        call("bias_norm_forward", x, *_inputs(rows), *outputs, *rows.shape, *_dtypes(x, y))
+        call("bias_norm_forward", x, *_inputs(rows), pointer(y), pointer(inverse_rms), *rows.shape, *_dtypes(x, y))
     return rows.returned(y), inverse_rms
 
 
@@ -46,14 +45,14 @@ def _backward(
     dy, (inverse_rms,) = grads[0].contiguous(), saved
     out = Gradients(rows, needs, parts(rows))
     if x.numel() > 0:
-        outputs = (pointer(t) for t in (out.dx, out.dbias, out.dlog_scale, out.partials))
-        pointers = dy.data_ptr(), *_inputs(rows), inverse_rms.data_ptr(), *outputs
+        outputs = map(pointer, (out.dx, out.dbias, out.dlog_scale, out.partials))
+        pointers = pointer(dy), *_inputs(rows), pointer(inverse_rms), *outputs
         call("bias_norm_backward", x, *pointers, *rows.shape, out.parts, *_dtypes(x, dy))
     return out.returned()
 
 
 def _inputs(rows: Rows) -> tuple[int, ...]:
-    return rows.x.data_ptr(), rows.bias.data_ptr(), rows.log_scale.data_ptr()
+    return tuple(map(pointer, (rows.x, rows.bias, rows.log_scale)))
 
 
 def _dtypes(x: Tensor, y: Tensor) -> tuple[int, int]:

@@ -33,7 +33,7 @@ def _forward(call: Callable[..., None], *args: Any) -> tuple[Tensor]:
     arguments = Arguments(*args)
     y = arguments.result()
     if y.numel() > 0:
-        call("conv_module_forward", y, _inputs(arguments), y.data_ptr(), arguments.sizes, *_dtypes(arguments))
+        call("conv_module_forward", y, _inputs(arguments), pointer(y), arguments.sizes, *_dtypes(arguments))
     return (y,)
 
 
@@ -84,8 +84,7 @@ def _backward(
     dy = grads[0].contiguous()
     out = Gradients(arguments, needs, arguments.parts(TILE, most_parts(arguments)), beside)
     if dy.numel() > 0:
-        outputs = (pointer(t) for t in (out.da, out.ds, out.partials))
-        pointers = _inputs(arguments), dy.data_ptr(), *outputs
+        pointers = _inputs(arguments), *map(pointer, (dy, out.da, out.ds, out.partials))
         steps = (out.step,) if beside else ()
         call("conv_module_backward", dy, *pointers, out.parts, *steps, arguments.sizes, *_dtypes(arguments))
     return out.returned()
@@ -93,7 +92,7 @@ def _backward(
 
 def _inputs(arguments: Arguments) -> tuple[int, ...]:
     tensors = arguments.a, arguments.s, arguments.padding, *arguments.parameters
-    return tuple(pointer(t) for t in tensors)
+    return tuple(map(pointer, tensors))
 
 
 def _dtypes(arguments: Arguments) -> tuple[int, int]:

@@ -67,10 +67,6 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
     return y, following
 
 
-def _unsupported(*args: Any) -> str | None:
-    return unsupported_dtypes((x for x in args if x is not None and x.dtype != torch.bool), INFERENCE_DTYPES)
-
-
 op = Op(
     "conv_module_stream",
     "Tensor src, Tensor in_weight, Tensor? in_bias, Tensor left, Tensor weight, Tensor? bias, Tensor causal_weight, "
@@ -78,7 +74,9 @@ op = Op(
     reference=stream,
     backends={
         "eager": Launchers(lambda *_: None, _eager, None),
-        "cpu": Launchers(_unsupported, _cpu, None, lambda src, *_: few_rows(src)),
+        "cpu": Launchers(
+            lambda *args: unsupported_dtypes(args, INFERENCE_DTYPES), _cpu, None, lambda src, *_: few_rows(src)
+        ),
     },
     saves=(),
     outputs=2,

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, call_cpu, like, unsupported_dtype
+from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, call_cpu, like, pointer, unsupported_dtype
 from zipformer_kernels.library import Launchers
 
 TILE = 16  # frames that the kernel takes at a time
@@ -55,9 +55,9 @@ def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     parts = min(PARTS, batch * -(-frames // TILE))
     kernel = tuple(weight.shape[2:])
     partials = x.new_empty((parts, *kernel, channels), dtype=torch.promote_types(x.dtype, torch.float32))
-    images = (part for t in (x, dy) for part in (t.data_ptr(), (t.stride(0), t.stride(2), t.stride(3))))
+    images = (part for t in (x, dy) for part in (pointer(t), (t.stride(0), t.stride(2), t.stride(3))))
     sizes = batch, channels, frames, bins, *kernel
-    call_cpu("depthwise_conv2d_weight_gradient", x, *images, partials.data_ptr(), parts, sizes, DTYPE_CODES[x.dtype])
+    call_cpu("depthwise_conv2d_weight_gradient", x, *images, pointer(partials), parts, sizes, DTYPE_CODES[x.dtype])
     return partials.sum(0).permute(2, 0, 1).unsqueeze(1).to(weight.dtype)
 
 

@@ -53,7 +53,7 @@ def nonlin_attention(weights: AttentionWeights, gate: Tensor, x: Tensor, y: Tens
         raise ValueError(f"weights must have as many sources as targets, got {sources} and {targets}")
     if weights.keeps and kept.serves(weights.pieces(), gate, x, y):
         return kept.gated_average(*weights.pieces(), gate, x, y)
-    if weights.keeps:
+    if weights.keeps or weights.falls_back(gate, x, y):
         return weights.aggregate(x * torch.tanh(gate)) * y
     split = (t.unflatten(2, (heads, t.shape[2] // heads)) for t in (gate, x, y))
     out = _op(*weights.scores, *split, weights.lse, *weights.masks, backend=weights.backend)

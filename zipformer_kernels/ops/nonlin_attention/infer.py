@@ -33,15 +33,15 @@ def _cpu(projected: Tensor, bias: Tensor | None, weights: Tensor) -> tuple[Tenso
 def open_(projected: Tensor, bias: Tensor | None) -> Tensor:
     """x tanh(s) by the compiled kernel; arguments contiguous, as of `infer_nonlin_attention`."""
     values, *sizes = _result(projected)
-    call_cpu("nonlin_attention_open", projected, projected.data_ptr(), pointer(bias), values.data_ptr(), *sizes)
+    call_cpu("nonlin_attention_open", projected, *map(pointer, (projected, bias, values)), *sizes)
     return values
 
 
 def close(projected: Tensor, bias: Tensor | None, average: Tensor) -> Tensor:
     """average y by the compiled kernel; `average`, (T, batch, channels), with channels of stride 1."""
     out, *sizes = _result(projected)
-    inputs = projected.data_ptr(), pointer(bias), average.data_ptr(), *average.stride()[:2]
-    call_cpu("nonlin_attention_close", projected, *inputs, out.data_ptr(), *sizes)
+    inputs = *map(pointer, (projected, bias, average)), *average.stride()[:2]
+    call_cpu("nonlin_attention_close", projected, *inputs, pointer(out), *sizes)
     return out
 
 

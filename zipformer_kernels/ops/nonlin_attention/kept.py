@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import without_autocast
+from zipformer_kernels.call import plain, without_autocast
 from zipformer_kernels.joint import side_by_side
-from zipformer_kernels.launch import DTYPE_CODES, INFERENCE_DTYPES, call_cpu
+from zipformer_kernels.launch import DTYPE_CODES, INFERENCE_DTYPES, call_cpu, pointer
+from zipformer_kernels.library import keep, kept_tensors, reference_gradients
 from zipformer_kernels.ops.attention.kept import Piece, Uses
 from zipformer_kernels.ops.nonlin_attention.infer import close, infer, open_
 
@@ -28,17 +29,15 @@ class _GatedAverage(torch.autograd.Function):
         projected = side_by_side(s, x, y)
         average = (w[0] @ open_(projected, None).transpose(0, 1)).transpose(0, 1)
         ctx.uses = uses
-        ctx.save_for_backward(w, s, x, y, average)
+        keep(ctx, w, s, x, y, average)
         return close(projected, None, average)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        w, *thirds, average = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: what is left could not be differentiated
-            wanted = [t for t, need in zip((w, *thirds), ctx.needs_input_grad[1:], strict=True) if need]
-            out = infer(torch.cat(thirds, dim=2), None, w)
-            found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
-            return None, *(next(found) if need else None for need in ctx.needs_input_grad[1:])
+        w, *thirds, average = kept_tensors(ctx)
+        if torch.is_grad_enabled() or not plain(grad, w, *thirds, average):  # what is left could not be differentiated
+            dense = lambda w, *thirds: infer(torch.cat(thirds, dim=2), None, w)  # noqa: E731
+            return None, *reference_gradients(dense, (w, *thirds), ctx.needs_input_grad[1:], grad)
         projected = side_by_side(*thirds)
         grad = grad if grad.stride(2) == 1 else grad.contiguous()
         inner = _by_sequence(average)
@@ -54,7 +53,7 @@ class _GatedAverage(torch.autograd.Function):
 def serves(pieces: tuple[Piece, ...], s: Tensor, x: Tensor, y: Tensor) -> bool:
     """Whether `gated_average` can take these weights and thirds."""
     one = len(pieces) == 1 and len(pieces[0]) == 1 and pieces[0].serves(x)
-    return one and x.dtype in INFERENCE_DTYPES and side_by_side(s, x, y) is not None
+    return one and plain(s, x, y) and x.dtype in INFERENCE_DTYPES and side_by_side(s, x, y) is not None
 
 
 def gated_average(piece: Piece, s: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -69,7 +68,7 @@ def _by_sequence(like: Tensor) -> Tensor:
 
 
 def _call(name: str, projected: Tensor, tensors: list[Tensor], gradients: Tensor) -> None:
-    rows = [(t.data_ptr(), *t.stride()[:2]) for t in tensors]
+    rows = [(pointer(t), *t.stride()[:2]) for t in tensors]
     frames, batch, width = projected.shape
     sizes = frames, batch, width // 3, DTYPE_CODES[projected.dtype]
-    call_cpu(f"nonlin_attention_{name}", projected, projected.data_ptr(), *rows, gradients.data_ptr(), *sizes)
+    call_cpu(f"nonlin_attention_{name}", projected, pointer(projected), *rows, pointer(gradients), *sizes)

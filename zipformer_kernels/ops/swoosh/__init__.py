@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zipformer_kernels.call import plain
 from zipformer_kernels.library import Op, triton_launchers
 from zipformer_kernels.ops.swoosh import native, reference
 
@@ -67,7 +68,7 @@ def swoosh_(x: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
         BackendError: the backend asked for cannot serve the call.
     """
     _check_bias(x, bias)
-    if _op.select(None, x, kind) == "cpu" and x.is_contiguous():
+    if _op.select(None, x, kind) == "cpu" and plain(x, bias) and x.is_contiguous():
         native.overwrite(x, kind, bias)
         return x
     return x.copy_(_op(x if bias is None else x + bias, kind))
@@ -89,7 +90,7 @@ def swoosh_backward_(dy: Tensor, x: Tensor, kind: str, bias: Tensor | None = Non
     if dy.shape != x.shape or dy.dtype != x.dtype:
         wanted = f"{tuple(x.shape)} in {x.dtype}"
         raise ValueError(f"dy must be of shape {wanted}, got {tuple(dy.shape)} in {dy.dtype}")
-    if _op.select(None, x, kind) == "cpu" and x.is_contiguous() and dy.is_contiguous():
+    if _op.select(None, x, kind) == "cpu" and plain(dy, x, bias) and x.is_contiguous() and dy.is_contiguous():
         native.overwrite_backward(dy, x, kind, bias)
         return dy, x
     with torch.enable_grad():

@@ -27,15 +27,15 @@ KINDS = {"l": 0, "r": 1}
 def _forward(call: Callable[..., None], x: Tensor, kind: str) -> tuple[Tensor]:
     x = dense(x)
     y = torch.empty_like(x)
-    call("swoosh_forward", x, x.data_ptr(), y.data_ptr(), x.numel(), DTYPE_CODES[x.dtype], KINDS[kind])
+    call("swoosh_forward", x, pointer(x), pointer(y), x.numel(), DTYPE_CODES[x.dtype], KINDS[kind])
     return (y,)
 
 
 def overwrite(x: Tensor, kind: str, bias: Tensor | None) -> None:
     """Puts swoosh(x + bias) in the place of a contiguous x on the CPU; bias (channels,) of the dtype of x, or None."""
-    address, channels = (0, 1) if bias is None else (bias.data_ptr(), bias.numel())
+    channels = 1 if bias is None else bias.numel()
     codes = DTYPE_CODES[x.dtype], KINDS[kind]
-    call_cpu("swoosh_overwrite", x, x.data_ptr(), address, x.numel(), channels, *codes)
+    call_cpu("swoosh_overwrite", x, pointer(x), pointer(bias), x.numel(), channels, *codes)
 
 
 def overwrite_backward(dy: Tensor, x: Tensor, kind: str, bias: Tensor | None) -> None:
@@ -43,15 +43,14 @@ def overwrite_backward(dy: Tensor, x: Tensor, kind: str, bias: Tensor | None) ->
     channels = x.shape[-1] if x.ndim > 0 else 1
     sizes = x.numel(), channels, DTYPE_CODES[x.dtype], KINDS[kind]
     if x.numel() > 0:
-        call_cpu("swoosh_overwrite_backward", x, dy.data_ptr(), x.data_ptr(), pointer(bias), *sizes)
+        call_cpu("swoosh_overwrite_backward", x, pointer(dy), pointer(x), pointer(bias), *sizes)
 
 
 def _backward(call: Callable[..., None], needs: tuple, grads: tuple, saved: tuple, x: Tensor, kind: str):
     x = dense(x)
     dy = like(grads[0], x)
     dx = torch.empty_like(x)
-    pointers = dy.data_ptr(), x.data_ptr(), dx.data_ptr()
-    call("swoosh_backward", x, *pointers, x.numel(), DTYPE_CODES[x.dtype], KINDS[kind])
+    call("swoosh_backward", x, *map(pointer, (dy, x, dx)), x.numel(), DTYPE_CODES[x.dtype], KINDS[kind])
     return (dx,)
 
 

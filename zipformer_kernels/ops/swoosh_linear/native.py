@@ -33,7 +33,7 @@ def _activate(call: Callable[..., None], x: Tensor, mask: Tensor | None, kind: s
     a = torch.empty_like(x, dtype=dtype)
     mask, *sizes = layout(x, mask)
     codes = DTYPE_CODES[x.dtype], DTYPE_CODES[dtype], KINDS[kind]
-    call("swoosh_linear_forward", x, x.data_ptr(), pointer(mask), a.data_ptr(), *sizes, *codes)
+    call("swoosh_linear_forward", x, *map(pointer, (x, mask, a)), *sizes, *codes)
     return a
 
 
@@ -44,9 +44,8 @@ def _differentiate(
     dx = torch.empty_like(x)
     a = torch.empty_like(da) if with_a else None
     mask, *sizes = layout(x, mask)
-    pointers = da.data_ptr(), x.data_ptr(), pointer(mask), dx.data_ptr(), pointer(a)
     codes = DTYPE_CODES[x.dtype], DTYPE_CODES[da.dtype], KINDS[kind]
-    call("swoosh_linear_backward", x, *pointers, *sizes, *codes)
+    call("swoosh_linear_backward", x, *map(pointer, (da, x, mask, dx, a)), *sizes, *codes)
     return as_empty_like(dx, given), a
 
 
