@@ -1,4 +1,4 @@
-"""Writes docs/results.md and the table in README.md from the committed results: ``python benchmarks/report.py``.
+"""Writes docs/results.md and the tables of README.md and docs/clients.md from the committed results.
 
 Every folder ``benchmarks/results/<device>/`` that holds results files appears by itself, with the plots that
 ``zipformer-kernels bench`` left there. ``tests/test_report.py`` runs this again and compares.
@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from zipformer_kernels.bench import results
+from zipformer_kernels.bench import clients, results
 from zipformer_kernels.bench.plots import fastest_of_ours
 from zipformer_kernels.bench.tables import milliseconds
 
@@ -43,6 +43,16 @@ def readme_table(found: dict[Path, list[dict[str, Any]]]) -> str:
                 cells = [device, work, milliseconds(row["median_s"]), *cells, peak]
                 lines.append(f"| {' | '.join(cells)} | [{file['benchmark']}.json]({path}) |")
     return "\n".join(lines)
+
+
+def clients_table(found: dict[Path, list[dict[str, Any]]]) -> str:
+    """For each device what its results say of recipes' own models, and of which commits they are."""
+    parts = []
+    for folder, files in found.items():
+        for file in (file for file in files if file["benchmark"] == clients.BENCHMARK):
+            commits = ", ".join(f"{name} @{commit}" for name, commit in file["commits"].items())
+            parts += [f"{commits}. {source(folder, file)}", clients.table(file["clients"], file["rows"])]
+    return "\n\n".join(parts)
 
 
 def machine_of(environment: dict[str, Any]) -> str:
@@ -134,9 +144,11 @@ def pages() -> dict[Path, str]:
     """What this script writes, by file."""
     found = devices()
     readme = ROOT / "README.md"
+    of_clients = ROOT / "docs" / "clients.md"
     return {
         ROOT / "docs" / "results.md": page(found),
         readme: rewritten(readme.read_text(), readme_table(found)),
+        of_clients: rewritten(of_clients.read_text(), clients_table(found)),
     }
 
 

@@ -25,9 +25,9 @@ from tolerances import relative_error
 
 from zipformer_kernels import convert, modules
 from zipformer_kernels.bench import machine, rates, results
+from zipformer_kernels.bench.clients import BENCHMARK, table
 from zipformer_kernels.bench.job import Job, Measured, Prepared, off_by
 
-BENCHMARK = "clients"
 LAYERS = ("ZipformerEncoderLayer", "Zipformer2EncoderLayer")
 SECONDS = {"S": (4, 16), "M": (4, 16), "L": (4, 16), "XL": (1, 16), recipes.OWN_SIZE: (2, 16)}
 STEPS = 3
@@ -216,25 +216,6 @@ def plan(found, sizes):
             if size in sizes and (size in ("tiny", "S", recipes.OWN_SIZE) or recipe == found[0]):
                 for causal in (False, True) if recipe.streams() and size in ("tiny", "S") else (False,):
                     yield recipe, size, causal
-
-
-def table(rows, timings):
-    """The rows as Markdown; `timings` as rows of a results file."""
-    ours = {(row["case"].rsplit(",", 1)[0], row["direction"]): row for row in timings if row["peer"] == "ours"}
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-    for row in rows:
-        model = f"{'causal ' if row['causal'] else ''}{row['size']}"
-        cells = [f"`{row['recipe']}`", model, f"{row['swapped']} of {row['layers']}"]
-        cells += ["" if row.get(name) is None else f"{row[name]:.0e}" for name in DIFFERENCES]
-        for direction in RUNS:
-            timed = ours.get((f"{row['recipe']}, {model}", direction))
-            cells.append(f"{timed['times_as_long']['upstream']:.2f}" if timed else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-DIFFERENCES = ("outputs", "gradients", "steps", "stream")
-COLUMNS = ("recipe", "model", "layers swapped", *DIFFERENCES, "evaluation", "training")
 
 
 @app.command()

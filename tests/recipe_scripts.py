@@ -82,26 +82,63 @@ def converted(recipe):
         train.AsrModel(encoder_embed=train.get_encoder_embed(params), encoder=encoder, **ctc_only)
 
 
-def export(recipe):
-    """export.py's encoders, which pass padding masks of int32, agree with those around the recipe's own modules."""
+def agree(recipe, run):
+    """What a function makes of train.py's models, an offline and a causal one, agrees on ours and theirs."""
     outputs = {}
     for side, replaced in (("theirs", {"optim": optim}), ("ours", OURS)):
         with on_ours(recipe, **replaced):
-            train, script = importlib.import_module("train"), importlib.import_module("export")
-            offline, causal = (train.get_model(parameters(train, **kind)).eval() for kind in ({}, CAUSAL))
-            for built in (offline, causal):
+            train = importlib.import_module("train")
+            models = [train.get_model(parameters(train, **kind)).eval() for kind in ({}, CAUSAL)]
+            for built in models:
                 torch.manual_seed(0)
                 for parameter in built.parameters():
                     parameter.data = 0.1 * torch.randn_like(parameter)
             torch.manual_seed(1)
-            x, chunk = torch.randn(2, 60, 80), torch.randn(1, 45, 80)
-            stream = script.StreamingEncoderModel(causal.encoder, causal.encoder_embed)
             with torch.no_grad():
-                whole, _ = script.EncoderModel(offline.encoder, offline.encoder_embed)(x, torch.tensor([60, 50]))
-                part, *_ = stream(chunk, torch.tensor([45]), stream.get_init_states(1))
-            outputs[side] = {"offline": whole, "stream": part}
+                outputs[side] = run(*models)
     for name, expected in outputs["theirs"].items():
         assert_parity(outputs["ours"][name], expected, PARITY[torch.float32], name)
 
 
-SCRIPTS = {"its own tests": own_tests, "train.py, model.py": model, "converted": converted, "export.py": export}
+def export(recipe):
+    """export.py's encoders, which pass padding masks of int32, offline and streaming."""
+
+    def run(offline, causal):
+        script = importlib.import_module("export")
+        whole = script.EncoderModel(offline.encoder, offline.encoder_embed)
+        stream = script.StreamingEncoderModel(causal.encoder, causal.encoder_embed)
+        y, _ = whole(torch.randn(2, 60, 80), torch.tensor([60, 50]))
+        part, *_ = stream(torch.randn(1, 45, 80), torch.tensor([45]), stream.get_init_states(1))
+        return {"offline": y, "stream": part}
+
+    agree(recipe, run)
+
+
+def streaming_decode(recipe):
+    """streaming_decode.py's batches of streams that began apart: their states stacked, and taken apart again."""
+
+    def run(_, causal):
+        script = importlib.import_module("streaming_decode")
+        chunk, left, lengths = 16, 64, torch.tensor([45])
+        streams = [script.get_init_states(causal) for _ in range(2)]
+        found = {}
+        *_, streams[0] = script.streaming_forward(torch.randn(1, 45, 80), lengths, causal, streams[0], chunk, left)
+        for step in range(2):
+            states = script.stack_states(streams)
+            x = torch.randn(2, 45, 80)
+            found[f"step {step}"], _, states = script.streaming_forward(
+                x, lengths.repeat(2), causal, states, chunk, left
+            )
+            streams = script.unstack_states(states)
+        return found
+
+    agree(recipe, run)
+
+
+SCRIPTS = {
+    "its own tests": own_tests,
+    "train.py, model.py": model,
+    "converted": converted,
+    "export.py": export,
+    "streaming_decode.py": streaming_decode,
+}

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointError, checkpoint
 from zipformer_kernels import backend, swoosh_l
 from zipformer_kernels.backend import BackendError
 from zipformer_kernels.modules import BiasNorm
-from zipformer_kernels.training import Balancer, checkpoint_contexts, without_draws
+from zipformer_kernels.training import Balancer, ScheduledFloat, checkpoint_contexts, without_draws
 
 # ---- autocast ----
 
@@ -31,6 +31,9 @@ from zipformer_kernels.training import Balancer, checkpoint_contexts, without_dr
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(lane, dtype, layer, inputs):
     """As in float32 but for some roundings of the narrow dtype; parameters' gradients in float32."""
+    layer.bypass.skip_rate = ScheduledFloat((0.0, 0.0))
+    for feed_forward in (layer.feed_forward1, layer.feed_forward2, layer.feed_forward3):
+        feed_forward.out_proj.dropout_p = 0.0  # drawn in the narrow dtype, for which torch before 2.8 has other numbers
     with without_draws():
         expected, draws = run(layer, layer, inputs)
         with torch.autocast("cpu", dtype):

@@ -135,10 +135,18 @@ def _covered(x: Tensor) -> bool:
     return x.untyped_storage().nbytes() >= (last + 1) * x.element_size()
 
 
+# Asked once: torch.compile before 2.8 cannot record the question.
+_WITHOUT_AUTOCAST = frozenset(
+    device
+    for device in ("meta", "lazy", "vulkan", "opengl", "opencl", "maia", "fpga", "ve", "ideep", "mkldnn")
+    if not torch.amp.is_autocast_available(device)
+)
+
+
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast computes products in on the device of x, or None where it is off."""
     device = x.device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if device in _WITHOUT_AUTOCAST or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 

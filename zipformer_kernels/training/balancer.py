@@ -11,7 +11,7 @@ from torch import Tensor
 from zipformer_kernels.library import gradient_hook
 from zipformer_kernels.module import Module
 from zipformer_kernels.training import balancer_native
-from zipformer_kernels.training.randomness import being_traced, happens
+from zipformer_kernels.training.randomness import being_traced, happens, number
 from zipformer_kernels.training.schedule import FloatLike, ScheduledFloat
 
 TINY = 1.0e-20  # below this a variance or mean square counts as constant and gets no gradient
@@ -76,14 +76,14 @@ class Balancer(Module):
 
     def draw(self) -> dict[str, float] | None:
         """Draws whether to act on a call: the limits as `balanced_gradient` takes them, or None."""
-        if not happens(float(self.prob)):
+        if not happens(number(self.prob)):
             return None
         return {
-            "min_mean": _proportion_to_mean(float(self.min_positive)),
-            "max_mean": _proportion_to_mean(float(self.max_positive)),
-            "min_rms": _abs_to_rms(float(self.min_abs)),
-            "max_rms": _abs_to_rms(float(self.max_abs)),
-            "grad_scale": float(self.grad_scale),
+            "min_mean": _proportion_to_mean(number(self.min_positive)),
+            "max_mean": _proportion_to_mean(number(self.max_positive)),
+            "min_rms": _abs_to_rms(number(self.min_abs)),
+            "max_rms": _abs_to_rms(number(self.max_abs)),
+            "grad_scale": number(self.grad_scale),
         }
 
 

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zipformer_kernels.module import Module
+from zipformer_kernels.training.randomness import number
 from zipformer_kernels.training.schedule import FloatLike
 
 
@@ -18,7 +19,7 @@ class Dropout2(Module):
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(x, p=float(self.p), training=self.training)
+        return F.dropout(x, p=number(self.p), training=self.training)
 
 
 class Dropout3(Module):
@@ -38,7 +39,7 @@ class Dropout3(Module):
         self.shared_dim = shared_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        p = float(self.p)
+        p = number(self.p)
         if not self.training or p == 0:
             return x
         shape = list(x.shape)

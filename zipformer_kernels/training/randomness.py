@@ -44,6 +44,11 @@ def without_draws() -> Iterator[None]:
         _drawing = previous
 
 
+def number(value: SupportsFloat) -> float:
+    """float(value), which torch.compile before 2.8 cannot record for a module such as `ScheduledFloat`."""
+    return value.__float__()
+
+
 def happens(probability: SupportsFloat) -> bool:
     """Draws whether an event of a probability happens: one draw of Python's ``random``.
 
@@ -54,8 +59,8 @@ def happens(probability: SupportsFloat) -> bool:
             with ``float`` where upstream reads it before.
     """
     if _drawing and not being_traced():
-        return random.random() < float(probability)
-    probability = float(probability)
+        return random.random() < number(probability)
+    probability = number(probability)
     if _drawing and 0.0 < probability < 1.0:
         return random.random() < probability
     return probability >= 1.0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zipformer_kernels.library import gradient_hook
 from zipformer_kernels.module import Module
-from zipformer_kernels.training.randomness import being_traced, happens, logging_draw
+from zipformer_kernels.training.randomness import being_traced, happens, logging_draw, number
 from zipformer_kernels.training.schedule import FloatLike, ScheduledFloat
 
 logger = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Whiten(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x, of shape (..., channels)."""
-        grad_scale = float(self.grad_scale)
+        grad_scale = number(self.grad_scale)
         if not x.requires_grad or (being_traced() and not self.training):
             return x
         if not happens(self.prob) or grad_scale == 0:
@@ -83,14 +83,14 @@ class Whiten(Module):
         centred, covariance = grouped_covariance(x, self.num_groups)
         metric = whitening_metric(covariance)
         if logging_draw(0.005):
-            limit = float(self.whitening_limit)
+            limit = number(self.whitening_limit)
             logger.debug("Whiten %s: metric %.2f, limit %.2f", self.name, metric, limit)
-        if metric < float(self.whitening_limit):
+        if metric < number(self.whitening_limit):
             self.prob = self.min_prob
             return grad
         self.prob = self.max_prob
         direction = whitening_direction(centred, covariance).reshape(x.shape)
-        scale = float(self.grad_scale) * grad.to(direction.dtype).norm() / (direction.norm() + TINY)
+        scale = number(self.grad_scale) * grad.to(direction.dtype).norm() / (direction.norm() + TINY)
         return direction.mul_(scale).to(grad.dtype).add_(grad)
 
 
