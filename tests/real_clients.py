@@ -9,6 +9,7 @@ own, by turns. pytest does not collect this file; it needs the checkouts.
 
 import copy
 import random
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -47,8 +48,8 @@ def compare(recipe, size, causal):
 
     Returns:
         ``recipe``, ``folders`` (how many have these files), ``size``, ``causal``, ``layers``, ``swapped``
-        (layers), ``modules`` (swapped), ``kept`` (reasons), and the largest differences, each over the RMS of what it
-        is of: ``outputs``, ``gradients``, ``steps`` (parameters after training steps), ``stream``; None for what the
+        (layers), ``modules`` (swapped), ``kept`` (reasons, and how often), and the largest differences, each over the
+        RMS of what it is of: ``outputs``, ``gradients``, ``steps`` (parameters after training steps), ``stream``; None for what the
         model has not, and in ``errors`` why it could not be compared.
     """
     row = {"recipe": recipe.name, "folders": 1 + len(recipe.others), "size": size, "causal": causal}
@@ -58,7 +59,8 @@ def compare(recipe, size, causal):
         ours = copy.deepcopy(theirs)
         report = convert(ours)
         row["layers"], row["swapped"] = layers_of(ours)
-        row["modules"], row["kept"] = len(report.swapped), [list(kept) for kept in report.kept]
+        row["modules"] = len(report.swapped)
+        row["kept"] = Counter(f"{name}: {reason}" for _, name, reason in report.kept)
         tests = {"outputs": evaluated}
         if size != "XL":  # whose gradients take much memory
             tests |= {"gradients": trained}
@@ -247,7 +249,7 @@ def main(
             progress.update(task, description=f"{client.name} {'causal ' if causal else ''}{its_size}")
             row = compare(client, its_size, causal)
             rows.append(row)
-            if timing and its_size != "tiny" and row["swapped"]:
+            if timing and its_size != "tiny":
                 for job in jobs(client, its_size, causal, rounds):
                     measured.add(job.measure(reached))
             progress.advance(task)
@@ -258,9 +260,9 @@ def main(
         console.print(f"{wrong['case']}: {wrong['reason']}, so it is not timed", style="red")
     if output:
         content = results.content(BENCHMARK, environment, reached, measured)
-        given = {"ICEFALL": icefall_commit, "ZIPVOICE": zipvoice_commit}
-        folders = {name: recipes.checkout(name) for name in given if recipes.checkout(name)}
-        content["commits"] = {name: given[name] or recipes.commit(folder) for name, folder in folders.items()}
+        given = {"icefall": icefall_commit, "ZipVoice": zipvoice_commit}
+        folders = {name: recipes.checkout(name.upper()) for name in given}
+        content["commits"] = {name: given[name] or recipes.commit(folder) for name, folder in folders.items() if folder}
         results.write(output / f"{BENCHMARK}.json", content | {"clients": rows})
     if measured.wrong or any(not reason.startswith("theirs") for row in rows for reason in row["errors"].values()):
         raise typer.Exit(1)

@@ -138,7 +138,7 @@ def _covered(x: Tensor) -> bool:
 # Asked once: torch.compile before 2.8 cannot record the question.
 _WITHOUT_AUTOCAST = frozenset(
     device
-    for device in ("meta", "lazy", "vulkan", "opengl", "opencl", "maia", "fpga", "ve", "ideep", "mkldnn")
+    for device in ("meta", "lazy", "vulkan", "opengl", "maia", "fpga", "ve")
     if not torch.amp.is_autocast_available(device)
 )
 
