@@ -162,3 +162,26 @@ def test_keeping_changes_nothing_but_rounding():
             results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
     for a, b in zip(*results, strict=True):
         assert relative(a, b) < TOLERANCE[torch.float32]
+
+
+def test_other_code_may_take_the_handle_for_the_tensor():
+    """What upstream's modules, and people's own, do with the tensor that upstream hands them."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 5, 2, 3, 4, dtype=torch.float64)
+    handle = AttentionWeights(q, k)
+    w = handle.materialize()
+    uses = (
+        lambda x: x * 0.9,
+        lambda x: 0.9 * x - x / 2,
+        lambda x: (x > 0.1).to(x.dtype),
+        lambda x: x[0],
+        lambda x: x[:, :, -1],
+        lambda x: x.clone().unsqueeze(0).sum(dim=-1),
+        lambda x: torch.matmul(x, torch.ones(5, 2, dtype=x.dtype)),
+        lambda x: x.permute(1, 0, 2, 3).size(0) + len(x) + x.ndim,
+        lambda x: x.masked_fill(x < 0.2, 0.0),
+    )
+    for number, use in enumerate(uses):
+        actual, expected = use(handle), use(w)
+        assert torch.equal(torch.as_tensor(actual), torch.as_tensor(expected)), number
+    assert not hasattr(handle, "no_such_method")

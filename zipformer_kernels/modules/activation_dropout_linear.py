@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels.module import Module
-from zipformer_kernels.modules.inference import add_product, is_untouched
+from zipformer_kernels.modules.plain import made_of
 from zipformer_kernels.modules.scaled_init import ScaledLinear
-from zipformer_kernels.ops.swoosh import swoosh_
 from zipformer_kernels.ops.swoosh_linear import swoosh_linear
 from zipformer_kernels.training import FloatLike
 
 ACTIVATIONS = {"SwooshL": "l", "SwooshR": "r"}  # as swoosh_linear names them
 
 
+@made_of()
 class ActivationDropoutAndLinear(Module):
     """y = W (mask * Swoosh(x)) + b, where the mask drops in training with a rate that may follow a schedule.
 
@@ -55,12 +55,6 @@ class ActivationDropoutAndLinear(Module):
         """Maps x, (..., in_channels), to (..., out_channels)."""
         mask = self._dropout_mask(x) if self.training else None
         return swoosh_linear(x, self.weight, self.bias, mask, ACTIVATIONS[self.activation])
-
-    def add_to(self, src: Tensor, x: Tensor, bias: Tensor, over: bool) -> Tensor:
-        """src + self(x + bias) in inference, where x is overwritten; see `zipformer_kernels.modules.inference`."""
-        if not is_untouched(self, ActivationDropoutAndLinear):
-            return src + self(x + bias)
-        return add_product(src, swoosh_(x, ACTIVATIONS[self.activation], bias), self.weight, self.bias, over)
 
     def _dropout_mask(self, x: Tensor) -> Tensor | None:
         """0 or 1 / (1 - p), in the default dtype; shaped like x, but of size 1 along a shared dimension."""

@@ -8,10 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zipformer_kernels.joint import split
+from zipformer_kernels.launch import few_rows
 from zipformer_kernels.module import Module
-from zipformer_kernels.modules.inference import add_product, hooked, is_untouched
+from zipformer_kernels.modules.inference import add_product
+from zipformer_kernels.modules.plain import has_backward_hooks, made_of
 from zipformer_kernels.modules.scaled_init import ScaledLinear
-from zipformer_kernels.modules.streaming import average_chunk, averages_whole, check_cache, join_cache
+from zipformer_kernels.modules.streaming import average_chunk, check_cache, join_cache
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, aggregate
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
 from zipformer_kernels.training.randomness import happens, logging_draw
@@ -113,7 +115,7 @@ class RelPositionMultiheadAttentionWeights(Module):
 
         Returns:
             (heads, batch, T, T): target, then source. A handle that aggregates values; the tensor itself, which
-            its `materialize` makes, only where there is dropout on the weights.
+            its `materialize` makes, where there is dropout on the weights, or a hook that wants their gradient.
         """
         q, k, p = self._project(x)
         q = self.copy_query(q)
@@ -130,7 +132,7 @@ class RelPositionMultiheadAttentionWeights(Module):
         logging_draw(0.001)
         if self.training and self.dropout > 0.0:
             return F.dropout(weights.materialize(), p=self.dropout)
-        return weights
+        return weights.materialize() if has_backward_hooks(self) else weights
 
     def streaming_forward(
         self,
@@ -185,6 +187,7 @@ class RelPositionMultiheadAttentionWeights(Module):
         return AttentionWeights(q, k, p, e[0] if e.shape[0] == 1 else e, key_padding_mask, attn_mask, penalty, limit)
 
 
+@made_of(in_proj=nn.Linear, out_proj=nn.Linear, whiten=Whiten)
 class SelfAttention(Module):
     """Averages values, linear in x, with given attention weights, and projects back.
 
@@ -219,9 +222,6 @@ class SelfAttention(Module):
 
     def add_to(self, src: Tensor, attn_weights: AttentionWeights | Tensor, over: bool) -> Tensor:
         """src + self(src, attn_weights) in inference; see `zipformer_kernels.modules.inference`."""
-        linear = is_untouched(self.in_proj, nn.Linear) and is_untouched(self.out_proj, nn.Linear)
-        if hooked(self) or not linear:
-            return src + self(src, attn_weights)
         average = aggregate(attn_weights, self.in_proj(src))
         return add_product(src, average, self.out_proj.weight, self.out_proj.bias, over)
 
@@ -245,8 +245,8 @@ class SelfAttention(Module):
     def add_chunk_to(
         self, src: Tensor, attn_weights: AttentionWeights | Tensor, cached_val: Tensor, left_context_len: int
     ) -> tuple[Tensor, Tensor]:
-        """src + self.streaming_forward(src, ...), and the next `cached_val`."""
-        if not averages_whole(self, src):
+        """src + self.streaming_forward(src, ...) in inference, and the next `cached_val`."""
+        if not few_rows(src):
             x, cached_val = self.streaming_forward(src, attn_weights, cached_val, left_context_len)
             return src + x, cached_val
         check_cache("cached_val", cached_val, left_context_len, dim=0)

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.module import Module
+from zipformer_kernels.modules.plain import made_of
 from zipformer_kernels.ops.bias_norm import bias_norm
 from zipformer_kernels.training import FloatLike, limit_param_value
 
 
+@made_of()
 class BiasNorm(Module):
     """y = x * exp(log_scale) / RMS(x - bias), the mean of the RMS over the channels, with no epsilon.
 

@@ -9,13 +9,15 @@ from torch import Tensor, nn
 
 from zipformer_kernels.backend import requested
 from zipformer_kernels.module import Module
-from zipformer_kernels.modules.inference import is_untouched, only_computes
+from zipformer_kernels.modules.inference import only_computes
+from zipformer_kernels.modules.plain import made_of
 from zipformer_kernels.ops.bypass import bypass
 from zipformer_kernels.training import FloatLike, ScheduledFloat, limit_param_value
 
 SCALE_MIN = ScheduledFloat((0.0, 0.9), (20000.0, 0.2), default=0)
 
 
+@made_of()
 class BypassModule(Module):
     """src_orig + (src - src_orig) * c, with c learned for each channel.
 
@@ -46,13 +48,13 @@ class BypassModule(Module):
 
     def forward(self, src_orig: Tensor, src: Tensor) -> Tensor:
         """Both inputs and the result are (T, batch, embed_dim)."""
-        if not self.training and only_computes(src, self.bypass_scale) and src_orig.dtype == src.dtype:
+        if not self.training and only_computes(src, src_orig, self.bypass_scale):
             return torch.lerp(src_orig, src, self.bypass_scale)  # one pass in place of three
         return bypass(src_orig, src, self._scale(src.shape[1]), backend=_backend())
 
     def write_over(self, src_orig: Tensor, src: Tensor) -> Tensor:
         """self(src_orig, src) in inference, in the place of src."""
-        if not is_untouched(self, BypassModule) or src_orig.dtype != src.dtype:
+        if not only_computes(src, src_orig, self.bypass_scale):
             return self(src_orig, src)
         return torch.lerp(src_orig, src, self.bypass_scale, out=src)
 

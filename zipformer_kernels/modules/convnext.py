@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zipformer_kernels.call import autocast_dtype, watcher
 from zipformer_kernels.library import gradient_hook
 from zipformer_kernels.module import Module
-from zipformer_kernels.modules.inference import is_untouched
+from zipformer_kernels.modules.plain import convolution, depthwise, made_of, plain_part
 from zipformer_kernels.modules.scaled_init import ScaledConv2d
 from zipformer_kernels.modules.swoosh import SwooshL
 from zipformer_kernels.ops.depthwise_conv2d import depthwise_conv2d
@@ -23,6 +23,22 @@ from zipformer_kernels.training.balancer import Moments, balanced_gradient
 ROWS = 4096  # frames times frequencies whose hidden channels are computed at a time
 
 
+_one_by_one = convolution(nn.Conv2d, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0), groups=1)
+
+
+def _pointwise(module: nn.Module, infers: bool) -> bool:
+    return _one_by_one(module, infers) and module.bias is not None
+
+
+@made_of(
+    depthwise_conv=depthwise(nn.Conv2d),
+    pointwise_conv1=_pointwise,
+    hidden_balancer=Balancer,
+    activation=SwooshL,
+    pointwise_conv2=_pointwise,
+    out_balancer=Balancer,
+    out_whiten=Whiten,
+)
 class ConvNeXt(Module):
     """x + pointwise(SwooshL(pointwise(depthwise(x)))), after arXiv:2206.14747.
 
@@ -106,7 +122,7 @@ class ConvNeXt(Module):
 
     def _depthwise(self, x: Tensor) -> Tensor:
         conv = self.depthwise_conv
-        if channels_last(x) and is_untouched(conv, nn.Conv2d):
+        if channels_last(x) and plain_part(self, "depthwise_conv"):
             return depthwise_conv2d(x, conv.weight, conv.bias)
         return conv(x)
 
@@ -132,8 +148,9 @@ class ConvNeXt(Module):
             return False
         if autocast_dtype(x) is not None:
             return False
-        layers = (self.pointwise_conv1, self.hidden_balancer, self.activation, self.pointwise_conv2)
-        return all(map(is_untouched, layers, (nn.Conv2d, Balancer, SwooshL, nn.Conv2d)))
+        return all(
+            plain_part(self, name) for name in ("pointwise_conv1", "hidden_balancer", "activation", "pointwise_conv2")
+        )
 
     def _added_in_parts(self, src: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
         """`_added` by `pointwise_branch`, where x is the depthwise convolution's result."""

@@ -12,7 +12,8 @@ from zipformer_kernels.joint import split
 from zipformer_kernels.launch import few_rows
 from zipformer_kernels.module import Module
 from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
-from zipformer_kernels.modules.inference import add_product, hooked, is_untouched, only_computes
+from zipformer_kernels.modules.inference import add_product, only_computes
+from zipformer_kernels.modules.plain import depthwise, made_of, matches, plain_module, plain_part
 from zipformer_kernels.modules.streaming import join_cache
 from zipformer_kernels.ops.conv_module import chunk_conv_module, conv_module, infer_conv_module
 from zipformer_kernels.ops.conv_module.reference import chunk_convolution, chunk_factors
@@ -21,6 +22,7 @@ from zipformer_kernels.ops.shapes import as_mask
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
 
 
+@made_of(causal_conv=depthwise(nn.Conv1d, padded=False), chunkwise_conv=depthwise(nn.Conv1d))
 class ChunkCausalDepthwiseConv1d(Module):
     """A depthwise convolution that sees all of the past in its kernel, but of the future only the same chunk.
 
@@ -66,7 +68,7 @@ class ChunkCausalDepthwiseConv1d(Module):
         """
         if chunk_size < 0 or chunk_size > x.shape[2]:
             chunk_size = x.shape[2]
-        return chunk_convolution(x, *self.parameters_of_op(), chunk_size)
+        return chunk_convolution(x, self.causal_conv, self.chunkwise_conv, self.chunkwise_conv_scale, chunk_size)
 
     def parameters_of_op(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
         """The parameters, in the order in which `chunk_conv_module` takes them."""
@@ -88,6 +90,32 @@ class ChunkCausalDepthwiseConv1d(Module):
         return within + self.causal_conv(joined), cache
 
 
+def _causal_or_not(module: nn.Module, infers: bool) -> bool:
+    """Expects either of the convolutions that a module can have."""
+    if type(module) is ChunkCausalDepthwiseConv1d:
+        return matches(module, ChunkCausalDepthwiseConv1d, infers)
+    return _plain_depthwise(module, infers)
+
+
+_plain_depthwise = depthwise(nn.Conv1d)
+
+
+def _swoosh_r(module: nn.Module, infers: bool) -> bool:
+    """Expects the activation that kernels of the whole module have."""
+    return matches(module, ActivationDropoutAndLinear, infers) and module.activation == "SwooshR"
+
+
+@made_of(
+    in_proj=nn.Linear,
+    balancer1=Balancer,
+    activation1=nn.Identity,
+    sigmoid=nn.Sigmoid,
+    activation2=nn.Identity,
+    depthwise_conv=_causal_or_not,
+    balancer2=Balancer,
+    whiten=Whiten,
+    out_proj=_swoosh_r,
+)
 class ConvolutionModule(Module):
     """Linear with a sigmoid gate, zeros on padding, depthwise convolution, SwooshR, linear.
 
@@ -158,38 +186,29 @@ class ConvolutionModule(Module):
 
     def add_to(self, src: Tensor, src_key_padding_mask: Tensor | None, chunk_size: int, over: bool) -> Tensor:
         """src + self(src, ...) in inference; see `zipformer_kernels.modules.inference`."""
-        if not self._only_computes(src):
-            return src + self(src, src_key_padding_mask, chunk_size)
         x, _ = self._infer(src, src_key_padding_mask, chunk_size=chunk_size)
         return add_product(src, x, self.out_proj.weight, self.out_proj.bias, over)
-
-    def _only_computes(self, x: Tensor) -> bool:
-        """Whether `_infer` and a product do what a call of the module would."""
-        if not only_computes(x, self.out_proj.weight) or hooked(self, self.depthwise_conv):
-            return False
-        return is_untouched(self.in_proj, nn.Linear) and is_untouched(self.out_proj, ActivationDropoutAndLinear)
 
     def _infer(self, x: Tensor, padding: Tensor | None, **where: Any) -> tuple[Tensor, Tensor | None]:
         """All but the last product, and the next left context; `where` as of `infer_conv_module`."""
         _check_padding(padding, x)
-        conv = self.depthwise_conv
-        parameters = conv.parameters_of_op() if self.causal else (conv.weight, conv.bias)
+        parameters = _parameters_of(self.depthwise_conv)
         projected = F.linear(x, self.in_proj.weight)
         return infer_conv_module(projected, self.in_proj.bias, *parameters, key_padding_mask=padding, **where)
 
     def _convolve(self, x: Tensor, padding: Tensor | None, chunk_size: int) -> Tensor:
-        """Gate, zeros on padding and convolution, (T, batch, channels): one op, unless parts of it have hooks."""
+        """Gate, zeros on padding and convolution, (T, batch, channels): one op, where it may leave out all calls."""
         projected = self.in_proj(x)
         x, s = split(projected, [projected.shape[2] // 2] * 2)
         _check_padding(padding, x)
         s = self.balancer1(s)
         x = self.activation1(x)
         conv = self.depthwise_conv
-        if hooked(self.sigmoid, self.activation2, conv):
-            x = self._gate(x, s, padding)
-            return (conv(x, chunk_size=chunk_size) if self.causal else conv(x)).permute(2, 0, 1)
-        if self.causal:
-            return chunk_conv_module(x, s, *conv.parameters_of_op(), chunk_size, padding)
+        if not all(plain_part(self, name) for name in ("sigmoid", "activation2", "depthwise_conv")):
+            x = _gated(self.activation2(x * self.sigmoid(s)), padding)
+            return (conv(x) if chunk_size < 0 else conv(x, chunk_size=chunk_size)).permute(2, 0, 1)
+        if isinstance(conv, ChunkCausalDepthwiseConv1d):
+            return chunk_conv_module(x, s, *_parameters_of(conv), chunk_size, padding)
         return conv_module(x, s, conv.weight, conv.bias, padding)
 
     def streaming_forward(self, x: Tensor, cache: Tensor, src_key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -203,7 +222,9 @@ class ConvolutionModule(Module):
         Returns:
             (T, batch, channels), and the next `cache`.
         """
-        if self._only_computes(x):
+        if not self.causal:
+            raise ValueError("a stream needs a module made with causal=True")
+        if only_computes(x) and plain_module(self, ConvolutionModule, infers=True):
             if cache.shape[2] != self.depthwise_conv.kernel_size // 2:
                 raise ValueError(
                     f"cache: wanted {self.depthwise_conv.kernel_size // 2} frames, got {tuple(cache.shape)}"
@@ -212,13 +233,13 @@ class ConvolutionModule(Module):
             return F.linear(x, self.out_proj.weight, self.out_proj.bias), cache
         x, s = self.in_proj(x).chunk(2, dim=2)
         _check_padding(src_key_padding_mask, x)
-        x = self._gate(self.activation1(x), s, src_key_padding_mask)
+        x = _gated(x * self.sigmoid(s), src_key_padding_mask)
         x, cache = self.depthwise_conv.streaming_forward(x, cache=cache)
         return self.out_proj(x.permute(2, 0, 1)), cache
 
     def add_chunk_to(self, src: Tensor, cache: Tensor, src_key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """src + self.streaming_forward(src, ...), and the next `cache`."""
-        if not few_rows(src) or not self._only_computes(src):
+        """src + self.streaming_forward(src, ...) in inference, and the next `cache`."""
+        if not few_rows(src) or not self.causal:
             x, cache = self.streaming_forward(src, cache, src_key_padding_mask)
             return src + x, cache
         first, last, conv = self.in_proj, self.out_proj, self.depthwise_conv.parameters_of_op()
@@ -226,11 +247,17 @@ class ConvolutionModule(Module):
             src, first.weight, first.bias, cache, *conv, src_key_padding_mask, last.weight, last.bias
         )
 
-    def _gate(self, x: Tensor, s: Tensor, padding: Tensor | None) -> Tensor:
-        """The gated input with zeros on padding, (batch, channels, T)."""
-        x = self.activation2(x * self.sigmoid(s)).permute(1, 2, 0)
-        padding = as_mask("src_key_padding_mask", padding)
-        return x if padding is None else x.masked_fill(padding.unsqueeze(1), 0.0)
+
+def _parameters_of(conv: nn.Module) -> tuple[Tensor | None, ...]:
+    """The parameters of either convolution, in the order in which the ops take them."""
+    return conv.parameters_of_op() if isinstance(conv, ChunkCausalDepthwiseConv1d) else (conv.weight, conv.bias)
+
+
+def _gated(x: Tensor, padding: Tensor | None) -> Tensor:
+    """The gated input (T, batch, channels) with zeros on padding, as (batch, channels, T)."""
+    x = x.permute(1, 2, 0)
+    padding = as_mask("src_key_padding_mask", padding)
+    return x if padding is None else x.masked_fill(padding.unsqueeze(1), 0.0)
 
 
 def _check_padding(padding: Tensor | None, x: Tensor) -> None:

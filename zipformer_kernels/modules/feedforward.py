@@ -7,12 +7,15 @@ from torch import Tensor, nn
 
 from zipformer_kernels.launch import few_rows
 from zipformer_kernels.module import Module
-from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
-from zipformer_kernels.modules.inference import hooked, is_untouched
+from zipformer_kernels.modules.activation_dropout_linear import ACTIVATIONS, ActivationDropoutAndLinear
+from zipformer_kernels.modules.inference import add_product
+from zipformer_kernels.modules.plain import made_of
+from zipformer_kernels.ops.swoosh import swoosh_
 from zipformer_kernels.ops.swoosh_linear import infer_feed_forward
 from zipformer_kernels.training import Balancer, FloatLike, Whiten, whitening_schedule
 
 
+@made_of(in_proj=nn.Linear, hidden_balancer=Balancer, out_proj=ActivationDropoutAndLinear, out_whiten=Whiten)
 class FeedforwardModule(Module):
     """Linear, SwooshL, dropout with a mask shared over time, linear.
 
@@ -52,9 +55,9 @@ class FeedforwardModule(Module):
 
     def add_to(self, src: Tensor, over: bool) -> Tensor:
         """src + self(src) in inference; see `zipformer_kernels.modules.inference`."""
-        if hooked(self) or not is_untouched(self.in_proj, nn.Linear):
-            return src + self(src)
         first, last = self.in_proj, self.out_proj
-        if few_rows(src) and is_untouched(last, ActivationDropoutAndLinear):
-            return infer_feed_forward(src, first.weight, first.bias, last.weight, last.bias, "l")
-        return last.add_to(src, F.linear(src, first.weight), first.bias, over)
+        activation = ACTIVATIONS[last.activation]
+        if few_rows(src):
+            return infer_feed_forward(src, first.weight, first.bias, last.weight, last.bias, activation)
+        hidden = swoosh_(F.linear(src, first.weight), activation, first.bias)
+        return add_product(src, hidden, last.weight, last.bias, over)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,9 @@ from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.bypass import BypassModule
 from zipformer_kernels.modules.convolution import ConvolutionModule
 from zipformer_kernels.modules.feedforward import FeedforwardModule
-from zipformer_kernels.modules.inference import hooked, only_computes
+from zipformer_kernels.modules.inference import only_computes
 from zipformer_kernels.modules.nonlin_attention import NonlinAttention
+from zipformer_kernels.modules.plain import made_of, plain_part
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, constant_attention
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
 from zipformer_kernels.training.randomness import happens, keeps_all
@@ -25,6 +27,25 @@ FEEDFORWARD_SKIP_RATE = ScheduledFloat((0.0, 0.1), (4000.0, 0.01), (50000.0, 0.0
 BYPASS_SKIP_RATE = ScheduledFloat((0.0, 0.5), (4000.0, 0.02), default=0)
 
 
+@made_of(
+    bypass=BypassModule,
+    bypass_mid=BypassModule,
+    self_attn1=SelfAttention,
+    self_attn2=SelfAttention,
+    feed_forward1=FeedforwardModule,
+    feed_forward2=FeedforwardModule,
+    feed_forward3=FeedforwardModule,
+    nonlin_attention=NonlinAttention,
+    conv_module1=ConvolutionModule,
+    conv_module2=ConvolutionModule,
+    norm=BiasNorm,
+    balancer1=Balancer,
+    balancer2=Balancer,
+    balancer_na=Balancer,
+    balancer_ff2=Balancer,
+    balancer_ff3=Balancer,
+    whiten=Whiten,
+)
 class ZipformerEncoderLayer(Module):
     """One layer of a stack; see figure 2 of the Zipformer paper, arXiv:2310.11230.
 
@@ -172,75 +193,99 @@ class ZipformerEncoderLayer(Module):
             (T, batch, embed_dim).
         """
         attn_mask = given_mask(attn_mask, src, self.self_attn_weights, RelPositionMultiheadAttentionWeights)
-        if not self.training and self._only_computes(src):
-            return self._infer(src, pos_emb, chunk_size, attn_mask, src_key_padding_mask)
+        lean = not self.training and only_computes(src)
         src_orig = src
         # A rate is read before its module runs, so that numbers are drawn in upstream's order.
-        attention_skip_rate = float(self.attention_skip_rate)
-        attn_weights = self.self_attn_weights(
+        attention_skip_rate = self._rate(self.attention_skip_rate)
+        weights = self.self_attn_weights(
             src, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=src_key_padding_mask
         )
-        src = src + self.feed_forward1(src)
+        conv = {"chunk_size": chunk_size, "src_key_padding_mask": src_key_padding_mask}
+        src = self._add(src, "feed_forward1", lean=lean, over=False)
 
-        attention_mask = self.get_sequence_dropout_mask(src, attention_skip_rate)
-        first_head = self._first_head(attn_weights)
-        src = _add(src, self.balancer_na(self.nonlin_attention(src, first_head)), attention_mask)
-        src = _add(src, self.self_attn1(src, attn_weights), attention_mask)
+        mask = self.get_sequence_dropout_mask(src, attention_skip_rate)
+        first_head = self._given_to("nonlin_attention", self._first_head(weights))
+        src = self._add(src, "nonlin_attention", first_head, lean=lean, balancer="balancer_na", mask=mask)
+        src = self._add(src, "self_attn1", self._given_to("self_attn1", weights), lean=lean, mask=mask)
+        src = self._add(src, "conv_module1", lean=lean, skip_rate=self._rate(self.conv_skip_rate), **conv)
+        skip_rate = self._rate(self.ff2_skip_rate)
+        src = self._add(src, "feed_forward2", lean=lean, balancer="balancer_ff2", skip_rate=skip_rate)
 
-        skip_rate = float(self.conv_skip_rate)
-        conv = self.conv_module1(src, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask)
-        src = _add(src, conv, self.get_sequence_dropout_mask(conv, skip_rate))
-
-        skip_rate = float(self.ff2_skip_rate)
-        branch = self.balancer_ff2(self.feed_forward2(src))
-        src = _add(src, branch, self.get_sequence_dropout_mask(branch, skip_rate))
-        src = self.bypass_mid(src_orig, src)
-        src = _add(src, self.self_attn2(src, attn_weights), attention_mask)
-
-        skip_rate = float(self.conv_skip_rate)
-        conv = self.conv_module2(src, chunk_size=chunk_size, src_key_padding_mask=src_key_padding_mask)
-        src = _add(src, conv, self.get_sequence_dropout_mask(conv, skip_rate))
-
-        skip_rate = float(self.ff3_skip_rate)
-        branch = self.balancer_ff3(self.feed_forward3(src))
-        src = _add(src, branch, self.get_sequence_dropout_mask(branch, skip_rate))
-        src = self.norm(self.balancer1(src))
-        src = self.bypass(src_orig, src)
-        return self.whiten(self.balancer2(src))
+        over = lean and plain_part(self, "bypass_mid", infers=True)  # else who has seen its result may keep it
+        src = self.bypass_mid.write_over(src_orig, src) if over else self.bypass_mid(src_orig, src)
+        src = self._add(src, "self_attn2", self._given_to("self_attn2", weights), lean=lean, over=over, mask=mask)
+        src = self._add(src, "conv_module2", lean=lean, skip_rate=self._rate(self.conv_skip_rate), **conv)
+        skip_rate = self._rate(self.ff3_skip_rate)
+        src = self._add(src, "feed_forward3", lean=lean, balancer="balancer_ff3", skip_rate=skip_rate)
+        src = self._bypass(src_orig, self._watch(src, "balancer1", lean), lean)
+        return self._watch(self._watch(src, "balancer2", lean), "whiten", lean)
 
     def _first_head(self, weights: AttentionWeights | Tensor) -> AttentionWeights | Tensor:
         """The weights for NonlinAttention: those of the first head, or, drawn in training, constant ones."""
         constant = self.training == self.const_attention_in_training and happens(self.const_attention_rate)
         return constant_attention(weights[0:1]) if constant else weights[0:1]
 
-    def _only_computes(self, src: Tensor) -> bool:
-        """Whether `_infer` does what `forward` would: nothing wants to see what only gradients pass through."""
-        watched = self.balancer_na, self.balancer_ff2, self.balancer_ff3, self.balancer1, self.balancer2, self.whiten
-        return only_computes(src, self.bypass_scale) and not hooked(*watched)
-
-    def _infer(
+    def _add(
         self,
         src: Tensor,
-        pos_emb: Tensor,
-        chunk_size: int,
-        attn_mask: Tensor | ChunkMask | None,
-        padding: Tensor | None,
+        name: str,
+        *args: Any,
+        lean: bool,
+        over: bool = True,
+        balancer: str | None = None,
+        mask: Tensor | None = None,
+        skip_rate: float = 0.0,
+        **kwargs: Any,
     ) -> Tensor:
-        """`forward` in inference, every sum inside a product."""
-        src_orig = src
-        attn_weights = self.self_attn_weights(src, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=padding)
-        src = self.feed_forward1.add_to(src, over=False)
-        src = self.nonlin_attention.add_to(src, self._first_head(attn_weights), over=True)
-        src = self.self_attn1.add_to(src, attn_weights, over=True)
-        src = self.conv_module1.add_to(src, padding, chunk_size, over=True)
-        src = self.feed_forward2.add_to(src, over=True)
-        src = self.bypass_mid.write_over(src_orig, src)
-        over = not hooked(self.bypass_mid)  # who looks on may keep what it saw
-        src = self.self_attn2.add_to(src, attn_weights, over=over)
-        src = self.conv_module2.add_to(src, padding, chunk_size, over=True)
-        src = self.feed_forward3.add_to(src, over=True)
+        """src plus what a module makes of it, in a new tensor or in the place of src.
+
+        Args:
+            src: (T, batch, embed_dim).
+            name: the module's.
+            *args, **kwargs: its other arguments.
+            lean: whether its call may be left out, as far as the layer's own call goes.
+            over: whether src may be overwritten then.
+            balancer: the name of the balancer of its result.
+            mask, skip_rate: which sequences it is added to, (batch, 1); or how often one is not.
+        """
+        module = getattr(self, name)
+        parts = (name,) if balancer is None else (name, balancer)
+        if lean and all(plain_part(self, part, infers=True) for part in parts):
+            return module.add_to(src, *args, over=over, **kwargs)
+        branch = module(src, *args, **kwargs)
+        if balancer is not None:
+            branch = getattr(self, balancer)(branch)
+        if mask is None:
+            mask = self.get_sequence_dropout_mask(branch, skip_rate)
+        return src + branch if mask is None else torch.addcmul(src, branch, mask)
+
+    def _add_chunk(self, src: Tensor, name: str, *args: Any, lean: bool, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """src plus what a module makes of it and of its left context, and the next left context; else as `_add`."""
+        module = getattr(self, name)
+        if lean and plain_part(self, name, infers=True):
+            return module.add_chunk_to(src, *args, **kwargs)
+        branch, cache = module.streaming_forward(src, *args, **kwargs)
+        return src + branch, cache
+
+    def _watch(self, src: Tensor, name: str, lean: bool) -> Tensor:
+        """src behind a module that changes nothing but gradients."""
+        return src if lean and plain_part(self, name, infers=True) else getattr(self, name)(src)
+
+    def _bypass(self, src_orig: Tensor, src: Tensor, lean: bool) -> Tensor:
+        """The norm and the bypass around the layer."""
         src = self.norm(src)
-        return self.bypass(src_orig, src) if hooked(self.norm) else self.bypass.write_over(src_orig, src)
+        if lean and plain_part(self, "norm") and plain_part(self, "bypass", infers=True):
+            return self.bypass.write_over(src_orig, src)
+        return self.bypass(src_orig, src)
+
+    def _given_to(self, name: str, weights: AttentionWeights | Tensor) -> AttentionWeights | Tensor:
+        """The weights as a module takes them: classes and functions in the place of ours want a tensor."""
+        module = getattr(self, name)
+        takes_handles = type(module) in (SelfAttention, NonlinAttention) and "forward" not in module.__dict__
+        return weights if takes_handles or isinstance(weights, Tensor) else weights.materialize()
+
+    def _rate(self, schedule: FloatLike) -> float:
+        return float(schedule) if self.training else 0.0
 
     def streaming_forward(
         self,
@@ -273,26 +318,38 @@ class ZipformerEncoderLayer(Module):
         """
         src_orig = src
         padding = None if src_key_padding_mask is None else src_key_padding_mask[:, left_context_len:]
-        attn_weights, cached_key = self.self_attn_weights.streaming_forward(
+        weights, cached_key = self.self_attn_weights.streaming_forward(
             src,
             pos_emb=pos_emb,
             cached_key=cached_key,
             left_context_len=left_context_len,
             key_padding_mask=src_key_padding_mask,
         )
-        lean = only_computes(src, self.bypass_scale)
-        src = self.feed_forward1.add_to(src, over=False) if lean else src + self.feed_forward1(src)
-        src, cached_nonlin_attn = self.nonlin_attention.add_chunk_to(
-            src, attn_weights[0:1], cached_nonlin_attn, left_context_len
+        lean = only_computes(src)
+        length = {"left_context_len": left_context_len}
+        src = self._add(src, "feed_forward1", lean=lean, over=False)
+        given = self._given_to("nonlin_attention", weights[0:1])
+        src, cached_nonlin_attn = self._add_chunk(
+            src, "nonlin_attention", given, cached_x=cached_nonlin_attn, lean=lean, **length
         )
-        src, cached_val1 = self.self_attn1.add_chunk_to(src, attn_weights, cached_val1, left_context_len)
-        src, cached_conv1 = self.conv_module1.add_chunk_to(src, cached_conv1, padding)
-        src = self.feed_forward2.add_to(src, over=True) if lean else src + self.feed_forward2(src)
+        given = self._given_to("self_attn1", weights)
+        src, cached_val1 = self._add_chunk(
+            src, "self_attn1", attn_weights=given, cached_val=cached_val1, lean=lean, **length
+        )
+        src, cached_conv1 = self._add_chunk(
+            src, "conv_module1", cache=cached_conv1, src_key_padding_mask=padding, lean=lean
+        )
+        src = self._add(src, "feed_forward2", lean=lean)
         src = self.bypass_mid(src_orig, src)
-        src, cached_val2 = self.self_attn2.add_chunk_to(src, attn_weights, cached_val2, left_context_len)
-        src, cached_conv2 = self.conv_module2.add_chunk_to(src, cached_conv2, padding)
-        src = self.feed_forward3.add_to(src, over=True) if lean else src + self.feed_forward3(src)
-        src = self.bypass(src_orig, self.norm(src))
+        given = self._given_to("self_attn2", weights)
+        src, cached_val2 = self._add_chunk(
+            src, "self_attn2", attn_weights=given, cached_val=cached_val2, lean=lean, **length
+        )
+        src, cached_conv2 = self._add_chunk(
+            src, "conv_module2", cache=cached_conv2, src_key_padding_mask=padding, lean=lean
+        )
+        src = self._add(src, "feed_forward3", lean=lean)
+        src = self._bypass(src_orig, src, lean)
         return src, cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2
 
     def get_sequence_dropout_mask(self, x: Tensor, dropout_rate: float) -> Tensor | None:
@@ -306,8 +363,3 @@ class ZipformerEncoderLayer(Module):
         """Zeroes whole sequences of x, (T, batch, channels), at a given rate; the rest is not rescaled."""
         mask = self.get_sequence_dropout_mask(x, dropout_rate)
         return x if mask is None else x * mask
-
-
-def _add(src: Tensor, branch: Tensor, mask: Tensor | None) -> Tensor:
-    """src + branch * mask, in one pass."""
-    return src + branch if mask is None else torch.addcmul(src, branch, mask)

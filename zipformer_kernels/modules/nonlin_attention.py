@@ -6,16 +6,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zipformer_kernels.joint import split
+from zipformer_kernels.launch import few_rows
 from zipformer_kernels.module import Module
-from zipformer_kernels.modules.inference import add_product, hooked, is_untouched
+from zipformer_kernels.modules.inference import add_product
+from zipformer_kernels.modules.plain import made_of, plain_part
 from zipformer_kernels.modules.scaled_init import ScaledLinear
-from zipformer_kernels.modules.streaming import average_chunk, averages_whole, check_cache, join_cache
+from zipformer_kernels.modules.streaming import average_chunk, check_cache, join_cache
 from zipformer_kernels.ops.attention import AttentionWeights, aggregate, merge_heads, split_heads
 from zipformer_kernels.ops.nonlin_attention import nonlin_attention
 from zipformer_kernels.ops.nonlin_attention.infer import infer_nonlin_attention
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
 
 
+@made_of(
+    in_proj=nn.Linear,
+    balancer=Balancer,
+    tanh=nn.Tanh,
+    identity1=nn.Identity,
+    identity2=nn.Identity,
+    identity3=nn.Identity,
+    out_proj=nn.Linear,
+    whiten1=Whiten,
+    whiten2=Whiten,
+)
 class NonlinAttention(Module):
     """out_proj((W (x * tanh(s))) * y), where s, x, y are the three thirds of in_proj(src).
 
@@ -69,9 +82,6 @@ class NonlinAttention(Module):
 
     def add_to(self, src: Tensor, attn_weights: AttentionWeights | Tensor, over: bool) -> Tensor:
         """src + self(src, attn_weights) in inference; see `zipformer_kernels.modules.inference`."""
-        linear = is_untouched(self.in_proj, nn.Linear) and is_untouched(self.out_proj, nn.Linear)
-        if hooked(self) or not linear:
-            return src + self(src, attn_weights)
         if isinstance(attn_weights, AttentionWeights) and not attn_weights.keeps:
             x = self._attend(src, attn_weights)
         else:
@@ -85,8 +95,8 @@ class NonlinAttention(Module):
         s = self.balancer(s)
         x = self.whiten1(x)
         y = self.identity2(y)
-        watched = hooked(self.tanh, self.identity1)  # where weights are not kept one kernel has nothing to show them
-        if isinstance(attn_weights, AttentionWeights) and not (watched and attn_weights.keeps):
+        gates = plain_part(self, "tanh") and plain_part(self, "identity1")
+        if gates and isinstance(attn_weights, AttentionWeights):
             return nonlin_attention(attn_weights, s, x, y)
         return aggregate(attn_weights, self.identity1(x * self.tanh(s))) * y
 
@@ -113,8 +123,8 @@ class NonlinAttention(Module):
     def add_chunk_to(
         self, src: Tensor, attn_weights: AttentionWeights | Tensor, cached_x: Tensor, left_context_len: int
     ) -> tuple[Tensor, Tensor]:
-        """src + self.streaming_forward(src, ...), and the next `cached_x`."""
-        if not averages_whole(self, src):
+        """src + self.streaming_forward(src, ...) in inference, and the next `cached_x`."""
+        if not few_rows(src):
             x, cached_x = self.streaming_forward(src, attn_weights, cached_x, left_context_len)
             return src + x, cached_x
         check_cache("cached_x", cached_x, left_context_len, dim=2)

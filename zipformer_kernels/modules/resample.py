@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from zipformer_kernels.module import Module
 from zipformer_kernels.modules.inference import only_computes
+from zipformer_kernels.modules.plain import made_of
 from zipformer_kernels.training import FloatLike
 from zipformer_kernels.training.randomness import being_traced
 
@@ -56,6 +57,7 @@ class SimpleDownsample(Module):
         return result
 
 
+@made_of()
 class SimpleUpsample(Module):
     """Repeats every frame `upsample` times.
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from zipformer_kernels.module import Module
 from zipformer_kernels.modules.attention import given_mask
 from zipformer_kernels.modules.bypass import BypassModule
-from zipformer_kernels.modules.inference import hooked, only_computes
+from zipformer_kernels.modules.inference import only_computes
 from zipformer_kernels.modules.layer import ZipformerEncoderLayer
+from zipformer_kernels.modules.plain import made_of, plain_part
 from zipformer_kernels.modules.positional import CompactRelPositionalEncoding
 from zipformer_kernels.modules.resample import SimpleDownsample, SimpleUpsample
 from zipformer_kernels.ops.attention import ChunkMask, downsample_mask
@@ -140,6 +141,7 @@ class ZipformerEncoder(Module):
         return src, new_states
 
 
+@made_of(upsample=SimpleUpsample, out_combiner=BypassModule)
 class DownsampledZipformerEncoder(Module):
     """A stack that runs at a lower frame rate, between downsampling and upsampling, with a bypass around it.
 
@@ -199,9 +201,11 @@ class DownsampledZipformerEncoder(Module):
         return self._combine(src, output), states
 
     def _combine(self, src: Tensor, output: Tensor) -> Tensor:
-        scale = self.out_combiner.bypass_scale
-        if not self.training and only_computes(src, scale) and not hooked(self.upsample, self.out_combiner):
-            return _bypass_repeated(src, output, scale, self.downsample_factor)
+        if all(plain_part(self, name, infers=True) for name in ("upsample", "out_combiner")):
+            scale, factor = self.out_combiner.bypass_scale, self.upsample.upsample
+            fits = output.shape == (-(-src.shape[0] // factor), *src.shape[1:])
+            if fits and only_computes(src, output, scale):
+                return _bypass_repeated(src, output, scale, factor)
         output = self.upsample(output)
         frames = src.shape[0]
         # Cropping by a slice would tie an exported program to lengths for which it provably fits.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.launch import few_rows
-from zipformer_kernels.modules.inference import hooked, is_untouched, only_computes
 from zipformer_kernels.ops.attention import AttentionWeights
 from zipformer_kernels.ops.attention.stream import stream_attention
 
@@ -36,13 +34,6 @@ def check_cache(name: str, cache: Tensor, length: int, dim: int) -> None:
     """Raises ValueError unless the cache has `length` frames along a dimension."""
     if cache.shape[dim] != length:
         raise ValueError(f"{name}: wanted {length} frames along dimension {dim}, got {tuple(cache.shape)}")
-
-
-def averages_whole(module: nn.Module, src: Tensor) -> bool:
-    """Whether `average_chunk` does what the module, SelfAttention or NonlinAttention, would do."""
-    if not few_rows(src) or not only_computes(src, module.out_proj.weight) or hooked(module):
-        return False
-    return is_untouched(module.in_proj, nn.Linear) and is_untouched(module.out_proj, nn.Linear)
 
 
 def average_chunk(

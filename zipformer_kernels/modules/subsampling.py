@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from zipformer_kernels.module import Module
 from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.convnext import ConvNeXt, channels_last
-from zipformer_kernels.modules.inference import hooked, is_untouched
+from zipformer_kernels.modules.plain import Expected, convolution, made_of, plain_part, sequential
 from zipformer_kernels.modules.swoosh import SwooshR
 from zipformer_kernels.ops.swoosh import swoosh_
 from zipformer_kernels.presets import FBANK_BINS, preset
@@ -23,6 +23,18 @@ MIN_FRAMES = 9  # three unpadded 3 x 3 convolutions, one of stride 2 in time, le
 TILE = 256  # frames of the result that are embedded at a time: all that lies between stays in a processor's cache
 
 
+def _conv(stride: tuple[int, int], padding: tuple[int, int]) -> Expected:
+    return convolution(nn.Conv2d, kernel_size=(3, 3), stride=stride, padding=padding, dilation=(1, 1), groups=1)
+
+
+_layers = sequential(
+    *(_conv((1, 1), (0, 1)), ScaleGrad, Balancer, SwooshR),
+    *(_conv((2, 2), (0, 0)), Balancer, SwooshR),
+    *(_conv((1, 2), (0, 0)), Balancer, SwooshR),
+)
+
+
+@made_of(conv=_layers, convnext=ConvNeXt, out=nn.Linear)
 class Conv2dSubsampling(Module):
     """Three convolutions, one ConvNeXt block, a linear layer and a BiasNorm: T frames become (T - 7) // 2.
 
@@ -110,7 +122,7 @@ class Conv2dSubsampling(Module):
         self._check_input(x, x_lens, MIN_FRAMES)
         if self._goes_in_tiles(x):
             x = self._projected_tiles(x)
-        elif channels_last(x) and is_untouched(self.out, nn.Linear):
+        elif channels_last(x) and plain_part(self, "out"):
             x = self._projected(self._features(x), self._channels_last_weight())
         else:
             x = self.out(_flatten_frequencies(self._features(x)))
@@ -148,17 +160,13 @@ class Conv2dSubsampling(Module):
         return self.convnext(self.conv(image))
 
     def _inferred_features(self, x: Tensor) -> Tensor:
-        """`_features` without gradients: activations overwrite what the convolutions before them made.
-
-        A `Balancer` and a `ScaleGrad` in between return what they get.
-        """
-        image, fresh = x.contiguous().unsqueeze(3).permute(0, 3, 1, 2), False
+        """`_features` without gradients: activations overwrite what the convolutions before them made."""
+        image = x.contiguous().unsqueeze(3).permute(0, 3, 1, 2)
         for layer in self.conv:
-            if fresh and is_untouched(layer, SwooshR):
+            if isinstance(layer, SwooshR):
                 swoosh_(image.permute(0, 2, 3, 1), "r")
             else:
                 image = layer(image)
-            fresh = is_untouched(layer, nn.Conv2d) or (fresh and isinstance(layer, (Balancer, ScaleGrad)))
         return self.convnext(image)
 
     def _projected(self, features: Tensor, weight: Tensor) -> Tensor:
@@ -171,12 +179,11 @@ class Conv2dSubsampling(Module):
 
     def _goes_in_tiles(self, x: Tensor) -> bool:
         """Whether nothing but speed and memory depends on how many frames the layers see at a time."""
-        if not channels_last(x) or x.shape[0] == 0 or self.training or self.convnext.training:
+        if not channels_last(x) or x.shape[0] == 0 or self.training:
             return False
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             return False
-        swallowed = (self.conv, self.convnext, self.out)
-        return not hooked(*(m for part in swallowed for m in part.modules())) and is_untouched(self.out, nn.Linear)
+        return all(plain_part(self, name, infers=True) for name in ("conv", "convnext", "out"))
 
     def _projected_tiles(self, x: Tensor) -> Tensor:
         """The linear layer's result, of a tile of frames at a time, with the frames that the ConvNeXt block sees."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from zipformer_kernels.module import Module
+from zipformer_kernels.modules.plain import made_of
 from zipformer_kernels.ops.swoosh import swoosh_l, swoosh_r
 
 
+@made_of()
 class SwooshL(Module):
     """SwooshL(x) = log(1 + exp(x - 4)) - 0.08 x - 0.035; see `zipformer_kernels.ops.swoosh.swoosh_l`."""
 
@@ -16,6 +18,7 @@ class SwooshL(Module):
         return swoosh_l(x)
 
 
+@made_of()
 class SwooshR(Module):
     """SwooshR(x) = log(1 + exp(x - 1)) - 0.08 x - 0.313261687; see `zipformer_kernels.ops.swoosh.swoosh_r`."""
 

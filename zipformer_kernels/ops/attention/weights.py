@@ -45,7 +45,8 @@ class AttentionWeights:
     """Weights W of shape (H, B, T, S), computed once and used many times.
 
     It has W's `shape`, `dtype` and `device`, slices by head (``weights[0:1]``), aggregates values, and `materialize`s W
-    for code that wants a tensor; torch's functions do that by themselves.
+    for code that wants a tensor. Torch's functions, operators, other indices and the methods of a tensor do that by
+    themselves; only what would change W in place is refused.
 
     Attributes:
         scores: q, k, p, e; where W is kept, of all heads that it was made of.
@@ -105,10 +106,10 @@ class AttentionWeights:
         if not self.keeps:
             self.lse = attention._log_sum_exp(*detached, *self.masks, backend=self.backend)
 
-    def __getitem__(self, heads: slice) -> AttentionWeights:
-        """The weights of some heads, ``weights[first:last]``."""
+    def __getitem__(self, heads: Any) -> AttentionWeights | Tensor:
+        """The weights of some heads, ``weights[first:last]``; for any other index what W has there."""
         if not isinstance(heads, slice) or heads.step not in (None, 1):
-            raise TypeError(f"heads must be a slice without a step, such as [0:1], got {heads!r}")
+            return self.materialize()[heads]
         part = object.__new__(AttentionWeights)
         part.__dict__.update(self.__dict__)
         part._penalty = 0.0, 0.0  # the whole's uses bring it
@@ -220,30 +221,34 @@ class AttentionWeights:
         mask = reference.forbidden(self.shape[1:], *self.masks, self.device)
         return softmax(raw if mask is None else raw.masked_fill(mask, reference.MASKED_SCORE), dim=-1)
 
+    def __getattr__(self, name: str) -> Any:
+        """What W has and a handle has not, such as ``clone``, for code that was written for a tensor."""
+        if name.startswith("_") or not hasattr(Tensor, name):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name.endswith("_"):
+            raise TypeError(f"{name}: attention weights cannot be changed in place; use a copy: weights.materialize()")
+        return getattr(self.materialize(), name)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         dense = lambda x: x.materialize() if isinstance(x, AttentionWeights) else x  # noqa: E731
         return function(*map(dense, args), **{name: dense(x) for name, x in (kwargs or {}).items()})
 
-    def __getattr__(self, name: str) -> Any:
-        """What W has and a handle has not, such as ``clone``, for code that was written for a tensor."""
-        if name.startswith("__") or not hasattr(Tensor, name):
-            raise AttributeError(f"AttentionWeights has no attribute {name!r}")
-        return getattr(self.materialize(), name)
-
     def __repr__(self) -> str:
         return f"AttentionWeights(shape={tuple(self.shape)}, dtype={self.dtype}, backend={self.backend!r})"
 
 
-def _of_tensor(name: str) -> Any:
-    def operator(self: AttentionWeights, *args: Any) -> Any:
-        return getattr(self.materialize(), name)(*args)
-
-    return operator
+def _operator(name: str) -> Any:
+    return lambda self, *others: getattr(self.materialize(), name)(*others)
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "truediv", "rtruediv", "matmul", "gt", "ge", "lt", "le"):
-    setattr(AttentionWeights, f"__{_name}__", _of_tensor(f"__{_name}__"))
+OPERATORS = "neg add radd sub rsub mul rmul truediv rtruediv pow matmul rmatmul lt le gt ge"  # which classes must have
+
+for _name in (f"__{name}__" for name in OPERATORS.split()):
+    setattr(AttentionWeights, _name, _operator(_name))
 
 
 def _slice_heads(pieces: tuple[Piece, ...], heads: slice) -> tuple[Piece, ...]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,16 +37,17 @@ def conv_module(
     if causal_weight is None:
         y = F.conv1d(x, weight, bias, padding=weight.shape[2] // 2, groups=weight.shape[0])
     else:
-        y = chunk_convolution(x, weight, bias, causal_weight, causal_bias, edge_scale, chunk_size)
+        channels, _, kernel = weight.shape
+        past = partial(F.conv1d, weight=causal_weight, bias=causal_bias, groups=channels)
+        within = partial(F.conv1d, weight=weight, bias=bias, padding=kernel // 2, groups=channels)
+        y = chunk_convolution(x, past, within, edge_scale, chunk_size)
     return y.permute(2, 0, 1)
 
 
 def chunk_convolution(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    causal_weight: Tensor,
-    causal_bias: Tensor | None,
+    past: Callable[[Tensor], Tensor],
+    within: Callable[[Tensor], Tensor],
     edge_scale: Tensor,
     chunk_size: int,
 ) -> Tensor:
@@ -51,18 +55,17 @@ def chunk_convolution(
 
     Args:
         x: (batch, channels, T).
-        weight, bias, causal_weight, causal_bias, edge_scale: as of `chunk_conv_module` of the package.
+        past: the causal convolution, which takes K // 2 more frames than it returns.
+        within: the one inside chunks, which keeps the number of frames.
+        edge_scale: (2, channels, K).
         chunk_size: at least 1; need not divide T.
     """
-    channels, _, kernel = weight.shape
     frames = x.shape[2]
-    past = F.conv1d(F.pad(x, (kernel // 2, 0)), causal_weight, causal_bias, groups=channels)
     chunks = F.pad(x, (0, -frames % chunk_size)).unflatten(2, (-1, chunk_size))
     chunks = chunks.transpose(1, 2)  # (batch, chunks, channels, chunk_size)
-    within = F.conv1d(chunks.flatten(0, 1), weight, bias, padding=kernel // 2, groups=channels)
-    within = within * chunk_factors(edge_scale, chunk_size)
-    within = within.unflatten(0, chunks.shape[:2]).transpose(1, 2).flatten(2)
-    return within[..., :frames] + past
+    scaled = within(chunks.flatten(0, 1)) * chunk_factors(edge_scale, chunk_size)
+    scaled = scaled.unflatten(0, chunks.shape[:2]).transpose(1, 2).flatten(2)
+    return scaled[..., :frames] + past(F.pad(x, (edge_scale.shape[2] // 2, 0)))
 
 
 def chunk_factors(edge_scale: Tensor, chunk_size: int) -> Tensor:
