@@ -49,8 +49,8 @@ def compare(recipe, size, causal):
     Returns:
         ``recipe``, ``folders`` (how many have these files), ``size``, ``causal``, ``layers``, ``swapped``
         (layers), ``modules`` (swapped), ``kept`` (reasons, and how often), and the largest differences, each over the
-        RMS of what it is of: ``outputs``, ``gradients``, ``steps`` (parameters after training steps), ``stream``; None for what the
-        model has not, and in ``errors`` why it could not be compared.
+        RMS of what it is of: ``outputs``, ``gradients``, ``steps`` (parameters after training steps), ``stream``; None
+        for what the model has not, and in ``errors`` why it could not be compared.
     """
     row = {"recipe": recipe.name, "folders": 1 + len(recipe.others), "size": size, "causal": causal}
     row["errors"] = {}
