@@ -156,7 +156,7 @@ def test_no_mask():
     y, *_ = model.streaming_forward(x, x_lens, states, None)
     nothing_masked = torch.zeros(1, 16, dtype=torch.bool)
     assert torch.equal(y, model.streaming_forward(x, x_lens, states, nothing_masked)[0])
-    with pytest.raises(ValueError, match="states: wanted 6 tensors for 1 layers, got 5"):
+    with pytest.raises(ValueError, match="states: wanted 12 tensors, 6 for each layer, got 5"):
         model.streaming_forward(x, x_lens, states[:5], None)
     with pytest.raises(ValueError, match=r"cached_key: wanted 4 frames along dimension 0, got \(3, 1, "):
         model.streaming_forward(x, x_lens, [state[:3] for state in states], None)
@@ -174,3 +174,46 @@ def test_unlimited_context_cannot_stream():
     model = Zipformer(encoder_dim=8, encoder_unmasked_dim=8, num_encoder_layers=1, feedforward_dim=8, causal=True)
     with pytest.raises(ValueError, match="left_context_frames: streaming needs the first limited"):
         model.get_init_states()
+
+
+def small_stream(batch):
+    """A causal encoder of three layers, and the arguments of its first chunk."""
+    model = Zipformer(
+        downsampling_factor=(1, 2),
+        encoder_dim=(8, 12),
+        encoder_unmasked_dim=8,
+        num_encoder_layers=(1, 2),
+        num_heads=2,
+        feedforward_dim=12,
+        cnn_module_kernel=5,
+        query_head_dim=4,
+        pos_head_dim=2,
+        value_head_dim=3,
+        pos_dim=8,
+        causal=True,
+        chunk_size=(8,),
+        left_context_frames=(16,),
+    ).eval()
+    padding = torch.zeros(batch, 16 + 8, dtype=torch.bool)
+    return model, [torch.randn(8, batch, 8), torch.full((batch,), 8), model.get_init_states(batch), padding]
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_no_streams(gradients):
+    """A batch of none: empty embeddings, and states of the same shapes."""
+    model, args = small_stream(batch=0)
+    with torch.set_grad_enabled(gradients):
+        y, lengths, states = model.streaming_forward(*args)
+    assert y.shape == (4, 0, 12)
+    assert lengths.shape == (0,)
+    assert [state.shape for state in states] == [state.shape for state in args[2]]
+
+
+def test_what_does_not_fit_is_named():
+    model, (x, lengths, states, padding) = small_stream(batch=1)
+    for wrong in (states[:-1], [*states, states[0]], []):
+        with pytest.raises(ValueError, match=f"states: wanted 18 tensors, 6 for each layer, got {len(wrong)}"):
+            model.streaming_forward(x, lengths, wrong, padding)
+    for wrong in (padding[:, 1:], padding.repeat(2, 1), padding[0]):
+        with pytest.raises(ValueError, match=r"src_key_padding_mask: wanted shape \(1, 24\), got"):
+            model.streaming_forward(x, lengths, states, wrong)

@@ -176,12 +176,7 @@ class Zipformer(Module):
             TypeError: src_key_padding_mask is neither of bools nor of integers.
         """
         self._check_input(x, x_lens)
-        src_key_padding_mask = as_mask("src_key_padding_mask", src_key_padding_mask)
-        if src_key_padding_mask is not None and src_key_padding_mask.shape != (x.shape[1], x.shape[0]):
-            raise ValueError(
-                f"src_key_padding_mask: wanted shape {(x.shape[1], x.shape[0])}, "
-                f"got {tuple(src_key_padding_mask.shape)}"
-            )
+        src_key_padding_mask = _checked_padding(src_key_padding_mask, x.shape[1], x.shape[0])
         x = x.contiguous()  # sums keep strides, and products would copy rows that lie batch-major, each anew
         feature_masks = self.get_feature_masks(x)
         chunk_size, left_context_chunks = self.get_chunk_info()
@@ -221,8 +216,11 @@ class Zipformer(Module):
             TypeError: src_key_padding_mask is neither of bools nor of integers.
         """
         self._check_input(x, x_lens)
-        src_key_padding_mask = as_mask("src_key_padding_mask", src_key_padding_mask)
         left_context = self.left_context_frames[0]
+        src_key_padding_mask = _checked_padding(src_key_padding_mask, x.shape[1], left_context + x.shape[0])
+        wanted = STATES_PER_LAYER * sum(stack.num_layers for stack in self.encoders)
+        if len(states) != wanted:
+            raise ValueError(f"states: wanted {wanted} tensors, {STATES_PER_LAYER} for each layer, got {len(states)}")
         outputs, new_states = [], []
         offset = 0
         for i, stack in enumerate(self.encoders):
@@ -383,6 +381,13 @@ def convert_num_channels(x: Tensor, num_channels: int) -> Tensor:
     """Crops the channels of x, its last dimension, or fills them up with zeros."""
     missing = num_channels - x.shape[-1]
     return x[..., :num_channels] if missing <= 0 else nn.functional.pad(x, (0, missing))
+
+
+def _checked_padding(mask: Tensor | None, batch: int, frames: int) -> Tensor | None:
+    mask = as_mask("src_key_padding_mask", mask)
+    if mask is not None and mask.shape != (batch, frames):
+        raise ValueError(f"src_key_padding_mask: wanted shape {(batch, frames)}, got {tuple(mask.shape)}")
+    return mask
 
 
 def _every(mask: Tensor | None, step: int) -> Tensor | None:

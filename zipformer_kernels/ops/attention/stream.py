@@ -50,7 +50,7 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
     values = context.shape[2]
     y, joined = torch.empty_like(src), src.new_empty(sources, batch, values)
     if y.numel() == 0:
-        joined.copy_(context)
+        joined[: context.shape[0]].copy_(context)
         return y, joined
     addresses = tuple(map(pointer, (src, in_weight, in_bias, context, weights, *after, joined, y)))
     sizes = targets, sources, batch, channels, heads, values
