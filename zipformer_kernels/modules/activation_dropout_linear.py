@@ -10,6 +10,7 @@ from zipformer_kernels.modules.plain import made_of
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.ops.swoosh_linear import swoosh_linear
 from zipformer_kernels.training import FloatLike
+from zipformer_kernels.training.randomness import number
 
 ACTIVATIONS = {"SwooshL": "l", "SwooshR": "r"}  # as swoosh_linear names them
 
@@ -58,7 +59,7 @@ class ActivationDropoutAndLinear(Module):
 
     def _dropout_mask(self, x: Tensor) -> Tensor | None:
         """0 or 1 / (1 - p), in the default dtype; shaped like x, but of size 1 along a shared dimension."""
-        p = float(self.dropout_p)
+        p = number(self.dropout_p)
         if p == 0.0:
             return None
         shape = list(x.shape)

@@ -9,6 +9,7 @@ from zipformer_kernels.module import Module
 from zipformer_kernels.modules.plain import made_of
 from zipformer_kernels.ops.bias_norm import bias_norm
 from zipformer_kernels.training import FloatLike, limit_param_value
+from zipformer_kernels.training.randomness import number
 
 
 @made_of()
@@ -51,6 +52,6 @@ class BiasNorm(Module):
                 f"x: wanted {self.num_channels} channels along dimension {self.channel_dim}, got {tuple(x.shape)}"
             )
         log_scale = limit_param_value(
-            self.log_scale, float(self.log_scale_min), float(self.log_scale_max), training=self.training
+            self.log_scale, number(self.log_scale_min), number(self.log_scale_max), training=self.training
         )
         return bias_norm(x, self.bias, log_scale, self.channel_dim)

@@ -13,6 +13,7 @@ from zipformer_kernels.modules.inference import only_computes
 from zipformer_kernels.modules.plain import made_of
 from zipformer_kernels.ops.bypass import bypass
 from zipformer_kernels.training import FloatLike, ScheduledFloat, limit_param_value
+from zipformer_kernels.training.randomness import number
 
 SCALE_MIN = ScheduledFloat((0.0, 0.9), (20000.0, 0.2), default=0)
 
@@ -62,11 +63,11 @@ class BypassModule(Module):
         """c, as (channels,) or, with sequences skipped at random, as (batch, channels)."""
         if not self.training:
             return self.bypass_scale
-        scale = limit_param_value(self.bypass_scale, float(self.scale_min), float(self.scale_max))
-        skip_rate = float(self.skip_rate)
+        scale = limit_param_value(self.bypass_scale, number(self.scale_min), number(self.scale_max))
+        skip_rate = number(self.skip_rate)
         if skip_rate != 0.0:
             scale = scale * (torch.rand((batch, 1), device=scale.device) > skip_rate)
-        straight_through_rate = float(self.straight_through_rate)
+        straight_through_rate = number(self.straight_through_rate)
         if straight_through_rate != 0.0:
             straight = torch.rand((batch, 1), device=scale.device) < straight_through_rate
             scale = torch.maximum(scale, straight.to(scale.dtype))

@@ -19,6 +19,7 @@ from zipformer_kernels.ops.swoosh import swoosh_, swoosh_backward_, swoosh_l
 from zipformer_kernels.recompute import pointwise_branch
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten
 from zipformer_kernels.training.balancer import Moments, balanced_gradient
+from zipformer_kernels.training.randomness import number
 
 ROWS = 4096  # frames times frequencies whose hidden channels are computed at a time
 
@@ -91,7 +92,7 @@ class ConvNeXt(Module):
         """From (batch, channels, T, frequencies) to the same shape."""
         keep = None
         if self.training:
-            layerdrop_rate = float(self.layerdrop_rate)
+            layerdrop_rate = number(self.layerdrop_rate)
             if layerdrop_rate != 0.0:
                 keep = torch.rand((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device) > layerdrop_rate
         x = self.out_balancer(self._added(x, keep))

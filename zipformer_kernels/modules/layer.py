@@ -19,7 +19,7 @@ from zipformer_kernels.modules.nonlin_attention import NonlinAttention
 from zipformer_kernels.modules.plain import made_of, plain_part
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, constant_attention
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
-from zipformer_kernels.training.randomness import happens, keeps_all
+from zipformer_kernels.training.randomness import happens, keeps_all, number
 
 DYNAMIC_SKIP_RATE = ScheduledFloat((0.0, 0.2), (4000.0, 0.05), (16000, 0.0), default=0)
 CONST_ATTENTION_RATE = ScheduledFloat((0.0, 0.25), (4000.0, 0.025), default=0)
@@ -285,7 +285,7 @@ class ZipformerEncoderLayer(Module):
         return weights if takes_handles or isinstance(weights, Tensor) else weights.materialize()
 
     def _rate(self, schedule: FloatLike) -> float:
-        return float(schedule) if self.training else 0.0
+        return number(schedule) if self.training else 0.0
 
     def streaming_forward(
         self,

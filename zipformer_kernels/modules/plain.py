@@ -19,7 +19,6 @@ from itertools import repeat
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
-from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.parameter import Parameter
 
 from zipformer_kernels.training import Balancer, ScaleGrad, Whiten
@@ -55,16 +54,26 @@ def plain_module(module: nn.Module, expected: Expected, infers: bool = False) ->
         expected: what a fused way was written for.
         infers: whether that way is for inference only, so that nothing may be in training mode.
     """
-    return not _has_any_global_hook() and matches(module, expected, infers)
+    return not _has_global_hooks() and matches(module, expected, infers)
 
 
 def plain_part(module: nn.Module, name: str, infers: bool = False) -> bool:
     """`plain_module` of the part that a module, of a class declared by `made_of` or of a subclass, has under a name."""
-    if _has_any_global_hook():
+    if _has_global_hooks():
         return False
     part = module._modules.get(name)
     kind = next(kind for kind in type(module).__mro__ if kind in _KINDS)
     return part is not None and matches(part, _KINDS[kind][1][name], infers)
+
+
+def _has_global_hooks() -> bool:
+    """Whether anyone looks on at every module. Torch has such a function only since 2.8."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
 
 
 def matches(module: nn.Module, expected: Expected, infers: bool) -> bool:
