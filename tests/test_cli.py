@@ -10,14 +10,12 @@ import pytest
 import safetensors.torch
 import soundfile
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from tiny import tiny, weights_of
+from recordings import RECORDINGS, tone
+from tiny import TINY, tiny, weights_of
 
-from zipformer_kernels import backend, batching, cli, ops
-from zipformer_kernels.audio import SAMPLE_RATE, fbank, features_of, read_audio
-
-RECORDINGS = sorted((pathlib.Path(__file__).parent.parent / "demo" / "recordings").glob("*.wav"))
+from zipformer_kernels import Conv2dSubsampling, Zipformer, backend, batching, cli, ops
+from zipformer_kernels.audio import SAMPLE_RATE, features_of
+from zipformer_kernels.commands.encode import recording_names
 
 
 @pytest.fixture
@@ -39,91 +37,6 @@ def checkpoint(tmp_path):
     path = tmp_path / "tiny.pt"
     torch.save({"model": weights_of(*tiny())}, path)
     return path
-
-
-def tone(path, seconds=1.0, rate=SAMPLE_RATE, channels=1, hertz=440.0):
-    t = np.arange(int(seconds * rate)) / rate
-    samples = 0.5 * np.sin(2 * np.pi * hertz * t)[:, None] * np.linspace(1, 0.5, channels)
-    soundfile.write(path, samples, rate)
-    return path
-
-
-# ---- audio ----
-
-
-def kaldi_fbank(samples):
-    """Kaldi's filterbank from its definition, in float64."""
-    frames = (len(samples) + 80) // 160
-    mirrored = np.concatenate([samples[::-1], samples, samples[::-1]])
-    starts = len(samples) + 160 * np.arange(frames) + 80 - 200
-    windows = mirrored[starts[:, None] + np.arange(400)].astype(np.float64)
-    windows -= windows.mean(axis=1, keepdims=True)
-    windows -= 0.97 * np.concatenate([windows[:, :1], windows[:, :-1]], axis=1)
-    windows *= (0.5 - 0.5 * np.cos(2 * np.pi * np.arange(400) / 399)) ** 0.85
-    power = np.abs(np.fft.rfft(windows, 512)) ** 2
-
-    def mel(hertz):
-        return 1127 * np.log(1 + hertz / 700)
-
-    edges = np.linspace(mel(20), mel(8000 - 400), 82)
-    bins = mel(np.arange(256) * 16000 / 512)[:, None]
-    up = (bins - edges[:-2]) / (edges[1:-1] - edges[:-2])
-    down = (edges[2:] - bins) / (edges[2:] - edges[1:-1])
-    return np.log(np.maximum(power[:, :256] @ np.minimum(up, down).clip(0), np.finfo(np.float32).eps))
-
-
-def test_features_are_kaldis_with_icefalls_settings():
-    samples = read_audio(RECORDINGS[0])[:20000]
-    actual, expected = fbank(samples).numpy(), kaldi_fbank(samples)
-    assert actual.shape == expected.shape == (125, 80)
-    # float32 spectra: a bin near the floor is a small difference of rounding errors of the loud ones
-    assert np.abs(actual - expected).max() < 0.02
-    assert np.abs(actual - expected).mean() < 2e-4
-
-
-@pytest.mark.parametrize(("rate", "channels", "suffix"), [(8000, 1, "wav"), (44100, 2, "flac"), (48000, 6, "wav")])
-def test_any_rate_and_channel_count_becomes_16_khz_mono(tmp_path, rate, channels, suffix):
-    path = tone(tmp_path / f"a.{suffix}", seconds=2.0, rate=rate, channels=channels)
-    samples = read_audio(path)
-    assert samples.dtype == np.float32
-    assert samples.shape == (2 * SAMPLE_RATE,)
-    middle = samples[8000:24000].astype(np.float64)
-    expected = 0.375 if channels > 1 else 0.5  # the mean of the channels' amplitudes
-    assert np.abs(np.fft.rfft(middle)).argmax() == 440
-    assert abs(np.sqrt(2) * middle.std() - expected) < 2e-3
-
-
-@pytest.mark.parametrize("samples", [0, 79, 80, 239, 240, 16000])
-def test_frames_are_samples_over_160_rounded(samples):
-    assert fbank(np.zeros(samples, np.float32)).shape == ((samples + 80) // 160, 80)
-
-
-# ---- batches ----
-
-
-@given(lengths=st.lists(st.integers(1, 500), max_size=30), max_frames=st.integers(1, 2000))
-def test_batches_hold_everyone_once_within_the_limit(lengths, max_frames):
-    batches = batching.plan_batches(lengths, max_frames)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    for batch in batches:
-        padded = max(lengths[i] for i in batch) * len(batch)
-        assert padded <= max_frames or len(batch) == 1
-
-
-def test_a_batch_masks_just_the_padding():
-    embed, encoder = tiny()
-    seen = []
-    handle = encoder.register_forward_pre_hook(lambda module, args: seen.append(args))
-    features = [torch.randn(frames, 80) for frames in (41, 90, 9)]
-    embeddings = batching.encode(embed, encoder, features)
-    handle.remove()
-    x, lengths, mask = seen[0]
-    assert x.shape[:2] == (41, 3)
-    assert lengths.tolist() == [(41 - 7) // 2, 41, 1]
-    assert (~mask).sum(dim=1).tolist() == lengths.tolist()
-    assert [len(e) for e in embeddings] == [(n + 1) // 2 for n in lengths.tolist()]
-    (alone,) = batching.encode(embed, encoder, features[1:2])
-    torch.testing.assert_close(embeddings[1], alone, rtol=1e-5, atol=1e-5)  # the longest is not padded
 
 
 # ---- encode ----
@@ -187,36 +100,67 @@ def test_without_an_output_nothing_is_saved_and_that_is_said(command, tmp_path, 
 # ---- saying no ----
 
 
+def cut(path, bytes_off):
+    path.write_bytes(path.read_bytes()[:-bytes_off])
+
+
 def make_bad_audio(folder):
     soundfile.write(folder / "empty.wav", np.zeros(0), SAMPLE_RATE)
     (folder / "garbage.wav").write_bytes(b"RIFF" + bytes(range(200)))
     (folder / "zero.flac").write_bytes(b"")
+    (folder / "page.wav").write_text("<!DOCTYPE html><html>not found</html>")
     tone(folder / "short.wav", seconds=0.05)
     soundfile.write(folder / "nan.wav", np.array([0.0, np.nan] * 8000), SAMPLE_RATE, subtype="FLOAT")
+    cut(tone(folder / "cut.wav"), 20000)
     (folder / "folder.wav").mkdir()
     tone(folder / "fine.wav")
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("absent.wav", "no such file"),
-        ("folder.wav", "no such file"),
-        ("empty.wav", "holds no samples"),
-        ("garbage.wav", "cannot be read as audio"),
-        ("zero.flac", "cannot be read as audio"),
-        ("short.wav", "too short: 0.05 s, at least 0.09 s are needed"),
-        ("nan.wav", "holds samples that are NaN or infinite"),
-    ],
-)
-def test_bad_audio_is_told_in_one_line(command, tmp_path, checkpoint, name, message):
+BAD_AUDIO = {
+    "absent.wav": "no such file",
+    "folder.wav": "is a folder, wanted a recording",
+    "empty.wav": "holds no samples",
+    "garbage.wav": "cannot be read as audio",
+    "zero.flac": "cannot be read as audio",
+    "page.wav": "cannot be read as audio",
+    "short.wav": "too short: 0.05 s, at least 0.09 s are needed",
+    "nan.wav": "holds samples that are NaN or infinite",
+    "cut.wav": "is cut short: 0.38 s are there, its header tells of more",
+}
+
+
+def test_bad_recordings_are_told_and_the_others_encoded(command, tmp_path, checkpoint):
+    make_bad_audio(tmp_path)
+    other = tone(tmp_path / "other.flac", seconds=0.5, rate=8000, channels=2)
+    paths = [tmp_path / "fine.wav", *(tmp_path / name for name in BAD_AUDIO), other]
+    output = tmp_path / "e.safetensors"
+    code, out, err = command("encode", *paths, "--checkpoint", checkpoint, "--output", output)
+    assert (code, len(err)) == (2, len(BAD_AUDIO))
+    for line, (name, message) in zip(err, BAD_AUDIO.items(), strict=True):
+        assert line.startswith(f"zipformer-kernels: {tmp_path / name}: {message}")
+    assert "from 1.50 s of audio" in out
+    tensors = safetensors.torch.load_file(output)
+    assert set(tensors) == {"fine", "other"}
+    expected = expected_embedding(*tiny(), tmp_path / "fine.wav")
+    np.testing.assert_allclose(tensors["fine"].numpy()[:-3], expected[:-3], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["absent.wav", "cut.wav"])
+def test_without_a_good_recording_nothing_is_written(command, tmp_path, checkpoint, name):
     make_bad_audio(tmp_path)
     before = set(os.listdir(tmp_path))
-    paths = tmp_path / "fine.wav", tmp_path / name
-    code, out, err = command("encode", *paths, "--checkpoint", checkpoint, "--output", tmp_path / "e.safetensors")
-    assert (code, out, len(err)) == (2, "", 1)
-    assert err[0].startswith(f"zipformer-kernels: {tmp_path / name}: {message}")
+    code, out, err = command("encode", tmp_path / name, "--checkpoint", checkpoint, "--output", tmp_path / "e.npy")
+    assert (code, out) == (2, "")
+    assert err == [f"zipformer-kernels: {tmp_path / name}: {BAD_AUDIO[name]}"]
     assert set(os.listdir(tmp_path)) == before
+
+
+def test_no_two_recordings_share_a_name():
+    paths = [pathlib.Path(name) for name in ("a.wav", "b/a.wav", "a.wav.flac", "c.wav", "d/__metadata__.wav")]
+    names = recording_names(paths)
+    assert len(set(names)) == len(names)
+    assert "__metadata__" not in names
+    assert recording_names(paths[2:]) == ["a.wav", "c", "d/__metadata__.wav"]
 
 
 @pytest.mark.parametrize(
@@ -258,12 +202,87 @@ def test_a_write_that_fails_leaves_nothing_and_keeps_what_was_there(command, tmp
     [
         (["--preset", "XS"], "--preset: wanted one of S, M, L, XL, got 'XS'"),
         (["--backend", "gpu"], "--backend: backend must be one of eager, cpu, triton, cuda, auto, got 'gpu'"),
+        (["--backend", ""], "--backend: backend must be one of eager, cpu, triton, cuda, auto, got ''"),
         (["--checkpoint", "absent.pt"], "absent.pt: no such file"),
+        (["--checkpoint", "."], ".: is a folder, wanted a file"),
+        (["--num-heads", "4"], "--num-heads, --model-avg, --prefix: say how to read a --checkpoint, and there is none"),
+        (["--output", "e.txt"], "e.txt: the output must end in .npy or .safetensors"),
+        *(
+            (["--batch-seconds", value], f"--batch-seconds: wanted a number of at least 0.1, got {value!r}")
+            for value in ("inf", "nan", "-1", "0", "0.09", "many", "", "1e999")
+        ),
+        (["--batch-seconds"], "Option '--batch-seconds' requires an argument. (--help tells more)"),
+        (["--xyz", "2"], "No such option: --xyz (--help tells more)"),
     ],
 )
 def test_bad_options_are_told_in_one_line(command, arguments, message):
     code, out, err = command("encode", RECORDINGS[0], *arguments)
     assert (code, out, err) == (2, "", [f"zipformer-kernels: {message}"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["encode"], "Missing argument"),
+        (["play"], "No such command 'play'"),
+        (["info", "more"], "Got unexpected extra argument"),
+        (["bench", "speed"], "OP: wanted any of attention, "),
+        (["bench", "--compare", "a"], "Option '--compare' requires 2 arguments"),
+        (["bench", "--compare", "a", "b"], "a: cannot be read: No such file or directory"),
+        (["bench", "swoosh", "--compare", "a", "b"], "--compare: takes two files and no benchmarks, got swoosh"),
+        (["bench", "swoosh", "--output", __file__], f"{__file__}: wanted a folder, and {__file__} is a file"),
+        (["bench", "swoosh", "--output", f"{__file__}/a"], f"{__file__}/a: wanted a folder, and {__file__} is a file"),
+    ],
+)
+def test_bad_commands_are_told_in_one_line(command, arguments, message):
+    code, out, err = command(*arguments)
+    assert (code, out, len(err)) == (2, "", 1)
+    assert err[0].startswith(f"zipformer-kernels: {message}")
+
+
+def test_without_arguments_there_is_help(command):
+    code, out, err = command()
+    assert (code, err) == (0, [])
+    for name in ("info", "encode", "bench"):
+        assert name in out
+
+
+def test_a_checkpoint_says_how_to_read_it_or_is_told(command, tmp_path):
+    torch.manual_seed(0)
+    embed, encoder = tiny()
+    eight = Zipformer(**{**TINY, "pos_head_dim": 8, "num_heads": (2, 4)}).eval()
+    path, output = tmp_path / "c.pt", tmp_path / "e.npy"
+    torch.save({"model": weights_of(embed, encoder), "model_avg": weights_of(embed, eight, "net.")}, path)
+    arguments = ["encode", RECORDINGS[3], "--checkpoint", path, "--output", output, "--model-avg"]
+    code, out, err = command(*arguments)
+    assert (code, out, len(err)) == (2, "", 1)
+    assert err[0].startswith(f"zipformer-kernels: {path}: num_heads: the weights of stack 0 fit ")
+    assert command(*arguments, "--num-heads", "2,4", "--prefix", "net")[0] == 0
+    np.testing.assert_array_equal(np.load(output), expected_embedding(embed, eight, RECORDINGS[3]))
+    code, _, err = command(*arguments[:3], path, "--num-heads", "x")
+    assert (code, err) == (2, [f"zipformer-kernels: {path}: num_heads: wanted a whole number or several, got 'x'"])
+
+
+def test_models_that_cannot_take_recordings_are_told(command, tmp_path):
+    path = tmp_path / "c.pt"
+    torch.save(weights_of(Conv2dSubsampling(90, 16), tiny()[1]), path)
+    code, out, err = command("encode", RECORDINGS[3], "--checkpoint", path)
+    assert (code, out, len(err)) == (2, "", 1)
+    assert err[0].startswith(f"zipformer-kernels: {path}: cannot encode recordings: x: wanted (batch, frames, 87 to 90")
+    odd = Zipformer(**{**TINY, "downsampling_factor": (1, 3)}, causal=True)
+    torch.save(weights_of(tiny()[0], odd), path)
+    code, out, err = command("encode", RECORDINGS[3], "--checkpoint", path)
+    assert (code, out, len(err)) == (2, "", 1)
+    assert err[0].startswith(f"zipformer-kernels: {path}: cannot encode recordings: chunk_size: wanted a multiple")
+
+
+def test_the_checkpoint_is_not_overwritten(command, tmp_path):
+    path = tmp_path / "c.safetensors"
+    safetensors.torch.save_file(weights_of(*tiny()), path)
+    before = path.read_bytes()
+    code, _, err = command("encode", RECORDINGS[3], "--checkpoint", path, "--output", path)
+    assert (code, err) == (2, [f"zipformer-kernels: {path}: is the checkpoint"])
+    assert path.read_bytes() == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: the backend is not missing")

@@ -271,11 +271,28 @@ def test_bad_input(case):
         Zipformer(**(CONFIG | overrides))(*args)
 
 
+@pytest.mark.parametrize("lengths", [[9, 9], (9, 9), 9, None])
+def test_lengths_that_are_no_tensor(lengths):
+    message = f"x_lens: wanted a tensor of 2 lengths, got {type(lengths).__name__}"
+    encoder = Zipformer(**CONFIG, causal=True, chunk_size=(4,), left_context_frames=(8,))
+    with pytest.raises(TypeError, match=message):
+        encoder(torch.zeros(9, 2, 16), lengths)
+    with pytest.raises(TypeError, match=message):
+        encoder.streaming_forward(torch.zeros(4, 2, 16), lengths, encoder.get_init_states(2), None)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"encoder_dim": (16, 24, 32)}, "encoder_dim: wanted one number or 2"),
         ({"encoder_unmasked_dim": (17, 16)}, "encoder_unmasked_dim: 17 exceeds"),
+        ({"num_encoder_layers": 0}, "num_encoder_layers: wanted whole numbers of at least 1, got 0"),
+        ({"num_encoder_layers": (1, 0)}, r"num_encoder_layers: wanted whole numbers of at least 1, got \(1, 0\)"),
+        ({"num_heads": -2}, "num_heads: wanted whole numbers of at least 1, got -2"),
+        ({"query_head_dim": 4.0}, r"query_head_dim: wanted whole numbers of at least 1, got 4\.0"),
+        ({"encoder_dim": "16"}, "encoder_dim: wanted whole numbers of at least 1, got '16'"),
+        ({"downsampling_factor": (1, 0)}, r"downsampling_factor: wanted whole numbers of at least 1, got \(1, 0\)"),
+        ({"downsampling_factor": ()}, "downsampling_factor: wanted one number for each stack, got none"),
     ],
 )
 def test_bad_configuration(overrides, message):

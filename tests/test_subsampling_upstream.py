@@ -63,6 +63,16 @@ def test_bad_input(x, x_lens, message):
         Conv2dSubsampling(20, 12)(x, x_lens)
 
 
+@pytest.mark.parametrize("lengths", [[30, 30], (30, 30), 30, None])
+def test_lengths_that_are_no_tensor(lengths):
+    embed = Conv2dSubsampling(20, 12)
+    message = f"x_lens: wanted a tensor of 2 lengths, got {type(lengths).__name__}"
+    with pytest.raises(TypeError, match=message):
+        embed(torch.zeros(2, 30, 20), lengths)
+    with pytest.raises(TypeError, match=message):
+        embed.streaming_forward(torch.zeros(2, 30, 20), lengths, embed.get_init_states(2))
+
+
 def test_bad_configuration():
     with pytest.raises(ValueError, match="in_channels must be at least 7, got 6"):
         Conv2dSubsampling(6, 12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import kaldi_native_fbank
@@ -18,6 +19,18 @@ SAMPLE_RATE = 16000
 FRAMES_PER_SECOND = 100
 
 
+# What libsndfile writes into its log of a file that ends before its header says; it reads such a file without an error.
+CUT_SHORT = re.compile(
+    r"^\s*(?:data|SSND|Data Size|riff)\s*: (?P<declared>\d+) \(should be (?P<there>\d+)\)"
+    r"|Calculated frame count \d+ does not match value from 'ds64'"
+    r"|Last page lacks an end-of-stream bit|Junk after the last page"
+    r"|Seems to be a truncated file",
+    re.MULTILINE,
+)
+
+UNKNOWN_LENGTH = 0x7F000000  # programs that write into a pipe put this or more for the length that they do not know
+
+
 class AudioError(ValueError):
     """A recording cannot be read or encoded."""
 
@@ -31,20 +44,36 @@ def read_audio(path: str | Path) -> np.ndarray:
     Returns:
         float32 (samples,), between -1 and 1.
     Raises:
-        AudioError: the file is missing, broken or empty, or holds NaN or infinite samples.
+        AudioError: the file is missing, broken, cut short or empty, or holds NaN or infinite samples.
     """
-    if not Path(path).is_file():
+    if Path(path).is_dir():
+        raise AudioError(f"{path}: is a folder, wanted a recording")
+    if not Path(path).exists():
         raise AudioError(f"{path}: no such file")
     try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-    except (OSError, soundfile.LibsndfileError) as error:
-        raise AudioError(f"{path}: cannot be read as audio: {error}") from error
-    if len(samples) == 0:
+        with open(path, "rb") as file, soundfile.SoundFile(file) as recording:
+            samples = recording.read(dtype="float32", always_2d=True)
+            rate, frames, log = recording.samplerate, recording.frames, recording.extra_info
+    except OSError as error:
+        raise AudioError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{path}: cannot be read as audio: {error.error_string}") from error
+    if frames == 0:
         raise AudioError(f"{path}: holds no samples")
+    if len(samples) < frames or _is_cut_short(log):
+        raise AudioError(f"{path}: is cut short: {len(samples) / rate:.2f} s are there, its header tells of more")
     if not np.isfinite(samples).all():
         raise AudioError(f"{path}: holds samples that are NaN or infinite")
     samples = samples.mean(axis=1)
     return samples if rate == SAMPLE_RATE else soxr.resample(samples, rate, SAMPLE_RATE)
+
+
+def _is_cut_short(log: str) -> bool:
+    """Whether libsndfile's log of a file tells of less than the file's header."""
+    found = CUT_SHORT.search(log)
+    if found is None or found["declared"] is None:
+        return found is not None
+    return int(found["there"]) < int(found["declared"]) < UNKNOWN_LENGTH
 
 
 def fbank(samples: np.ndarray) -> Tensor:

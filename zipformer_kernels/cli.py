@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 # What the extra `cli` brings.
 EXTRA = ("typer", "rich", "soundfile", "kaldi_native_fbank", "soxr", "safetensors")
@@ -18,15 +19,22 @@ def main() -> None:
             raise
         fail(f"{missing} is not installed: pip install 'zipformer-kernels[cli]'")
     try:
-        commands.app(prog_name="zipformer-kernels")
+        sys.exit(commands.app(sys.argv[1:] or ["--help"], prog_name="zipformer-kernels", standalone_mode=False))
+    except commands.UsageError as error:
+        fail(f"{error.format_message()} (--help tells more)")
     except commands.USER_ERRORS as error:
         fail(str(error))
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Exits with code 2 and one line on stderr."""
-    print(f"zipformer-kernels: {' '.join(message.split())}", file=sys.stderr)
+    tell(message)
     sys.exit(2)
+
+
+def tell(message: str) -> None:
+    """Writes one line on stderr."""
+    print(f"zipformer-kernels: {' '.join(message.split())}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from zipformer_kernels.modules.layer import ZipformerEncoderLayer
 from zipformer_kernels.modules.resample import SimpleDownsample
 from zipformer_kernels.modules.stack import STATES_PER_LAYER, DownsampledZipformerEncoder, ZipformerEncoder
 from zipformer_kernels.ops.attention import ChunkMask
-from zipformer_kernels.ops.shapes import as_mask
+from zipformer_kernels.ops.shapes import as_mask, check_lengths
 from zipformer_kernels.presets import CAUSAL, preset
 from zipformer_kernels.training import FloatLike, ScheduledFloat
 from zipformer_kernels.training.randomness import being_traced
@@ -53,7 +54,8 @@ class Zipformer(Module):
             no fewer than one; picked at random likewise. -1 for all.
 
     Raises:
-        ValueError: a tuple has the wrong length, or an `encoder_unmasked_dim` exceeds its `encoder_dim`.
+        ValueError: a tuple has the wrong length, a number is zero or less, or an `encoder_unmasked_dim` exceeds its
+            `encoder_dim`.
     """
 
     downsamples_output = True  # `forward` of icefall's SSL recipe does not: its output is at the rate of x
@@ -84,17 +86,22 @@ class Zipformer(Module):
             dropout = ScheduledFloat((0.0, 0.3), (20000.0, 0.1))
         num_stacks = len(downsampling_factor)
 
-        def per_stack(name: str, value: int | tuple[int, ...]) -> tuple[int, ...]:
-            values = (value,) if isinstance(value, int) else tuple(value)
+        def per_stack(name: str, value: int | tuple[int, ...], least: int = 1) -> tuple[int, ...]:
+            values = (value,) if isinstance(value, (Integral, float)) else tuple(value)
+            if not all(isinstance(one, Integral) and one >= least for one in values):
+                raise ValueError(f"{name}: wanted whole numbers of at least {least}, got {value!r}")
             values = values * num_stacks if len(values) == 1 else values
             if len(values) != num_stacks:
                 raise ValueError(f"{name}: wanted one number or {num_stacks}, one per stack, got {value}")
             return values
 
+        if num_stacks == 0:
+            raise ValueError("downsampling_factor: wanted one number for each stack, got none")
+        per_stack("downsampling_factor", downsampling_factor)
         self.output_downsampling_factor = output_downsampling_factor
         self.downsampling_factor = downsampling_factor
         self.encoder_dim = per_stack("encoder_dim", encoder_dim)
-        self.encoder_unmasked_dim = per_stack("encoder_unmasked_dim", encoder_unmasked_dim)
+        self.encoder_unmasked_dim = per_stack("encoder_unmasked_dim", encoder_unmasked_dim, least=0)
         self.num_encoder_layers = per_stack("num_encoder_layers", num_encoder_layers)
         self.query_head_dim = per_stack("query_head_dim", query_head_dim)
         self.value_head_dim = per_stack("value_head_dim", value_head_dim)
@@ -173,7 +180,7 @@ class Zipformer(Module):
         Raises:
             ValueError: a shape does not fit, or the chunk size picked fits the downsampling or the kernels
                 badly.
-            TypeError: src_key_padding_mask is neither of bools nor of integers.
+            TypeError: src_key_padding_mask is neither of bools nor of integers, or x_lens no tensor.
         """
         self._check_input(x, x_lens)
         src_key_padding_mask = _checked_padding(src_key_padding_mask, x.shape[1], x.shape[0])
@@ -213,7 +220,7 @@ class Zipformer(Module):
 
         Raises:
             ValueError: a shape or the number of states does not fit.
-            TypeError: src_key_padding_mask is neither of bools nor of integers.
+            TypeError: src_key_padding_mask is neither of bools nor of integers, or x_lens no tensor.
         """
         self._check_input(x, x_lens)
         left_context = self.left_context_frames[0]
@@ -352,8 +359,7 @@ class Zipformer(Module):
     def _check_input(self, x: Tensor, x_lens: Tensor) -> None:
         if x.ndim != 3 or x.shape[0] == 0:
             raise ValueError(f"x: wanted (frames, batch, channels) with at least one frame, got {tuple(x.shape)}")
-        if x_lens.shape != (x.shape[1],):
-            raise ValueError(f"x_lens: wanted one length for each of {x.shape[1]} sequences, got {tuple(x_lens.shape)}")
+        check_lengths(x_lens, x.shape[1])
 
 
 Zipformer2 = Zipformer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,15 @@ def default_folder() -> Path:
     """Where results go: into the checkout, in a folder named after the device; outside of one, beside the user."""
     folder = ROOT / "benchmarks" / "results"
     return (folder if folder.is_dir() else Path("benchmark-results")) / slug(device_name())
+
+
+def check_folder(path: Path) -> None:
+    """Raises `ResultsError` where no results can be written to a folder: before the work, not after it."""
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise ResultsError(f"{path}: wanted a folder, and {there} is a file")
+    if not os.access(there, os.W_OK):
+        raise ResultsError(f"{path}: the folder {there} is not writable")
 
 
 def content(benchmark: str, environment: dict[str, Any], rates: dict[str, Any], found: Measured) -> dict[str, Any]:

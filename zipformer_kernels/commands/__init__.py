@@ -12,12 +12,14 @@ from zipformer_kernels.commands.bench import bench
 from zipformer_kernels.commands.encode import ArgumentError, encode
 from zipformer_kernels.commands.info import info
 
+UsageError = typer.BadParameter.__base__
+"""What typer raises for a command line that it cannot parse; it gives no other name to it."""
+
 USER_ERRORS = (AudioError, BackendError, CheckpointError, ArgumentError, ResultsError)
 """What is told in one line, without a traceback."""
 
 app = typer.Typer(
     help="Fused kernels for the Zipformer speech encoder.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )

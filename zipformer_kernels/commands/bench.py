@@ -39,8 +39,10 @@ def bench(
     wanted = benchmarks or suite.names()
     for name in wanted:
         if name not in suite.names():
-            raise results.ResultsError(f"wanted any of {', '.join(suite.names())}, got {name!r}")
-    raise typer.Exit(measure(wanted, output or results.default_folder(), every))
+            raise results.ResultsError(f"OP: wanted any of {', '.join(suite.names())}, got {name!r}")
+    folder = output or results.default_folder()
+    results.check_folder(folder)
+    raise typer.Exit(measure(wanted, folder, every))
 
 
 def wide_console() -> Console:

@@ -14,6 +14,7 @@ from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.convnext import ConvNeXt, channels_last
 from zipformer_kernels.modules.plain import Expected, convolution, made_of, plain_part, sequential
 from zipformer_kernels.modules.swoosh import SwooshR
+from zipformer_kernels.ops.shapes import check_lengths
 from zipformer_kernels.ops.swoosh import swoosh_
 from zipformer_kernels.presets import FBANK_BINS, preset
 from zipformer_kernels.training import Balancer, Dropout3, FloatLike, ScaleGrad, ScheduledFloat, Whiten
@@ -118,6 +119,7 @@ class Conv2dSubsampling(Module):
 
         Raises:
             ValueError: a shape or the longest length does not fit.
+            TypeError: x_lens is no tensor.
         """
         self._check_input(x, x_lens, MIN_FRAMES)
         if self._goes_in_tiles(x):
@@ -142,6 +144,7 @@ class Conv2dSubsampling(Module):
 
         Raises:
             ValueError: a shape or the longest length does not fit.
+            TypeError: x_lens is no tensor.
         """
         pad = self.convnext.padding[0]
         self._check_input(x, x_lens, MIN_FRAMES + 2 * pad)
@@ -207,8 +210,7 @@ class Conv2dSubsampling(Module):
             raise ValueError(
                 f"x: wanted (batch, frames, {bins}) with at least {min_frames} frames, got {tuple(x.shape)}"
             )
-        if x_lens.shape != (x.shape[0],):
-            raise ValueError(f"x_lens: wanted one length for each of {x.shape[0]} sequences, got {tuple(x_lens.shape)}")
+        check_lengths(x_lens, x.shape[0])
 
 
 def _tiles(batch: int, frames: int) -> Iterator[tuple[slice, int, int]]:

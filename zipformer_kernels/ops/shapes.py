@@ -1,4 +1,4 @@
-"""The checks of arguments that ops share: shapes, and masks."""
+"""The checks of arguments that ops and models share: shapes, lengths, and masks."""
 
 from __future__ import annotations
 
@@ -11,6 +11,14 @@ def check_shapes(**wanted: tuple[Tensor | None, tuple[int, ...]]) -> None:
     for name, (tensor, shape) in wanted.items():
         if tensor is not None and tensor.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
+
+
+def check_lengths(x_lens: Tensor, batch: int) -> None:
+    """Raises TypeError unless `x_lens` is a tensor, ValueError unless it is (batch,)."""
+    if not isinstance(x_lens, Tensor):
+        raise TypeError(f"x_lens: wanted a tensor of {batch} lengths, got {type(x_lens).__name__}")
+    if x_lens.shape != (batch,):
+        raise ValueError(f"x_lens: wanted one length for each of {batch} sequences, got {tuple(x_lens.shape)}")
 
 
 def as_mask(name: str, mask: Tensor | None) -> Tensor | None:
