@@ -140,11 +140,13 @@ def test_weights_load_beside_any_objects(path, recipe, monkeypatch, form, protoc
     torch.save(content, path, pickle_protocol=protocol, _use_new_zipfile_serialization=form == "zip")
     monkeypatch.delitem(sys.modules, "recipe")
     imported = []
-    monkeypatch.setattr(sys, "meta_path", [types.SimpleNamespace(find_spec=lambda *a: imported.append(a[0]))])
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "meta_path", [types.SimpleNamespace(find_spec=lambda *a: imported.append(a[0]))])
+        found = read(path).entries
+    assert imported == []
     for ours, theirs in zip(load_checkpoint(path), (embed, encoder), strict=True):
         assert_same(ours, theirs)
-    assert imported == []
-    found = read(path).entries
+    assert "recipe" not in sys.modules
     assert type(found["best"]) is dict
     assert found["big"] == 2**100
     assert found["reduced"].arguments == (1, 2)
