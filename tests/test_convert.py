@@ -2,8 +2,10 @@
 
 import copy
 import inspect
+import os
 import pickle
 import random
+import subprocess
 import sys
 
 import parity
@@ -300,3 +302,25 @@ def test_icefall_layout(config):
         revert(model)
         assert before["encoder"][0] is type(model.encoder)
         assert not any(hasattr(module, ORIGINAL) for module in model.modules())
+
+
+IMPORTS = """
+import sys
+import upstream_models
+model = upstream_models.build(**upstream_models.CAUSAL)
+before = set(sys.modules)
+from zipformer_kernels import convert
+assert convert(model).layers == (4, 4)
+model.eval()(*upstream_models.batch())
+print(*sorted(set(sys.modules) - before))
+"""
+
+
+def test_nothing_is_imported_that_is_not_needed(tmp_path):
+    """Such as torch.compile, which takes a second, and takes a recipe's own profile.py for the standard library's."""
+    (tmp_path / "profile.py").write_text("raise ImportError('this is the profile.py of a recipe')")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    env = os.environ | {"PYTHONPATH": path}
+    run = subprocess.run([sys.executable, "-c", IMPORTS], env=env, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert not [name for name in run.stdout.split() if not name.startswith("zipformer_kernels")]

@@ -11,6 +11,7 @@ from torch import nn
 from zipformer_kernels.convert.digest import Digests
 from zipformer_kernels.convert.known import KNOWN, Version
 from zipformer_kernels.convert.rows import ROWS, Row, attributes, listed
+from zipformer_kernels.module import Module
 
 # Names under which upstream's classes are found beside our own.
 ALIASES = {
@@ -19,7 +20,6 @@ ALIASES = {
     "DownsampledZipformer2Encoder": "DownsampledZipformerEncoder",
     "Zipformer2EncoderLayer": "ZipformerEncoderLayer",
 }
-OURS = tuple(type(row.example) for row in ROWS.values() if type(row.example) is not nn.Identity)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ def recognise(module: nn.Module, trust: Collection[str | type], digests: Digests
         trust: classes, or their names, that do what upstream's class of their name or with their attributes does.
         digests: of the classes that were looked at before.
     """
-    if isinstance(module, OURS) or type(module).__module__.partition(".")[0] == "torch":
+    if isinstance(module, Module) or type(module).__module__.partition(".")[0] == "torch":
         return None
     looks = _looks_like(module)
     if not looks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -42,8 +43,13 @@ class Row:
 
     @cached_property
     def example(self) -> nn.Module:
-        with torch.device("meta"):  # where initial values take no memory and no random numbers
-            return self.build()
+        drawn = random.getstate(), torch.get_rng_state()
+        try:
+            with torch.device("cpu"):  # on "meta" initial values would import torch.compile's whole machinery
+                return self.build()
+        finally:
+            random.setstate(drawn[0])
+            torch.set_rng_state(drawn[1])
 
     @cached_property
     def attributes(self) -> set[str]:
