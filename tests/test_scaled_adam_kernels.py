@@ -10,6 +10,7 @@ import torch
 from optim_steps import assert_same, in_float64, on_lanes, run_on_lanes, set_grads, state_tensors, train  # noqa: F401
 from tolerances import relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
+from unseen import unseen
 
 from zipformer_kernels import BackendError, backend, ops, use_backend
 from zipformer_kernels.ops.scaled_adam import native, table
@@ -196,7 +197,7 @@ def test_memory_of_a_first_and_a_later_step(lane):
     optimizer.step()
     state = sum(x.numel() * x.element_size() for x in state_tensors(optimizer))
     assert 2 * total <= state <= 2 * total + 200 * len(sizes) + 2000
-    with Allocations() as allocations:
+    with unseen(Allocations()) as allocations:
         optimizer.step()
     if lane.backend == "eager":
         assert allocations.peak > 0.01 * total, "the measurement sees eager's temporaries"
@@ -266,9 +267,7 @@ def test_a_parameter_of_another_size_than_its_state():
     train(optimizer, [p], 1)
     p.data = torch.ones(9)
     set_grads([p], 0)
-    with pytest.raises(
-        (ValueError, RuntimeError), match=r"params must keep their sizes \[6\], got \[9\]|size of tensor"
-    ):
+    with pytest.raises(ValueError, match=r"parameter '0.0' must have the shape \(6,\) of its exp_avg_sq, got \(9,\)"):
         optimizer.step()
 
 

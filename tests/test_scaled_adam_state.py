@@ -19,6 +19,7 @@ from optim_steps import (
     train,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from unseen import unseen
 
 from zipformer_kernels.optim import ScaledAdam
 
@@ -78,9 +79,9 @@ class NoWaiting(TorchDispatchMode):
 def test_no_operation_of_a_step_waits():
     params = make_params()
     optimizer = ScaledAdam([{"params": params[:3]}, {"params": params[3:]}], clipping_scale=2.0)
-    with pytest.raises(AssertionError, match="waits"), NoWaiting():
+    with pytest.raises(AssertionError, match="waits"), unseen(NoWaiting()):
         params[0].sum().item()
-    with NoWaiting() as mode:
+    with unseen(NoWaiting()) as mode:
         for i in range(25):
             set_grads(params, i, math.nan if i == 7 else None)
             optimizer.step()
@@ -232,7 +233,9 @@ def test_loading_a_state_of_other_shapes():
     optimizer, other = ScaledAdam(params), ScaledAdam(others)
     train(optimizer, params, 1)
     other.load_state_dict(optimizer.state_dict())
-    with pytest.raises(ValueError, match=r"exp_avg_sq of parameter '0.0' must have shape \(2, 3, 5\), got \(3, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"parameter '0.0' must have the shape \(3, 5\) of its exp_avg_sq, got \(2, 3, 5\)"
+    ):
         other.step()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import fields
+from operator import is_
 from typing import Any
 
 import torch
@@ -16,8 +17,9 @@ from torch.optim import Optimizer
 
 from zipformer_kernels.ops import scaled_adam
 from zipformer_kernels.optim.diagnostics import GroupDiagnostics, PendingDiagnostics
-from zipformer_kernels.optim.shards import is_sharded, local, placed_like, reducer
-from zipformer_kernels.optim.state import Packed, gather
+from zipformer_kernels.optim.gradients import gradients
+from zipformer_kernels.optim.shards import local, reducer
+from zipformer_kernels.optim.state import Packed, check_places, gather
 
 
 class ScaledAdam(Optimizer):
@@ -127,11 +129,7 @@ class ScaledAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        before = list(self._packed.values())
-        groups = [self._bind(i) for i, group in enumerate(self.param_groups) if group["params"]]
-        if before != list(self._packed.values()):
-            self._memory.clear()
-            self._reduce = self._reducer()
+        groups = self._bind()
         found_inf = getattr(self, "found_inf", None)  # GradScaler's sum over no gradients is a plain 0
         if groups:
             scaled_adam.step(
@@ -180,6 +178,7 @@ class ScaledAdam(Optimizer):
     def _forget(self) -> None:
         """Drops what is only a faster way to the state and the parameters; the next step makes it again."""
         self._packed: dict[int, Packed] = {}  # by position in param_groups
+        self._entries: list[Any] = []  # of `state`, as it was when the last step had packed it
         self._memory: dict[Any, Any] = {}  # the backends'
         self._reduce: Callable[[Tensor], None] | None = None
 
@@ -190,42 +189,56 @@ class ScaledAdam(Optimizer):
             [name for group in groups for name in group["param_names"]],
         )
 
-    def _bind(self, index: int) -> scaled_adam.Group:
-        """One group as the step takes it: its state, made if there is none, its gradients and options."""
-        group = self.param_groups[index]
-        params = group["params"]
-        packed = self._packed.get(index)
-        if packed is None or packed.statistics.step is not self.state[params[0]].get("step"):
-            packed = self._packed[index] = gather(group, self.state)
+    def _bind(self) -> list[scaled_adam.Group]:
+        """The groups as the step takes them, packed again where anything has become of parameters or state."""
+        entries = list(self.state.values())
+        intact = len(entries) == len(self._entries) and all(map(is_, entries, self._entries))
+        packed: dict[int, Packed] = {}
+        for i, group in enumerate(self.param_groups):
+            if not group["params"]:
+                continue
+            previous = self._packed.get(i)
+            if intact and previous is not None and previous.holds(group["params"]):
+                packed[i] = previous
+                continue
+            _check_parameters(group["params"], group["param_names"])
+            packed[i] = gather(group, self.state, previous)
+        if packed != self._packed:
+            self._packed, self._entries = packed, list(self.state.values())
+            self._memory.clear()
+            self._reduce = self._reducer()
+        if any(state.moved for state in packed.values()):
+            names = [self.param_groups[i]["param_names"] for i in packed]
+            check_places([pair for pair in zip(packed.values(), names, strict=True) if pair[0].unreadable is None])
+            for state in packed.values():
+                state.moved = False
+        return [self._group(i) for i in packed]
+
+    def _group(self, index: int) -> scaled_adam.Group:
+        """One group as the step takes it: its state, its gradients and options."""
+        group, packed = self.param_groups[index], self._packed[index]
+        names = group["param_names"]
         for option, vector in (
             ("size_update_period", packed.statistics.scale_grads),
             ("clipping_update_period", packed.statistics.norms),
         ):
             if group[option] != len(vector):
                 raise ValueError(f"{option} is fixed once a group has stepped: got {group[option]} after {len(vector)}")
-        hyper = scaled_adam.Hyper(**{name: group[name] for name in _HYPER})
+        grads, dtypes, reason = gradients(packed, names)
         return scaled_adam.Group(
-            [local(p) for p in params],
-            [_gradient(p, name) for p, name in zip(params, group["param_names"], strict=True)],
+            packed.tensors(),
+            grads,
             packed.exp_avg_sq,
             packed.delta,
             packed.single,
             packed.statistics,
-            hyper,
+            scaled_adam.Hyper(**{name: group[name] for name in _HYPER}),
+            packed.dtypes | dtypes,
+            packed.unreadable or reason,
         )
 
 
 _HYPER = tuple(option.name for option in fields(scaled_adam.Hyper))
-
-
-def _gradient(p: Tensor, name: str) -> Tensor | None:
-    """The gradient of p, or this process's shard of it."""
-    g = p.grad
-    if g is None:
-        return None
-    if g.layout != torch.strided:
-        raise TypeError(f"the gradient of {name!r} must be dense, got {g.layout}")
-    return local(placed_like(g, p)) if is_sharded(p) else g
 
 
 def _check_parameters(params: list[Tensor], names: list[str]) -> None:

@@ -23,7 +23,7 @@ from zipformer_kernels.ops.scaled_adam.stepper import StepOp, Stepper
 __all__ = ["EARLY_ESTIMATES", "Group", "Hyper", "Statistics", "step"]
 
 _eager = Stepper(
-    None, lambda groups, loss_scale, found_inf, reduce, _: reference.step(groups, loss_scale, found_inf, reduce)
+    (), lambda groups, loss_scale, found_inf, reduce, _: reference.step(groups, loss_scale, found_inf, reduce)
 )
 _op = StepOp("scaled_adam", {"eager": _eager, "cpu": native.cpu, "cuda": native.cuda, **triton_launchers(__name__)})
 

@@ -35,7 +35,8 @@ def group(params: list[Tensor], grads: list[Tensor | None], lr: float = 0.045, c
         single=torch.tensor(single, device=params[0].device),
     )
     hyper = Hyper(lr, clipping_scale, (0.9, 0.98), 0.1, 1e-8, 1e-5, 3.0, 10.0)
-    return Group(params, grads, *moments, single, statistics, hyper)
+    dtypes = {x.dtype for x in (*params, *grads) if x is not None}
+    return Group(params, grads, *moments, single, statistics, hyper, dtypes)
 
 
 def _case(name: str, shapes: list[tuple[int, ...]], large: bool = False) -> Case:

@@ -69,7 +69,7 @@ waits for the device. Upstream also keeps float32 state for float64 parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -138,9 +138,14 @@ class Statistics:
 class Group:
     """One group of tensors: lists of equal length, all on one device.
 
-    `exp_avg_sq` and `delta` are v and m; a gradient is None where it is missing, and may have any floating
-    dtype and strides. Of a tensor that is spread over processes these are this process's shards; `single`
-    speaks of whole tensors.
+    `exp_avg_sq` and `delta` are v and m, in the shape of p, in float32, or float64 where p is float64; they have its
+    strides, or lie contiguous where its elements have gaps. All three keep their dtypes, shapes and strides, and v and
+    m their places, as long as `statistics` is the same object. A gradient is None where it is missing, or has the shape
+    of p, the strides of v, and any floating dtype. Of a tensor that is spread over processes these are this process's
+    shards; `single` speaks of whole tensors.
+
+    `dtypes` are those of parameters and gradients; `unreadable` says why kernels must not take the address of a tensor,
+    and is None where they may take all.
     """
 
     params: list[Tensor]
@@ -150,6 +155,8 @@ class Group:
     single: list[bool]
     statistics: Statistics
     hyper: Hyper
+    dtypes: Set[torch.dtype]
+    unreadable: str | None = None
 
 
 @dataclass

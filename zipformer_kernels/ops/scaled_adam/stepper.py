@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels import backend as backends
+from zipformer_kernels.call import WATCHERS, watcher
 from zipformer_kernels.library import Op
 from zipformer_kernels.ops.scaled_adam.reference import Group
 
@@ -21,22 +22,22 @@ class Stepper:
     """One backend of the step.
 
     Attributes:
-        dtypes: of the parameters and gradients that it takes; None: all.
+        dtypes: of the parameters and gradients that it takes.
         step: ``(groups, loss_scale, found_inf, reduce, memory)``, see `zipformer_kernels.ops.scaled_adam.step`.
     """
 
-    dtypes: tuple[torch.dtype, ...] | None
+    dtypes: tuple[torch.dtype, ...]
     step: Callable[[Sequence[Group], Tensor | None, Tensor | None, Reduce | None, dict], None]
 
     def supports(self, groups: Sequence[Group]) -> str | None:
         """Why this backend cannot take a step of these groups, or None if it can."""
-        if self.dtypes is None:
-            return None
-        devices = {p.device for group in groups for p in (group.statistics.rms, *group.params)}
+        devices = {group.statistics.rms.device for group in groups}
         if len(devices) > 1:
             return f"it takes tensors on one device, got {', '.join(sorted(map(str, devices)))}"
-        found = {p.dtype for group in groups for p in group.params}
-        found |= {g.dtype for group in groups for g in group.grads if g is not None}
+        for group in groups:
+            if group.unreadable is not None:
+                return group.unreadable
+        found = set().union(*(group.dtypes for group in groups))
         for dtype in sorted(found.difference(self.dtypes), key=str):
             wanted = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
             return f"it takes {wanted}, got {dtype}"
@@ -59,6 +60,11 @@ class StepOp:
         """Why backend `name` cannot take a step of these groups, or None if it can."""
         if name not in self.backends:
             return backends.missing[name] or f"{self.name} has no {name} kernels"
+        if name == "eager":
+            return None
+        watched_by = watcher()
+        if watched_by in WATCHERS:
+            return WATCHERS[watched_by]
         device = groups[0].statistics.rms.device.type
         return backends.unserved_device(name, device) or self.backends[name].supports(groups)
 

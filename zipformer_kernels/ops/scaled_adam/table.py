@@ -84,18 +84,20 @@ class Table:
         self.tensors = sum(len(group.params) for group in groups)
         self.groups = len(groups)
         self._statistics = [group.statistics for group in groups]
+        params = [p for group in groups for p in group.params]
         self._moments = [v for group in groups for v in group.exp_avg_sq]
-        self._layouts = [(v.stride(), v.is_contiguous()) for v in self._moments]
-        self._sizes = [v.numel() for v in self._moments]
+        self._copied = [i for i, (p, v) in enumerate(zip(params, self._moments, strict=True)) if _strides_differ(p, v)]
+        sizes = [v.numel() for v in self._moments]
 
         split = self.tensors * len(TENSOR_COLUMNS)
         self._words = np.zeros(split + self.groups * len(GROUP_COLUMNS), np.int64)
         self._rows = self._words[:split].reshape(self.tensors, -1)
         self._group_rows = self._words[split:].view(_GROUP_ROW)
-        starts, self.chunks = first_chunks(self._sizes, chunk_elements)
+        starts, self.chunks = first_chunks(sizes, chunk_elements)
         self._column("v", [v.data_ptr() for v in self._moments])
         self._column("m", [m.data_ptr() for group in groups for m in group.delta])
-        self._column("numel", self._sizes)
+        self._column("p_dtype", [DTYPE_CODES[p.dtype] for p in params])
+        self._column("numel", sizes)
         self._column("first_chunk", starts)
         self._column("group", [k for k, group in enumerate(groups) for _ in group.params])
         first = 0
@@ -124,40 +126,27 @@ class Table:
         Returns:
             Tensors to keep until the step is launched, and pairs of parameters with other strides than their
             moments and the copies that the step moves in their stead.
-        Raises:
-            ValueError: a parameter has another size than its moments.
         """
-        sizes = [p.numel() for group in groups for p in group.params]
-        if sizes != self._sizes:
-            raise ValueError(f"params must keep their sizes {self._sizes}, got {sizes}")
+        params = [p for group in groups for p in group.params]
+        copies = [(params[i], torch.empty_like(self._moments[i], dtype=params[i].dtype)) for i in self._copied]
+        for i, (p, copy) in zip(self._copied, copies, strict=True):
+            params[i] = copy.copy_(p)
+        grads = [g for group in groups for g in group.grads]
+        self._column("p", list(map(Tensor.data_ptr, params)))
+        self._column("g", [0 if g is None else g.data_ptr() for g in grads])
+        self._column("g_dtype", self._codes(groups, grads))
         kept: list[Tensor] = []
-        copies: list[tuple[Tensor, Tensor]] = []
-        pointers: dict[str, list[int]] = {"p": [], "g": [], "p_dtype": [], "g_dtype": []}
-        add_p, add_g, add_p_dtype, add_g_dtype = (column.append for column in pointers.values())
-        moments = zip(self._moments, self._layouts, strict=True)
-        for group in groups:
-            # Not strict: the moments of the next group follow.
-            for p, g, (v, (stride, contiguous)) in zip(group.params, group.grads, moments):  # noqa: B905
-                if p.stride() != stride and not (contiguous and p.is_contiguous()):
-                    copy = torch.empty_like(v, dtype=p.dtype).copy_(p)
-                    copies.append((p, copy))
-                    p = copy
-                add_p(p.data_ptr())
-                add_p_dtype(DTYPE_CODES[p.dtype])
-                if g is None:
-                    add_g(0)
-                    add_g_dtype(0)
-                    continue
-                if g.stride() != stride and not (contiguous and g.is_contiguous()):
-                    g = torch.empty_like(v, dtype=g.dtype).copy_(g)
-                    kept.append(g)
-                add_g(g.data_ptr())
-                add_g_dtype(DTYPE_CODES[g.dtype])
-        for name, column in pointers.items():
-            self._column(name, column)
         for row, group in zip(self._group_rows, groups, strict=True):
             kept.extend(_enter_options(row, group))
         return kept, copies
+
+    @staticmethod
+    def _codes(groups: Sequence[Group], grads: list[Tensor | None]) -> int | list[int]:
+        """The codes of the gradients' dtypes; of no matter where there is no gradient."""
+        dtypes = set().union(*(group.dtypes for group in groups))
+        if len(dtypes) == 1:
+            return DTYPE_CODES[dtypes.pop()]
+        return [0 if g is None else DTYPE_CODES[g.dtype] for g in grads]
 
     def arguments(self) -> tuple[int, ...]:
         """What compiled kernels are given first: addresses and counts of the rows of tensors and of groups, chunks and
@@ -202,7 +191,7 @@ class Table:
         self._captured.append((pinned, words))
         return words
 
-    def _column(self, name: str, values: Sequence[int] | np.ndarray) -> None:
+    def _column(self, name: str, values: int | Sequence[int] | np.ndarray) -> None:
         self._rows[:, TENSOR_COLUMNS.index(name)] = values
 
 
@@ -244,6 +233,11 @@ def run(
         p.copy_(copy)
     torch.autograd.graph.increment_version([p for group in groups for p in group.params])
     del kept  # the launches are on the stream: memory may be reused behind them
+
+
+def _strides_differ(p: Tensor, v: Tensor) -> bool:
+    """Whether the elements of p and v, of one shape, lie in another order, or with other gaps."""
+    return p.stride() != v.stride() and not (p.is_contiguous() and v.is_contiguous())
 
 
 def _describe(row: np.void, statistics: Statistics, first_tensor: int) -> None:

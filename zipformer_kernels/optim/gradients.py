@@ -1,0 +1,59 @@
+"""The gradients of a group's parameters as the step takes them: dense, of their shapes, and this process's."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from zipformer_kernels.call import unreadable
+from zipformer_kernels.optim.memory import check_within
+from zipformer_kernels.optim.shards import local, placed_like
+from zipformer_kernels.optim.state import Packed
+
+
+def gradients(packed: Packed, names: list[str]) -> tuple[list[Tensor | None], set[torch.dtype], str | None]:
+    """The gradients of a group.
+
+    Returns:
+        A gradient for each parameter, or None; the dtypes of those that have not their parameter's; and why kernels
+        must not take the address of one, or None if they may take all.
+    Raises:
+        TypeError: a gradient is not dense, or of no floating dtype.
+        ValueError: a gradient has not the shape or the device of its parameter, or no memory.
+    """
+    grads = [p.grad for p in packed.params]
+    dtypes = set()
+    for i, (g, (dtype, shape, stride)) in enumerate(zip(grads, packed.forms, strict=True)):
+        if g is None or (g.dtype is dtype and g.size() == shape and g.stride() == stride):
+            continue
+        grads[i] = g = _gradient(g, packed.params[i], packed.exp_avg_sq[i], names[i])
+        dtypes.add(g.dtype)
+    reason = unreadable([packed.statistics.rms, *grads])
+    if reason is not None:
+        for i, g in enumerate(grads):
+            if g is not None:
+                grads[i] = _gradient(g, packed.params[i], packed.exp_avg_sq[i], names[i])
+        reason = unreadable([packed.statistics.rms, *grads])
+    return grads, dtypes, reason
+
+
+def _gradient(g: Tensor, p: Tensor, v: Tensor, name: str) -> Tensor:
+    """The gradient g of p, or this process's shard of it, laid out as v is."""
+    if g.layout != torch.strided:
+        raise TypeError(f"the gradient of {name!r} must be dense, got {g.layout}")
+    if not g.is_floating_point():
+        raise TypeError(f"the gradient of {name!r} must be a real floating-point tensor, got {g.dtype}")
+    if g.shape not in (p.shape, v.shape):  # of the whole, or of this process's shard
+        raise ValueError(f"the gradient of {name!r} must have shape {tuple(p.shape)}, got {tuple(g.shape)}")
+    g = local(placed_like(g, p) if g.shape == p.shape else g)
+    if g.device != v.device:
+        raise ValueError(f"the gradient of {name!r} must be on {v.device}, got {g.device}")
+    if type(g) not in (Tensor, Parameter) or g.is_meta:
+        return g
+    imagined = g._is_zerotensor()
+    if not imagined:
+        check_within(g, f"the gradient of {name!r}")
+    if imagined or g.is_neg() or (g.stride() != v.stride() and not (g.is_contiguous() and v.is_contiguous())):
+        return torch.empty_like(v, dtype=g.dtype).copy_(g)
+    return g
