@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lanes import lanes
+from tolerances import assert_agrees, rounding
 from unseen import unseen
 
 from zipformer_kernels import backend
@@ -200,8 +201,8 @@ def test_handle_looks_like_the_weights(lane, kept):
         assert weights.dtype == dense.dtype
         assert weights.device == dense.device
         assert weights[1:3].shape == (2, 2, 6, 6)
-        torch.testing.assert_close(weights[1:3].materialize(), dense[1:3])
-        torch.testing.assert_close(dense.sum(-1), torch.ones_like(dense[..., 0]))
+        assert_agrees(weights[1:3].materialize(), dense[1:3], rounding(dense.dtype, 8))
+        assert_agrees(dense.sum(-1), torch.ones_like(dense[..., 0]), rounding(dense.dtype, 6))
         assert lane.backend in repr(weights)
 
 
@@ -238,7 +239,7 @@ def test_only_wanted_gradients(lane):
             x = args[i].requires_grad_()
             (alone,) = torch.autograd.grad(OP(*args).square().sum(), x)
             args[i] = x.detach()
-            torch.testing.assert_close(alone, everything[i])
+            assert_agrees(alone, everything[i], rounding(alone.dtype, len(args[4])))
 
 
 @pytest.mark.parametrize("lane", lanes(OP))
@@ -264,7 +265,7 @@ def test_compiles_without_graph_breaks(lane, kept):
     with lane.active(), keeping(kept):
         got = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
         expected = torch.autograd.grad(layer(*inputs).square().sum(), inputs)
-    torch.testing.assert_close(got, expected)
+    assert_agrees(got, expected, rounding(torch.float32, 12 * 8))
 
 
 @pytest.mark.usefixtures("isa")

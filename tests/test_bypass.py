@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lanes import assert_reads_only_what_is_written, lanes
-from tolerances import assert_rounded, relative_error, rounding
+from tolerances import assert_agrees, assert_rounded, relative_error, rounding
 
 from zipformer_kernels import backend, explain
 from zipformer_kernels.modules import BypassModule
@@ -228,7 +228,7 @@ def test_a_gradient_used_twice_adds(lane):
         y = bypass(*args)
         ((y * dy).sum() + (2 * y * dy).sum()).backward()
         _, _, once = run(args, dy)
-    torch.testing.assert_close([arg.grad for arg in args], [3 * grad for grad in once.values()])
+    assert_agrees([arg.grad for arg in args], [3 * grad for grad in once.values()], rounding(dy.dtype, 20 * 3))
 
 
 def test_saves_its_arguments_only():
@@ -330,4 +330,4 @@ def test_module_is_recorded_as_plain_torch():
     short, long = (tuple(arg.detach() for arg in arguments(frames, 3, 24)[:2]) for frames in (7, 11))
     traced = torch.jit.trace(made, short)
     assert all(node.kind().startswith(("aten::", "prim::")) for node in traced.graph.nodes())
-    torch.testing.assert_close(traced(*long), made(*long))
+    assert_agrees(traced(*long), made(*long), rounding(torch.float32))

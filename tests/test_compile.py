@@ -13,7 +13,7 @@ from small_layer import (  # noqa: F401
     on_lane,
     run,
 )
-from tolerances import rounding
+from tolerances import relative_error, rounding
 from torch._dynamo.exc import Unsupported
 
 from zipformer_kernels.training import Balancer, Whiten, limit_param_value, without_draws
@@ -80,7 +80,7 @@ def test_what_is_certain_is_compiled(mechanism, inputs):
         x = inputs[0].clone().requires_grad_()
         function(x * 1.0).square().sum().neg().backward()
         grads.append({"x": x.grad})
-    assert not torch.allclose(grads[0]["x"], -2 * inputs[0])
+    assert relative_error(grads[0]["x"], -2 * inputs[0]) > 1e-3
     assert_close(grads[1], grads[0])
 
 

@@ -258,7 +258,7 @@ def test_diagnostics():
     assert found.norm_quartiles == pytest.approx([recorded[k] for k in (0, 10, 20, 30, 40)], rel=1e-5)
     assert found.threshold == pytest.approx(2 * 2 * sorted(norms[1:41])[20], rel=1e-5)  # set at t = 40, doubled
     assert found.percent_clipped == 50.0  # of t = 40 and 41
-    assert found.dominant_proportion == pytest.approx(1.0)
+    assert found.dominant_proportion == pytest.approx(1.0, abs=1e-3)
     assert found.dominant_rms == pytest.approx(large.detach().square().mean().sqrt().item(), rel=1e-6)
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from lanes import lanes, poisoned_memory
-from tolerances import assert_rounded, relative_error, rounding
+from tolerances import assert_agrees, assert_rounded, relative_error, rounding
 
 from zipformer_kernels import backend
 from zipformer_kernels.ops.swoosh_linear import _op, swoosh_linear
@@ -311,7 +311,7 @@ def test_a_gradient_used_twice_adds(lane):
         y = swoosh_linear(*args)
         ((y * dy).sum() + (2 * y * dy).sum()).backward()
         _, _, once = run(args, dy)
-    torch.testing.assert_close([a.grad for a in args[:3]], [3 * g for g in once.values()])
+    assert_agrees([a.grad for a in args[:3]], [3 * g for g in once.values()], rounding(dy.dtype, 8))
 
 
 def test_saves_its_arguments_only():
@@ -360,6 +360,6 @@ def test_more_elements_than_32_bits_count(name):
     x = torch.randn(1, 512, device="cuda", dtype=torch.float16).repeat(rows, 1).requires_grad_()
     weight = leaf(8, 512, device="cuda", dtype=torch.float16)
     y = swoosh_linear(x, weight, None, dropout(1, 512, device="cuda"), "l", backend=name)
-    torch.testing.assert_close(y[-1], y[0])
+    assert torch.equal(y[-1], y[0])
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    torch.testing.assert_close(dx[-1], dx[0])
+    assert torch.equal(dx[-1], dx[0])

@@ -47,6 +47,14 @@ def assert_parity(actual, expected, tolerance, what):
     assert error <= tolerance, f"{what}: off by {error:.1e} of the RMS, allowed {tolerance:.1e}"
 
 
+def assert_agrees(actual, expected, tolerance):
+    """`assert_parity` of two tensors, or of each of two sequences of tensors."""
+    if isinstance(expected, torch.Tensor):
+        actual, expected = [actual], [expected]
+    for i, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        assert_parity(one, other, tolerance, f"result {i}")
+
+
 def assert_rounded(actual, expected, terms, what, size=None):
     """`actual` is `expected`, in float64, but for the rounding of sums of `terms` terms and of its own dtype.
 

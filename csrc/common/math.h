@@ -27,7 +27,7 @@ ZK_HD float exp_nonpositive(float u) {
   e = e * r + 4.999937117e-1f;
   e = e * r + 1.0f;
   float p = e * r + 1.0f;
-  return bit_cast<float>(bit_cast<int32_t>(p) + (bit_cast<int32_t>(t) << 23));
+  return bit_cast<float>(bit_cast<uint32_t>(p) + (bit_cast<uint32_t>(t) << 23));  // t may be negative
 #endif
 }
 
