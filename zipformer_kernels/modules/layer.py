@@ -255,7 +255,7 @@ class ZipformerEncoderLayer(Module):
         branch = module(src, *args, **kwargs)
         if balancer is not None:
             branch = getattr(self, balancer)(branch)
-        if mask is None:
+        if skip_rate != 0.0:
             mask = self.get_sequence_dropout_mask(branch, skip_rate)
         return src + branch if mask is None else torch.addcmul(src, branch, mask)
 
