@@ -29,7 +29,7 @@ from zipformer_kernels.bench import machine, rates, results
 from zipformer_kernels.bench.clients import BENCHMARK, table
 from zipformer_kernels.bench.job import Job, Measured, Prepared, off_by
 
-LAYERS = ("ZipformerEncoderLayer", "Zipformer2EncoderLayer")
+LAYERS = ("ZipformerEncoderLayer", "Zipformer2EncoderLayer", "TimedEncoderLayer")
 SECONDS = {"S": (4, 16), "M": (4, 16), "L": (4, 16), "XL": (1, 16), recipes.OWN_SIZE: (2, 16)}
 STEPS = 3
 CHECKED_TO = 1e-4

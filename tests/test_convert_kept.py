@@ -120,7 +120,10 @@ def special(module):
 
 
 PATH = "encoder.encoders.1.encoder.layers.0"
-PARTS = ("", ".self_attn_weights", ".norm", ".balancer1")
+PARTS = (
+    *("", ".self_attn_weights", ".self_attn1", ".nonlin_attention", ".conv_module1", ".conv_module1.depthwise_conv"),
+    *(".feed_forward2", ".bypass", ".norm", ".balancer1"),
+)
 
 
 @pytest.mark.parametrize("path", [*(PATH + part for part in PARTS), "encoder.encoders.1", "encoder.encoders.1.encoder"])

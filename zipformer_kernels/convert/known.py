@@ -87,6 +87,13 @@ KNOWN: dict[str, dict[str, dict[str, Version]]] = {
         "streaming_forward": _any("3cca1c2130ac"),
         "get_init_states": _any("509e9ea93a0d"),
     },
+    "TimedEncoderLayer": {
+        "get_sequence_dropout_mask": _any("c863afb3c2d0"),
+        "sequence_dropout": _any("f5e772efa6a7"),
+        "forward": _any("201eb407d713"),
+    },
+    "TimedEncoder": {"forward": _any("700fb1ba0848")},
+    "TimedDownsampledEncoder": {"forward": _any("f0c165430893")},
     "BypassModule": {"forward": _any("060620d7b3da")},
     "SimpleDownsample": {"forward": _any("1e3c2f5c01e6 0f5b7ef74ec8 17109de0f92a")},
     "SimpleUpsample": {"forward": _any("9b40f136c5e8")},

@@ -29,6 +29,7 @@ class Row:
         build: makes the smallest module of it; upstream's must have every attribute that it has.
         ops: the ops for whose sake modules become it; none for a class that only comes along.
         shapes: the shapes that the parameters must have, given the module's own settings.
+        optional: children that upstream's may have or not.
         drops: attributes that only upstream's class has; not every version of it has all.
         adds: attributes that not every version of upstream's class has, from the module.
         replaces: attributes that ours needs otherwise, from the module.
@@ -37,6 +38,7 @@ class Row:
     build: Callable[[], nn.Module]
     ops: tuple[str, ...] = ()
     shapes: Callable[[Any], Shapes] = lambda module: {}
+    optional: tuple[str, ...] = ()
     drops: tuple[str, ...] = ()
     adds: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
     replaces: dict[str, Callable[[Any], Any]] = field(default_factory=dict)
@@ -60,7 +62,7 @@ class Row:
         missing = self.attributes - attributes(module) - self.adds.keys()
         if missing:
             return f"it has no {listed(missing)}"
-        unknown = {*module._parameters, *module._buffers, *module._modules} - self.attributes
+        unknown = {*module._parameters, *module._buffers, *module._modules} - self.attributes - {*self.optional}
         if unknown:
             return f"it has {listed(unknown)}, which ours would not use"
         return self.patched(module) or self._mismatched_shapes(module)
@@ -105,6 +107,10 @@ def _layer() -> nn.Module:
 
 def _stack() -> nn.Module:
     return ours.ZipformerEncoder(_layer(), 1, pos_dim=2, dropout=0.0, warmup_begin=0.0, warmup_end=1.0)
+
+
+def _timed_stack() -> nn.Module:
+    return ours.TimedEncoder(ours.TimedEncoderLayer(8, 2, 1, 1, 1, 1, 8), 1, 8, -1, 2, 0.0, 1.0)
 
 
 def _weights_shapes(m: Any) -> Shapes:
@@ -163,6 +169,13 @@ ROWS = {
     "ZipformerEncoder": Row(_stack, ATTENTION),
     "DownsampledZipformerEncoder": Row(lambda: ours.DownsampledZipformerEncoder(_stack(), 8, 2, 0.0, False), ATTENTION),
     "Zipformer": Row(_encoder, ATTENTION),
+    "TimedEncoderLayer": Row(
+        lambda: ours.TimedEncoderLayer(8, 2, 1, 1, 1, 1, 8, use_conv=False),
+        ATTENTION,
+        optional=("conv_module1", "conv_module2"),
+    ),
+    "TimedEncoder": Row(_timed_stack, ATTENTION),
+    "TimedDownsampledEncoder": Row(lambda: ours.TimedDownsampledEncoder(_timed_stack(), 8, 2), ATTENTION),
     "BypassModule": Row(lambda: ours.BypassModule(1), shapes=lambda m: {"bypass_scale": (None,)}),
     "SimpleDownsample": Row(
         lambda: ours.SimpleDownsample(1, 1, 0.0, False),

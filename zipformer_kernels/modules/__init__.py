@@ -14,6 +14,7 @@ from zipformer_kernels.modules.scaled_init import ScaledConv2d, ScaledLinear
 from zipformer_kernels.modules.stack import DownsampledZipformerEncoder, ZipformerEncoder
 from zipformer_kernels.modules.subsampling import Conv2dSubsampling, ConvNeXt
 from zipformer_kernels.modules.swoosh import SwooshL, SwooshR
+from zipformer_kernels.modules.timed import TimedDownsampledEncoder, TimedEncoder, TimedEncoderLayer
 
 __all__ = [
     "ActivationDropoutAndLinear",
@@ -35,6 +36,9 @@ __all__ = [
     "SimpleUpsample",
     "SwooshL",
     "SwooshR",
+    "TimedDownsampledEncoder",
+    "TimedEncoder",
+    "TimedEncoderLayer",
     "ZipformerEncoder",
     "ZipformerEncoderLayer",
 ]

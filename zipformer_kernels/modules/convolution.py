@@ -184,7 +184,7 @@ class ConvolutionModule(Module):
         x = self.balancer2(x.permute(1, 2, 0)).permute(2, 0, 1)
         return self.out_proj(self.whiten(x))
 
-    def add_to(self, src: Tensor, src_key_padding_mask: Tensor | None, chunk_size: int, over: bool) -> Tensor:
+    def add_to(self, src: Tensor, src_key_padding_mask: Tensor | None, chunk_size: int = -1, *, over: bool) -> Tensor:
         """src + self(src, ...) in inference; see `zipformer_kernels.modules.inference`."""
         x, _ = self._infer(src, src_key_padding_mask, chunk_size=chunk_size)
         return add_product(src, x, self.out_proj.weight, self.out_proj.bias, over)

@@ -71,6 +71,7 @@ class ZipformerEncoderLayer(Module):
     """
 
     const_attention_in_training = True  # recipes copied before March 2024 draw it in evaluation instead
+    use_conv = True  # ZipVoice can do without convolution modules
 
     def __init__(
         self,
@@ -192,6 +193,18 @@ class ZipformerEncoderLayer(Module):
         Returns:
             (T, batch, embed_dim).
         """
+        return self._run(src, pos_emb, chunk_size, attn_mask, src_key_padding_mask)
+
+    def _run(
+        self,
+        src: Tensor,
+        pos_emb: Tensor,
+        chunk_size: int | None,
+        attn_mask: Tensor | ChunkMask | None,
+        src_key_padding_mask: Tensor | None,
+        time_emb: Tensor | None = None,
+    ) -> Tensor:
+        """`forward`, and that of `TimedEncoderLayer`, where there are no chunks but an embedding of the time."""
         attn_mask = given_mask(attn_mask, src, self.self_attn_weights, RelPositionMultiheadAttentionWeights)
         lean = not self.training and only_computes(src)
         src_orig = src
@@ -200,21 +213,21 @@ class ZipformerEncoderLayer(Module):
         weights = self.self_attn_weights(
             src, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=src_key_padding_mask
         )
-        conv = {"chunk_size": chunk_size, "src_key_padding_mask": src_key_padding_mask}
+        src = src if time_emb is None else src + time_emb
         src = self._add(src, "feed_forward1", lean=lean, over=False)
 
         mask = self.get_sequence_dropout_mask(src, attention_skip_rate)
         first_head = self._given_to("nonlin_attention", self._first_head(weights))
         src = self._add(src, "nonlin_attention", first_head, lean=lean, balancer="balancer_na", mask=mask)
         src = self._add(src, "self_attn1", self._given_to("self_attn1", weights), lean=lean, mask=mask)
-        src = self._add(src, "conv_module1", lean=lean, skip_rate=self._rate(self.conv_skip_rate), **conv)
+        src = self._add_convolution(src, "conv_module1", lean, time_emb, chunk_size, src_key_padding_mask)
         skip_rate = self._rate(self.ff2_skip_rate)
         src = self._add(src, "feed_forward2", lean=lean, balancer="balancer_ff2", skip_rate=skip_rate)
 
         over = lean and plain_part(self, "bypass_mid", infers=True)  # else who has seen its result may keep it
         src = self.bypass_mid.write_over(src_orig, src) if over else self.bypass_mid(src_orig, src)
         src = self._add(src, "self_attn2", self._given_to("self_attn2", weights), lean=lean, over=over, mask=mask)
-        src = self._add(src, "conv_module2", lean=lean, skip_rate=self._rate(self.conv_skip_rate), **conv)
+        src = self._add_convolution(src, "conv_module2", lean, time_emb, chunk_size, src_key_padding_mask)
         skip_rate = self._rate(self.ff3_skip_rate)
         src = self._add(src, "feed_forward3", lean=lean, balancer="balancer_ff3", skip_rate=skip_rate)
         src = self._bypass(src_orig, self._watch(src, "balancer1", lean), lean)
@@ -224,6 +237,23 @@ class ZipformerEncoderLayer(Module):
         """The weights for NonlinAttention: those of the first head, or, drawn in training, constant ones."""
         constant = self.training == self.const_attention_in_training and happens(self.const_attention_rate)
         return constant_attention(weights[0:1]) if constant else weights[0:1]
+
+    def _add_convolution(
+        self,
+        src: Tensor,
+        name: str,
+        lean: bool,
+        time_emb: Tensor | None,
+        chunk_size: int | None,
+        padding: Tensor | None,
+    ) -> Tensor:
+        """src plus what a convolution module makes of it and of the time, if the layer has convolution modules."""
+        if not self.use_conv:
+            return src
+        skip_rate = self._rate(self.conv_skip_rate)
+        src = src if time_emb is None else src + time_emb
+        chunks = {} if chunk_size is None else {"chunk_size": chunk_size}
+        return self._add(src, name, lean=lean, skip_rate=skip_rate, src_key_padding_mask=padding, **chunks)
 
     def _add(
         self,
