@@ -59,6 +59,15 @@ def watcher() -> str | None:
     return None
 
 
+def being_traced() -> bool:
+    """Whether torch.compile, torch.export, torch.jit.trace or an ONNX exporter records the call.
+
+    What is recorded runs again: on other sizes, and with no new draw of Python's ``random``. So in eval mode modules
+    draw nothing while they are recorded, and sizes stay variables (`zipformer_kernels.ops.shapes`).
+    """
+    return is_compiling() or torch._C._is_tracing()
+
+
 def _wants_to_see_functions() -> bool:
     """Whether a TorchFunctionMode is active that is more than `torch.set_default_device`."""
     stack = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))

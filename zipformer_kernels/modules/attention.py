@@ -7,6 +7,7 @@ import copy
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zipformer_kernels.call import being_traced
 from zipformer_kernels.joint import split
 from zipformer_kernels.launch import few_rows
 from zipformer_kernels.module import Module
@@ -15,6 +16,7 @@ from zipformer_kernels.modules.plain import has_backward_hooks, made_of
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import average_chunk, check_cache, join_cache
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, aggregate
+from zipformer_kernels.ops.sizes import split_last
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
 from zipformer_kernels.training.randomness import happens, logging_draw
 
@@ -174,7 +176,7 @@ class RelPositionMultiheadAttentionWeights(Module):
         limit: float = 0.0,
     ) -> AttentionWeights:
         """The handle over flat q, k, p, (frames, batch, heads * channels); None for `pos_emb` leaves positions out."""
-        q, k, p = (x.unflatten(2, (self.num_heads, -1)) for x in (q, k, p))
+        q, k, p = (split_last(x, self.num_heads) for x in (q, k, p))
         if pos_emb is None:
             return AttentionWeights(q, k, None, None, key_padding_mask, attn_mask, penalty, limit)
         offsets = q.shape[0] + k.shape[0] - 1
@@ -183,8 +185,11 @@ class RelPositionMultiheadAttentionWeights(Module):
                 f"pos_emb: wanted {offsets} offsets for {q.shape[0]} frames over {k.shape[0]} keys, "
                 f"got {tuple(pos_emb.shape)}"
             )
-        e = self.linear_pos(pos_emb).unflatten(2, (self.num_heads, -1))
-        return AttentionWeights(q, k, p, e[0] if e.shape[0] == 1 else e, key_padding_mask, attn_mask, penalty, limit)
+        if pos_emb.shape[0] == 1 and being_traced():  # to flatten 1 x n rows ties torch.export to some lengths
+            pos_emb = pos_emb[0]
+        e = split_last(self.linear_pos(pos_emb), self.num_heads)
+        e = e[0] if e.ndim == 4 and e.shape[0] == 1 else e
+        return AttentionWeights(q, k, p, e, key_padding_mask, attn_mask, penalty, limit)
 
 
 @made_of(in_proj=nn.Linear, out_proj=nn.Linear, whiten=Whiten)

@@ -66,8 +66,6 @@ class ChunkCausalDepthwiseConv1d(Module):
         Returns:
             (batch, channels, T).
         """
-        if chunk_size < 0 or chunk_size > x.shape[2]:
-            chunk_size = x.shape[2]
         return chunk_convolution(x, self.causal_conv, self.chunkwise_conv, self.chunkwise_conv_scale, chunk_size)
 
     def parameters_of_op(self) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
@@ -86,7 +84,7 @@ class ChunkCausalDepthwiseConv1d(Module):
             (batch, channels, T), and the next `cache`.
         """
         joined, cache = join_cache("cache", cache, x, self.kernel_size // 2, dim=2)
-        within = self.chunkwise_conv(x) * chunk_factors(self.chunkwise_conv_scale, x.shape[2])
+        within = self.chunkwise_conv(x) * chunk_factors(self.chunkwise_conv_scale, x.shape[2], x.shape[2])
         return within + self.causal_conv(joined), cache
 
 
@@ -206,7 +204,8 @@ class ConvolutionModule(Module):
         conv = self.depthwise_conv
         if not all(plain_part(self, name) for name in ("sigmoid", "activation2", "depthwise_conv")):
             x = _gated(self.activation2(x * self.sigmoid(s)), padding)
-            return (conv(x) if chunk_size < 0 else conv(x, chunk_size=chunk_size)).permute(2, 0, 1)
+            x = conv(x) if chunk_size < 0 else conv(x, chunk_size=chunk_size)
+            return x.permute(2, 0, 1).contiguous()
         if isinstance(conv, ChunkCausalDepthwiseConv1d):
             return chunk_conv_module(x, s, *_parameters_of(conv), chunk_size, padding)
         return conv_module(x, s, conv.weight, conv.bias, padding)

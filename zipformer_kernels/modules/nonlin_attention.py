@@ -98,7 +98,7 @@ class NonlinAttention(Module):
         gates = plain_part(self, "tanh") and plain_part(self, "identity1")
         if gates and isinstance(attn_weights, AttentionWeights):
             return nonlin_attention(attn_weights, s, x, y)
-        return aggregate(attn_weights, self.identity1(x * self.tanh(s))) * y
+        return y * aggregate(attn_weights, self.identity1(x * self.tanh(s)))
 
     def streaming_forward(
         self, x: Tensor, attn_weights: AttentionWeights | Tensor, cached_x: Tensor, left_context_len: int

@@ -7,10 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import plain, watcher
+from zipformer_kernels.call import being_traced, plain, watcher
 from zipformer_kernels.module import Module
 from zipformer_kernels.training import Dropout2, FloatLike
-from zipformer_kernels.training.randomness import being_traced
 
 
 class CompactRelPositionalEncoding(Module):
@@ -58,22 +57,27 @@ class CompactRelPositionalEncoding(Module):
             (1, L + 2 T - 1, embed_dim), from offset -(L + T - 1) to T - 1.
         """
         frames = x.shape[0]
-        table = self._table(frames + left_context_len, x.device)
-        zero = table.shape[0] // 2
-        encoding = table[zero - (frames + left_context_len) + 1 : zero + frames]
+        if being_traced():
+            encoding = self._encode(frames + left_context_len, frames, x.device)
+        else:
+            table = self._table(frames + left_context_len, x.device)
+            zero = table.shape[0] // 2
+            encoding = table[zero - (frames + left_context_len) + 1 : zero + frames]
         return self.dropout(encoding.to(x.dtype).unsqueeze(0))
 
     def _table(self, frames: int, device: torch.device) -> Tensor:
         """The encodings of offsets -(n - 1) to n - 1 for some n >= `frames`."""
-        if being_traced() or watcher() is not None:
-            return self._encode(frames, device)
+        if watcher() is not None:
+            return self._encode(frames, frames, device)
         if self.pe is None or self.pe.shape[0] < 2 * frames - 1 or self.pe.device != device or not plain(self.pe):
+            longest = max(frames, self.max_len)
             with torch.inference_mode(False), torch.no_grad():  # for whoever trains later, too
-                self.pe = self._encode(max(frames, self.max_len), device)
+                self.pe = self._encode(longest, longest, device)
         return self.pe
 
-    def _encode(self, frames: int, device: torch.device) -> Tensor:
-        offset = torch.arange(-(frames - 1), frames, device=device).to(torch.float32).unsqueeze(1)
+    def _encode(self, before: int, after: int, device: torch.device) -> Tensor:
+        """The encodings of offsets -(`before` - 1) to `after` - 1."""
+        offset = torch.arange(-(before - 1), after, device=device).to(torch.float32).unsqueeze(1)
         order = 1 + torch.arange(self.embed_dim // 2, device=device)
         length = self.embed_dim**0.5
         compressed = length * offset.sign() * ((offset.abs() + length).log() - math.log(length))

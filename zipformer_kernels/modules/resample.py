@@ -7,11 +7,11 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from zipformer_kernels.call import being_traced
 from zipformer_kernels.module import Module
 from zipformer_kernels.modules.inference import only_computes
 from zipformer_kernels.modules.plain import made_of
 from zipformer_kernels.training import FloatLike
-from zipformer_kernels.training.randomness import being_traced
 
 
 class SimpleDownsample(Module):
@@ -40,11 +40,11 @@ class SimpleDownsample(Module):
         frames, factor = src.shape[0], self.downsample
         length = (frames + factor - 1) // factor
         if being_traced():  # a program for every length must not depend on what is missing
-            src = src[torch.arange(length * factor, device=src.device).clamp(max=frames - 1)]
+            src = src.index_select(0, torch.arange(length * factor, device=src.device).clamp(max=frames - 1))
         elif frames % factor:
             src = torch.cat([src, src[-1:].expand(length * factor - frames, -1, -1)])
         weights = self.bias.softmax(dim=0).reshape(-1, 1, 1)
-        return (src.unflatten(0, (length, factor)) * weights).sum(dim=1)
+        return (src.reshape(length, factor, *src.shape[1:]) * weights).sum(dim=1)
 
     def _infer(self, src: Tensor) -> Tensor:
         """`forward` without a product for every frame: one place of all groups after the other."""
@@ -72,4 +72,6 @@ class SimpleUpsample(Module):
 
     def forward(self, src: Tensor) -> Tensor:
         """From (T, batch, channels) to (T * upsample, batch, channels)."""
+        if being_traced():
+            return src.index_select(0, torch.arange(src.shape[0] * self.upsample, device=src.device) // self.upsample)
         return src.unsqueeze(1).expand(-1, self.upsample, -1, -1).flatten(0, 1)

@@ -16,8 +16,9 @@ from zipformer_kernels.modules.plain import made_of, plain_part
 from zipformer_kernels.modules.positional import CompactRelPositionalEncoding
 from zipformer_kernels.modules.resample import SimpleDownsample, SimpleUpsample
 from zipformer_kernels.ops.attention import ChunkMask, downsample_mask
+from zipformer_kernels.ops.sizes import first
 from zipformer_kernels.training import FloatLike, ScheduledFloat
-from zipformer_kernels.training.randomness import being_traced, keeps_all
+from zipformer_kernels.training.randomness import keeps_all
 
 STATES_PER_LAYER = 6
 
@@ -206,11 +207,7 @@ class DownsampledZipformerEncoder(Module):
             fits = output.shape == (-(-src.shape[0] // factor), *src.shape[1:])
             if fits and only_computes(src, output, scale):
                 return _bypass_repeated(src, output, scale, factor)
-        output = self.upsample(output)
-        frames = src.shape[0]
-        # Cropping by a slice would tie an exported program to lengths for which it provably fits.
-        output = output[torch.arange(frames, device=src.device)] if being_traced() else output[:frames]
-        return self.out_combiner(src, output)
+        return self.out_combiner(src, first(self.upsample(output), src.shape[0], dim=0))
 
 
 def _bypass_repeated(src: Tensor, output: Tensor, scale: Tensor, factor: int) -> Tensor:

@@ -11,10 +11,9 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import SupportsFloat
 
-import torch
 from torch import Tensor
 
-from zipformer_kernels.call import watcher
+from zipformer_kernels.call import being_traced, watcher
 
 _drawing = True
 
@@ -74,15 +73,6 @@ def logging_draw(probability: float) -> bool:
     recorded there is no draw and no log.
     """
     return not being_traced() and happens(probability)
-
-
-def being_traced() -> bool:
-    """True while torch.compile, torch.export, torch.onnx or torch.jit.trace records the model.
-
-    A recorded draw would be frozen into the graph, so in eval mode modules draw nothing while they are
-    recorded.
-    """
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zipformer_kernels.call import being_traced
 from zipformer_kernels.library import Launchers
 
 # exp(-1000) is zero in every dtype, and a row with every entry masked becomes uniform rather than NaN.
@@ -37,7 +38,7 @@ def select_relative(by_offset: Tensor) -> Tensor:
     """From scores by offset to scores by source: ``out[..., i, j] = by_offset[..., i, T - 1 - i + j]``.
 
     With n offsets the wanted element lies at T - 1 + i (n - 1) + j of the flattened rows: rows of n - 1 elements, from
-    the one at T - 1 on. So the result is a view, and the same code runs, trains and exports.
+    the one at T - 1 on. So the result is a view. In a recorded program it is a gather, which holds for every length.
 
     Args:
         by_offset: (..., T, n), n = T + S - 1; column 0 is the source furthest to the left of the last target.
@@ -45,11 +46,19 @@ def select_relative(by_offset: Tensor) -> Tensor:
     Returns:
         (..., T, S).
     """
-    targets, offsets = by_offset.shape[-2:]
+    *others, targets, offsets = by_offset.shape
+    if being_traced():
+        index = relative_index(targets, offsets - targets + 1, by_offset.device)
+        return by_offset.gather(-1, index.expand(*others, -1, -1))
     if targets <= 1:
         return by_offset
     rows = by_offset.flatten(-2).narrow(-1, targets - 1, targets * (offsets - 1))
-    return rows.unflatten(-1, (targets, offsets - 1))[..., : offsets - targets + 1]
+    return rows.view(*others, targets, offsets - 1)[..., : offsets - targets + 1]
+
+
+def relative_index(targets: int, sources: int, device: torch.device) -> Tensor:
+    """The offset of source j from target i, T - 1 - i + j: (T, S)."""
+    return torch.arange(targets - 1, -1, -1, device=device).unsqueeze(1) + torch.arange(sources, device=device)
 
 
 def forbidden(
@@ -102,7 +111,14 @@ def masked_scores(
     """The scores, the scores with masked pairs at -1000, and the mask."""
     s = scores(q, k, p, e)
     mask = forbidden(s.shape[1:], key_padding_mask, attn_mask, chunk, left_chunks, q.device)
-    return s, s if mask is None else s.masked_fill(mask, MASKED_SCORE), mask
+    return s, s if mask is None else masked(s, mask), mask
+
+
+def masked(scores: Tensor, mask: Tensor) -> Tensor:
+    """The scores, -1000 where the mask, which broadcasts to them, is True."""
+    if torch.compiler.is_compiling():  # tensors of one shape need no order of strides, which torch.export cannot prove
+        mask = mask.expand(scores.shape).contiguous()
+    return scores.masked_fill(mask, MASKED_SCORE)
 
 
 def log_sum_exp(*args: Tensor | int | None) -> Tensor:
@@ -232,9 +248,8 @@ def _through_scores(
 def _spread_relative(ds: Tensor) -> Tensor:
     """The adjoint of `select_relative`: (..., T, S) to (..., T, T + S - 1)."""
     targets, sources = ds.shape[-2:]
-    index = torch.arange(targets - 1, -1, -1, device=ds.device).unsqueeze(1) + torch.arange(sources, device=ds.device)
     spread = ds.new_zeros(*ds.shape[:-1], targets + sources - 1)
-    return spread.scatter_(-1, index.expand(ds.shape), ds)
+    return spread.scatter_(-1, relative_index(targets, sources, ds.device).expand(ds.shape), ds)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,6 +15,7 @@ from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import native, reference
 from zipformer_kernels.ops.attention.kept import Piece, average, make
 from zipformer_kernels.ops.shapes import as_mask
+from zipformer_kernels.ops.sizes import split_last
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ class AttentionWeights:
         """
         heads = self.shape[0]
         _check_values(self.shape, values)
-        v = values.unflatten(2, (heads, values.shape[2] // heads))
+        v = split_last(values, heads)
         falls_back = self.falls_back(values)
         if self.keeps:
             return average(self.pieces(), v).flatten(2)
@@ -218,8 +219,8 @@ class AttentionWeights:
         raw = reference.scores(*self.scores)
         if self._penalty[0] != 0.0:
             raw = penalized(raw, *self._penalty)
-        mask = reference.forbidden(self.shape[1:], *self.masks, self.device)
-        return softmax(raw if mask is None else raw.masked_fill(mask, reference.MASKED_SCORE), dim=-1)
+        mask = reference.forbidden(raw.shape[1:], *self.masks, self.device)
+        return softmax(raw if mask is None else reference.masked(raw, mask), dim=-1)
 
     def __getattr__(self, name: str) -> Any:
         """What W has and a handle has not, such as ``clone``, for code that was written for a tensor."""
@@ -277,7 +278,7 @@ def softmax(x: Tensor, dim: int) -> Tensor:
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """From (frames, B, heads * channels) to (heads, B, frames, channels)."""
-    return x.unflatten(2, (heads, x.shape[2] // heads)).permute(2, 1, 0, 3)
+    return split_last(x, heads).permute(2, 1, 0, 3)
 
 
 def merge_heads(x: Tensor) -> Tensor:

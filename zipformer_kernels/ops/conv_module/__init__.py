@@ -130,7 +130,7 @@ def chunk_conv_module(
     }
     key_padding_mask = as_mask("key_padding_mask", key_padding_mask)
     _check(a, s, parameters, {"weight": weight, "causal_weight": causal_weight}, key_padding_mask)
-    frames, _, channels = a.shape
+    channels = a.shape[2]
     wanted = (2, channels, weight.shape[2])
     if edge_scale.shape != wanted:
         raise ValueError(f"edge_scale must have shape {wanted}, got {tuple(edge_scale.shape)}")
@@ -140,8 +140,6 @@ def chunk_conv_module(
         )
     if chunk_size == 0:
         raise ValueError("chunk_size must not be 0")
-    if chunk_size < 0 or chunk_size > frames:
-        chunk_size = max(frames, 1)
     dtype = _dtype(a, {name: p for name, p in parameters.items() if name != "edge_scale"})
     dtype = torch.promote_types(dtype, edge_scale.dtype)
     return _op(
@@ -186,9 +184,8 @@ def infer_conv_module(
     wanted = (batch, channels, weight.shape[2] // 2)
     if left is not None and left.shape != wanted:
         raise ValueError(f"left must have shape {wanted}, got {tuple(left.shape)}")
-    if left is not None or chunk_size < 0 or chunk_size > frames:
-        chunk_size = max(frames, 1)
     parameters = weight, bias, causal_weight, causal_bias, edge_scale
+    chunk_size = -1 if left is not None else chunk_size
     y, following = _infer(x, x_bias, left, *parameters, key_padding_mask, chunk_size, backend=backend)
     return y, None if left is None else following
 

@@ -24,6 +24,11 @@ def unsupported(dtypes: tuple[torch.dtype, ...], a: Tensor, *rest: object) -> st
     return reason
 
 
+def chunk_length(chunk_size: int, frames: int) -> int:
+    """Frames per chunk as kernels take them: at least 1, and no more than there are."""
+    return chunk_size if 0 < chunk_size <= frames else max(frames, 1)
+
+
 class Arguments:
     """The arguments of a call.
 
@@ -54,7 +59,7 @@ class Arguments:
         self.padding = None if padding is None else padding.contiguous().view(torch.uint8)
         self.kernel = weight.shape[2]
         self.chunked = causal_weight is not None
-        self.chunk = chunk_size if self.chunked else max(a.shape[0], 1)
+        self.chunk = chunk_length(chunk_size if self.chunked else -1, a.shape[0])
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from zipformer_kernels.launch import (
     unsupported_dtypes,
 )
 from zipformer_kernels.library import Launchers
-from zipformer_kernels.ops.conv_module.arguments import Arguments, Gradients, unsupported
+from zipformer_kernels.ops.conv_module.arguments import Arguments, Gradients, chunk_length, unsupported
 
 TILE = 128  # frames that kernels take at a time
 BLOCKS_PER_MULTIPROCESSOR = 2
@@ -64,7 +64,7 @@ def _infer(
         channels,
         *x.stride()[:2],
         weight.shape[2],
-        chunk_size if causal_weight is not None else frames,
+        chunk_length(chunk_size if causal_weight is not None else -1, frames),
     )
     addresses = tuple(map(pointer, tensors)), *map(pointer, more)
     call_cpu("conv_module_infer", x, *addresses, sizes, DTYPE_CODES[x.dtype])

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zipformer_kernels.call import being_traced
 from zipformer_kernels.library import Launchers
+from zipformer_kernels.ops.sizes import first, smaller
 from zipformer_kernels.ops.swoosh.reference import swoosh
 
 
@@ -41,7 +43,7 @@ def conv_module(
         past = partial(F.conv1d, weight=causal_weight, bias=causal_bias, groups=channels)
         within = partial(F.conv1d, weight=weight, bias=bias, padding=kernel // 2, groups=channels)
         y = chunk_convolution(x, past, within, edge_scale, chunk_size)
-    return y.permute(2, 0, 1)
+    return y.permute(2, 0, 1).contiguous()
 
 
 def chunk_convolution(
@@ -58,25 +60,34 @@ def chunk_convolution(
         past: the causal convolution, which takes K // 2 more frames than it returns.
         within: the one inside chunks, which keeps the number of frames.
         edge_scale: (2, channels, K).
-        chunk_size: at least 1; need not divide T.
+        chunk_size: need not divide T; negative, or larger than T, for one chunk of all frames.
     """
-    frames = x.shape[2]
-    chunks = F.pad(x, (0, -frames % chunk_size)).unflatten(2, (-1, chunk_size))
-    chunks = chunks.transpose(1, 2)  # (batch, chunks, channels, chunk_size)
-    scaled = within(chunks.flatten(0, 1)) * chunk_factors(edge_scale, chunk_size)
-    scaled = scaled.unflatten(0, chunks.shape[:2]).transpose(1, 2).flatten(2)
-    return scaled[..., :frames] + past(F.pad(x, (edge_scale.shape[2] // 2, 0)))
+    batch, channels, frames = x.shape
+    causal = past(F.pad(x, (edge_scale.shape[2] // 2, 0)))
+    if chunk_size < 0 or (not being_traced() and chunk_size > frames):
+        return within(x) * chunk_factors(edge_scale, frames, frames) + causal
+    chunks = (frames + chunk_size - 1) // chunk_size
+    filled = first(F.pad(x, (0, chunk_size - 1)), chunks * chunk_size, dim=2)
+    apart = filled.reshape(batch, channels, chunks, chunk_size).transpose(1, 2)
+    scaled = within(apart.reshape(batch * chunks, channels, chunk_size))
+    scaled = scaled * chunk_factors(edge_scale, chunk_size, smaller(chunk_size, frames))
+    joined = scaled.reshape(batch, chunks, channels, chunk_size).transpose(1, 2)
+    return first(joined.reshape(batch, channels, chunks * chunk_size), frames, dim=2) + causal
 
 
-def chunk_factors(edge_scale: Tensor, chunk_size: int) -> Tensor:
-    """The factor on the convolution inside a chunk at each of its frames: (channels, chunk_size).
+def chunk_factors(edge_scale: Tensor, places: int, frames: int) -> Tensor:
+    """The factor on the convolution inside a chunk at each of its places: (channels, places).
 
     Args:
         edge_scale: (2, channels, K), corrections to 1 from the left edge on, and up to the right edge.
+        places: how many to give; what comes after the chunk means nothing.
+        frames: of the chunk.
     """
-    left, right = edge_scale
-    missing = chunk_size - edge_scale.shape[2]  # padding, or cropping where negative
-    return 1.0 + (F.pad(left, (0, missing)) + F.pad(right, (missing, 0)))
+    beyond = edge_scale.shape[2] + 1
+    left, right = F.pad(edge_scale, (1, 1)).unbind()  # no correction further away than K frames
+    place = torch.arange(places, device=edge_scale.device)
+    from_left = left.index_select(1, (place + 1).clamp(max=beyond))
+    return 1.0 + (from_left + right.index_select(1, (place + (beyond - frames)).clamp(0, beyond)))
 
 
 def infer(
@@ -115,13 +126,15 @@ def chunk_with_context(
 ) -> Tensor:
     """The two convolutions of one chunk x, (batch, channels, T), the causal one over `joined`: left context and x."""
     channels, _, kernel = weight.shape
-    within = F.conv1d(x, weight, bias, padding=kernel // 2, groups=channels) * chunk_factors(edge_scale, x.shape[2])
+    within = F.conv1d(x, weight, bias, padding=kernel // 2, groups=channels) * chunk_factors(
+        edge_scale, x.shape[2], x.shape[2]
+    )
     return within + F.conv1d(joined, causal_weight, causal_bias, groups=channels)
 
 
 def forward(*args: object) -> tuple[Tensor]:
-    """As `conv_module`, contiguous."""
-    return (conv_module(*args).contiguous(),)
+    """As `conv_module`."""
+    return (conv_module(*args),)
 
 
 def backward(

@@ -18,6 +18,7 @@ from torch import Tensor
 from zipformer_kernels.library import Op, triton_launchers
 from zipformer_kernels.ops.attention import AttentionWeights
 from zipformer_kernels.ops.nonlin_attention import kept, native, reference
+from zipformer_kernels.ops.sizes import split_last
 
 _op = Op(
     "nonlin_attention",
@@ -54,8 +55,8 @@ def nonlin_attention(weights: AttentionWeights, gate: Tensor, x: Tensor, y: Tens
     if weights.keeps and kept.serves(weights.pieces(), gate, x, y):
         return kept.gated_average(*weights.pieces(), gate, x, y)
     if weights.keeps or weights.falls_back(gate, x, y):
-        return weights.aggregate(x * torch.tanh(gate)) * y
-    split = (t.unflatten(2, (heads, t.shape[2] // heads)) for t in (gate, x, y))
+        return y * weights.aggregate(x * torch.tanh(gate))
+    split = (split_last(t, heads) for t in (gate, x, y))
     out = _op(*weights.scores, *split, weights.lse, *weights.masks, backend=weights.backend)
     return out.flatten(2)
 
