@@ -43,7 +43,10 @@ def unsupported_dtypes(tensors: Iterable[Tensor | None], dtypes: tuple[torch.dty
     found.discard(torch.bool)
     if len(found) > 1:
         return f"it takes tensors of one dtype, got {' and '.join(sorted(map(str, found)))}"
-    return None if found.issubset(dtypes) else _refused(*found, dtypes)
+    for dtype in found:  # of one; torch.compile before 2.8 cannot record more of what sets can do
+        if dtype not in dtypes:
+            return _refused(dtype, dtypes)
+    return None
 
 
 def pointer(x: Tensor | None) -> int:

@@ -42,6 +42,10 @@ class ChunkMask:
         return reference.forbidden(shape, None, None, self.chunk, self.left_chunks, torch.device(device or "cpu"))[0]
 
 
+# What some heads of a handle have from the whole.
+_SHARED = ("scores", "masks", "dtype", "device", "backend", "keeps", "lse", "_named", "_made", "_part_of")
+
+
 class AttentionWeights:
     """Weights W of shape (H, B, T, S), computed once and used many times.
 
@@ -85,7 +89,7 @@ class AttentionWeights:
         limit: float = 0.0,
         backend: str | None = None,
     ) -> None:
-        self.shape = torch.Size((q.shape[2], q.shape[1], q.shape[0], k.shape[0]))
+        self.shape = q.shape[2], q.shape[1], q.shape[0], k.shape[0]
         key_padding_mask = as_mask("key_padding_mask", key_padding_mask)
         _check(self.shape, q, k, p, e, key_padding_mask, attn_mask)
         rule = attn_mask if isinstance(attn_mask, ChunkMask) else ChunkMask(-1)
@@ -112,13 +116,14 @@ class AttentionWeights:
         if not isinstance(heads, slice) or heads.step not in (None, 1):
             return self.materialize()[heads]
         part = object.__new__(AttentionWeights)
-        part.__dict__.update(self.__dict__)
+        for name in _SHARED:  # by name, for torch.compile before 2.8 cannot record __dict__
+            setattr(part, name, getattr(self, name))
         part._penalty = 0.0, 0.0  # the whole's uses bring it
         if self.keeps:
             part._part_of = self, heads
         else:
             part.scores, part.lse = self._scores_of(heads), self.lse[heads]
-        part.shape = torch.Size((len(range(self.shape[0])[heads]), *self.shape[1:]))
+        part.shape = len(range(self.shape[0])[heads]), *self.shape[1:]
         return part
 
     def constant(self) -> AttentionWeights:
@@ -254,7 +259,8 @@ for _name in (f"__{name}__" for name in OPERATORS.split()):
 
 def _slice_heads(pieces: tuple[Piece, ...], heads: slice) -> tuple[Piece, ...]:
     """Some heads of weights in pieces; whole pieces stay themselves, for a slice's gradient is as large as its base."""
-    first, last, _ = heads.indices(sum(len(piece) for piece in pieces))
+    wanted = range(sum(len(piece) for piece in pieces))[heads]
+    first, last = wanted.start, wanted.stop
     parts = []
     for piece in pieces:
         begin, end = max(first, 0), min(last, len(piece))
@@ -324,7 +330,7 @@ def downsample_mask(mask: Tensor | ChunkMask | None, factor: int) -> Tensor | Ch
     return None if mask is None else mask[..., ::factor, ::factor]
 
 
-def _check_values(shape: torch.Size, values: Tensor) -> None:
+def _check_values(shape: tuple[int, ...], values: Tensor) -> None:
     heads, batch, _, sources = shape
     if values.ndim != 3 or values.shape[:2] != (sources, batch) or values.shape[2] % heads:
         raise ValueError(
@@ -334,7 +340,7 @@ def _check_values(shape: torch.Size, values: Tensor) -> None:
 
 
 def _check(
-    shape: torch.Size,
+    shape: tuple[int, ...],
     q: Tensor,
     k: Tensor,
     p: Tensor | None,
