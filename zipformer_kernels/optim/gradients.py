@@ -8,8 +8,8 @@ from torch.nn import Parameter
 
 from zipformer_kernels.call import unreadable
 from zipformer_kernels.optim.memory import check_within
+from zipformer_kernels.optim.packed import Packed, blocks
 from zipformer_kernels.optim.shards import local, placed_like
-from zipformer_kernels.optim.state import Packed
 
 
 def gradients(packed: Packed, names: list[str]) -> tuple[list[Tensor | None], set[torch.dtype], str | None]:
@@ -22,20 +22,27 @@ def gradients(packed: Packed, names: list[str]) -> tuple[list[Tensor | None], se
         TypeError: a gradient is not dense, or of no floating dtype.
         ValueError: a gradient has not the shape or the device of its parameter, or no memory.
     """
-    grads = [p.grad for p in packed.params]
-    dtypes = set()
-    for i, (g, (dtype, shape, stride)) in enumerate(zip(grads, packed.forms, strict=True)):
-        if g is None or (g.dtype is dtype and g.size() == shape and g.stride() == stride):
-            continue
-        grads[i] = g = _gradient(g, packed.params[i], packed.exp_avg_sq[i], names[i])
-        dtypes.add(g.dtype)
-    reason = unreadable([packed.statistics.rms, *grads])
-    if reason is not None:
-        for i, g in enumerate(grads):
-            if g is not None:
-                grads[i] = _gradient(g, packed.params[i], packed.exp_avg_sq[i], names[i])
-        reason = unreadable([packed.statistics.rms, *grads])
-    return grads, dtypes, reason
+    grads: list[Tensor | None] = []
+    dtypes: set[torch.dtype] = set()
+    reasons = []
+    for block in blocks(len(packed.params)):
+        found = [p.grad for p in packed.params[block]]
+        odd = [
+            i
+            for i, (g, (dtype, shape, stride)) in enumerate(zip(found, packed.forms[block], strict=True))
+            if g is not None and (g.dtype is not dtype or g.size() != shape or g.stride() != stride)
+        ]
+        reason = unreadable([packed.statistics.rms, *found])
+        if odd or reason is not None:
+            for i in odd if reason is None else range(len(found)):
+                if found[i] is not None:
+                    k = block.start + i
+                    found[i] = _gradient(found[i], packed.params[k], packed.exp_avg_sq[k], names[k])
+                    dtypes.add(found[i].dtype)
+            reason = unreadable([packed.statistics.rms, *found])
+        grads += found
+        reasons.append(reason)
+    return grads, dtypes, next((reason for reason in reasons if reason is not None), None)
 
 
 def _gradient(g: Tensor, p: Tensor, v: Tensor, name: str) -> Tensor:
@@ -49,11 +56,9 @@ def _gradient(g: Tensor, p: Tensor, v: Tensor, name: str) -> Tensor:
     g = local(placed_like(g, p) if g.shape == p.shape else g)
     if g.device != v.device:
         raise ValueError(f"the gradient of {name!r} must be on {v.device}, got {g.device}")
+    check_within(g, f"the gradient of {name!r}")
     if type(g) not in (Tensor, Parameter) or g.is_meta:
         return g
-    imagined = g._is_zerotensor()
-    if not imagined:
-        check_within(g, f"the gradient of {name!r}")
-    if imagined or g.is_neg() or (g.stride() != v.stride() and not (g.is_contiguous() and v.is_contiguous())):
+    if g._is_zerotensor() or g.is_neg() or (g.stride() != v.stride() and not (g.is_contiguous() and v.is_contiguous())):
         return torch.empty_like(v, dtype=g.dtype).copy_(g)
     return g

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from torch import Tensor
+from torch.nn import Parameter
 
 
 def check_memory(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
@@ -39,7 +40,9 @@ def check_memory(tensors: Sequence[Tensor], names: Sequence[str]) -> None:
 
 
 def check_within(x: Tensor, name: str) -> None:
-    """Checks that a plain tensor lies within its storage. Raises ValueError."""
+    """Checks that a tensor lies within its storage, if it is plain and has one. Raises ValueError."""
+    if type(x) not in (Tensor, Parameter) or x.is_meta or x._is_zerotensor():
+        return
     begin, end = _span(x)
     wanted, found = end - begin + x.storage_offset() * x.element_size(), x.untyped_storage().nbytes()
     if wanted > found and x.numel() > 0:

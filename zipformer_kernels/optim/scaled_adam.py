@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 from zipformer_kernels.ops import scaled_adam
 from zipformer_kernels.optim.diagnostics import GroupDiagnostics, PendingDiagnostics
 from zipformer_kernels.optim.gradients import gradients
+from zipformer_kernels.optim.packed import Packed, check_places
 from zipformer_kernels.optim.shards import local, reducer
-from zipformer_kernels.optim.state import Packed, check_places, gather
+from zipformer_kernels.optim.state import gather
 
 
 class ScaledAdam(Optimizer):

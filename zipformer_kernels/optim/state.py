@@ -10,126 +10,16 @@ names that upstream also has mean the same there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import MutableMapping
-from dataclasses import dataclass, field
-from itertools import chain
-from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import unreadable
 from zipformer_kernels.ops.scaled_adam import Statistics
-from zipformer_kernels.optim.memory import check_memory
-from zipformer_kernels.optim.shards import is_sharded, local, placed_like, reducer
-
-MOMENTS = ("exp_avg_sq", "delta")
-
-
-OF_GROUP = {"step": 0, "num_skipped": 0, "num_clipped": 0, "model_norms": 0.0, "model_norm_threshold": math.inf}
-"""What stands under the first parameter of a group alone, and its first value."""
-
-
-@dataclass(eq=False)
-class Packed:
-    """A group's state as the step takes it, and what it was made from.
-
-    All tensors but the parameters are aliases of those in ``optimizer.state``: whatever becomes of those, what the step
-    writes to stays.
-
-    Attributes:
-        params: the parameters.
-        entries: what ``optimizer.state`` holds of each.
-        exp_avg_sq, delta: of each parameter; where it is a DTensor, of this process's shard.
-        single: which parameters have exactly one element.
-        statistics: everything else.
-        unreadable: why kernels must not take the addresses of parameters and state, or None if they may.
-        dtypes: of the parameters.
-        forms: the dtype, shape and strides that a gradient of each parameter has as a rule.
-        moved: whether parameters lie where nobody has checked yet that they may.
-    """
-
-    params: list[Tensor]
-    entries: list[dict[str, Any]]
-    exp_avg_sq: list[Tensor]
-    delta: list[Tensor]
-    single: list[bool]
-    statistics: Statistics
-    unreadable: str | None = field(init=False)
-    dtypes: frozenset[torch.dtype] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._kinds = list(map(type, self.params))
-        self._sharded = any(map(is_sharded, self.params))
-        tensors = self.tensors()
-        self._forms = [_form(p) for p in tensors]
-        self.forms = [(p.dtype, p.size(), v.stride()) for p, v in zip(tensors, self.exp_avg_sq, strict=True)]
-        self.dtypes = frozenset(p.dtype for p in tensors)
-        self._values = _values(self.entries)
-        self._watched = [local(entry[name]) for entry in self.entries for name in MOMENTS]
-        self._watched += [self.entries[0][name] for name in OF_GROUP]
-        self.unreadable = unreadable([self.statistics.rms, *tensors, *self._watched])
-        self._watched_places = [] if self.unreadable else list(map(Tensor.data_ptr, self._watched))
-        self._places = [] if self.unreadable else list(map(Tensor.data_ptr, tensors))
-        self.moved = True
-
-    def tensors(self) -> list[Tensor]:
-        """The parameters, or this process's shards of them."""
-        return list(map(local, self.params)) if self._sharded else self.params
-
-    def holds(self, params: list[Tensor]) -> bool:
-        """Whether this is the state of these parameters: all that it was made from is as it was, but for where
-        parameters lie.
-        """
-        if len(params) != len(self.params) or not all(map(is_, params, self.params)):
-            return False
-        values = _values(self.entries)
-        if len(values) != len(self._values) or not all(map(is_, values, self._values)):
-            return False
-        if list(map(type, params)) != self._kinds:
-            return False
-        tensors = self.tensors()
-        for p, (dtype, shape, stride) in zip(tensors, self._forms, strict=True):
-            if p.dtype is not dtype or p.size() != shape or p.stride() != stride:
-                return False
-        if self.unreadable is not None:
-            return all(p.device == self.statistics.rms.device for p in tensors)
-        if list(map(Tensor.data_ptr, self._watched)) != self._watched_places:
-            return False
-        places = list(map(Tensor.data_ptr, tensors))
-        if places != self._places:
-            self._places, self.moved = places, True
-            return unreadable([self.statistics.rms, *tensors]) is None
-        return True
-
-
-def _form(x: Tensor) -> tuple[torch.dtype, torch.Size, tuple[int, ...]]:
-    return x.dtype, x.size(), x.stride()
-
-
-def check_places(groups: list[tuple[Packed, list[str]]]) -> None:
-    """Checks that the parameters and moments of groups lie within their storages, and apart.
-
-    Args:
-        groups: the state and the parameters' names of each.
-    Raises:
-        ValueError: they do not.
-    """
-    labelled: list[tuple[str, Tensor]] = []
-    for packed, names in groups:
-        labels = [f"parameter {name!r}" for name in names]
-        labelled += zip(labels, packed.tensors(), strict=True)
-        for name in MOMENTS:
-            labelled += zip([f"{name} of {label}" for label in labels], getattr(packed, name), strict=True)
-    if labelled:
-        labels, tensors = zip(*labelled, strict=True)
-        check_memory(tensors, labels)
-
-
-def _values(entries: list[dict[str, Any]]) -> list[Any]:
-    return list(chain.from_iterable(map(dict.values, entries)))
+from zipformer_kernels.optim.memory import check_within
+from zipformer_kernels.optim.packed import MOMENTS, OF_GROUP, Packed
+from zipformer_kernels.optim.shards import local, placed_like, reducer
 
 
 def wide_dtype(p: Tensor) -> torch.dtype:
@@ -222,6 +112,10 @@ def _root_mean_squares(group: dict[str, Any], sizes: Tensor) -> tuple[Tensor, ..
 def _fill(state: dict[str, Any], p: Tensor, name: str, size_update_period: int) -> None:
     """Gives one parameter the entries that its state lacks, and those it has their dtype, device and layout."""
     dtype = wide_dtype(p)
+    check_within(local(p), f"parameter {name!r}")
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            check_within(local(value), f"{key} of parameter {name!r}")
     for moment in MOMENTS:
         if moment not in state:
             state[moment] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
