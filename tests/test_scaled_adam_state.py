@@ -232,11 +232,11 @@ def test_loading_a_state_of_other_shapes():
     params, others = make_params(), [torch.nn.Parameter(torch.zeros(2, *s)) for s in SHAPES]
     optimizer, other = ScaledAdam(params), ScaledAdam(others)
     train(optimizer, params, 1)
-    other.load_state_dict(optimizer.state_dict())
     with pytest.raises(
-        ValueError, match=r"parameter '0.0' must have the shape \(3, 5\) of its exp_avg_sq, got \(2, 3, 5\)"
+        ValueError, match=r"state_dict must hold exp_avg_sq of shape \(2, 3, 5\) for '0.0', got \(3, 5\)"
     ):
-        other.step()
+        other.load_state_dict(optimizer.state_dict())
+    assert not other.state, "nothing is taken of what does not fit"
 
 
 def test_diagnostics():

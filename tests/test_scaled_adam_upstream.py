@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from lanes import HAS_GPU
 from optim_steps import dtypes_on_lanes, full_speed, in_float64, on_lanes, once, run_on_lanes  # noqa: F401
 
-from zipformer_kernels.optim import ScaledAdam, load_upstream_state_dict, upstream_state_dict
+from zipformer_kernels.optim import ScaledAdam, upstream_state_dict
 
 # Hundreds of steps of the same maths in another order; a step's error is a rounding of the step, not of the
 # parameter.
@@ -311,10 +311,7 @@ def test_training_moves_between_upstream_and_here(direction, steps):
             first, second = ScaledAdam(in_groups(split), **options), upstream_adam(in_groups(split))
         for _ in train(first, split, batches[:steps], {0: 0.7}):
             pass
-        if direction == "from upstream":
-            load_upstream_state_dict(second, first.state_dict())
-        else:
-            second.load_state_dict(upstream_state_dict(first))
+        second.load_state_dict(first.state_dict() if direction == "from upstream" else upstream_state_dict(first))
         for _ in train(second, split, batches[steps:]):
             pass
     assert largest_error(split, whole, [abs(rms) for rms in RMS]) <= TOLERANCE[dtype]
@@ -328,7 +325,7 @@ def test_an_upstream_checkpoint_comes_back_as_it_was():
         for _ in train(theirs, params, make_batches(torch.float32, 25)):
             pass
     ours = ScaledAdam(in_groups(params))
-    load_upstream_state_dict(ours, theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
     for p in params:
         p.grad = torch.full_like(p, math.nan)
     ours.step()  # skipped, but packs the state
@@ -347,7 +344,7 @@ def test_an_upstream_checkpoint_comes_back_as_it_was():
 @once
 def test_upstream_checkpoints_of_optimizers_that_never_stepped():
     ours, theirs = ScaledAdam(make_params(torch.float32)), upstream_adam(make_params(torch.float32))
-    load_upstream_state_dict(ours, theirs.state_dict())
+    ours.load_state_dict(theirs.state_dict())
     assert not ours.state_dict()["state"]
     assert not upstream_state_dict(ours)["state"]
 
@@ -360,12 +357,10 @@ def test_upstream_checkpoints_that_do_not_fit():
         for _ in train(theirs, params, make_batches(torch.float32, 2)):
             pass
     good = theirs.state_dict()
-    with pytest.raises(ValueError, match="use load_upstream_state_dict"):
-        ScaledAdam(params).load_state_dict(good)
     other = [torch.nn.Parameter(torch.zeros(4, *p.shape)) for p in params]
     with pytest.raises(ValueError, match=r"'state' and 'param_groups', got the keys .*'model'"):
-        load_upstream_state_dict(ScaledAdam(params), {"model": {}, "optimizer": good})
+        ScaledAdam(params).load_state_dict({"model": {}, "optimizer": good})
     with pytest.raises(ValueError, match=r"sizes \[6, 1, 7\], got \[14\]"):
-        load_upstream_state_dict(ScaledAdam(in_groups(params)), good)
+        ScaledAdam(in_groups(params)).load_state_dict(good)
     with pytest.raises(ValueError, match=r"exp_avg_sq of shape .* for '0.\d+'"):
-        load_upstream_state_dict(ScaledAdam(other), good)
+        ScaledAdam(other).load_state_dict(good)

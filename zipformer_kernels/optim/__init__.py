@@ -3,7 +3,7 @@
 from torch.optim.lr_scheduler import LRScheduler  # icefall's train.py names it as the base of Eden
 
 from zipformer_kernels.optim.averaging import average_model, update_averaged_model
-from zipformer_kernels.optim.checkpoint import load_upstream_state_dict, upstream_state_dict
+from zipformer_kernels.optim.checkpoint import upstream_state_dict
 from zipformer_kernels.optim.diagnostics import GroupDiagnostics, PendingDiagnostics
 from zipformer_kernels.optim.eden import Eden, Eden2
 from zipformer_kernels.optim.scaled_adam import ScaledAdam
@@ -16,7 +16,6 @@ __all__ = [
     "PendingDiagnostics",
     "ScaledAdam",
     "average_model",
-    "load_upstream_state_dict",
     "update_averaged_model",
     "upstream_state_dict",
 ]

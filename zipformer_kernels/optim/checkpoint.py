@@ -10,51 +10,55 @@ parameter of the stack that comes first when stacks are sorted by (dtype's name,
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from zipformer_kernels.optim.scaled_adam import ScaledAdam
-from zipformer_kernels.optim.state import MOMENTS
+from zipformer_kernels.optim.packed import MOMENTS
+
+if TYPE_CHECKING:
+    from zipformer_kernels.optim.scaled_adam import ScaledAdam
 
 _SCALE_STATE = ("param_rms", "scale_exp_avg_sq")
 
 
-def load_upstream_state_dict(optimizer: ScaledAdam, state_dict: dict[str, Any]) -> None:
-    """Loads the state of upstream's ScaledAdam, so that training goes on as it would have there.
+def is_upstream(state: dict[Any, Any]) -> bool:
+    """Whether the "state" of a state dict is that of upstream's optimizer, which counts steps in Python."""
+    return any(isinstance(entry, dict) and isinstance(entry.get("step"), int) for entry in state.values())
+
+
+def unstacked(
+    state: dict[Any, dict[str, Any]], saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]
+) -> dict[Any, dict[str, Tensor]]:
+    """The state of upstream's ScaledAdam as ours keeps it, so that training goes on as it would have there.
 
     Args:
-        optimizer: over the same parameters, in the same groups and order as the one that was saved.
-        state_dict: what ``state_dict()`` of upstream's optimizer returned; in an icefall checkpoint, its
-            "optimizer".
+        state: the "state" of upstream's state dict.
+        saved_groups: its "param_groups".
+        groups: the parameter groups of ours, over the same parameters in the same order.
     Raises:
-        ValueError: `state_dict` is not such a state, or does not fit the parameters.
+        ValueError: the state does not fit the parameters.
     """
-    if "state" not in state_dict or "param_groups" not in state_dict:
-        raise ValueError(f"state_dict must hold 'state' and 'param_groups', got the keys {sorted(state_dict)}")
-    saved_groups = state_dict["param_groups"]
-    sizes = [len(group["params"]) for group in optimizer.param_groups]
-    saved_sizes = [len(group["params"]) for group in saved_groups]
-    if saved_sizes != sizes:
-        raise ValueError(f"state_dict must have parameter groups of sizes {sizes}, got {saved_sizes}")
-
-    state: dict[int, dict[str, Tensor]] = {}
-    for group, saved_group in zip(optimizer.param_groups, saved_groups, strict=True):
-        stacks = _stacks(group["params"])
-        saved = [state_dict["state"].get(saved_group["params"][stack[0]], {}) for stack in stacks]
-        if not any(saved):
+    found: dict[Any, dict[str, Tensor]] = {}
+    for saved_group, group in zip(saved_groups, groups, strict=True):
+        indices = saved_group["params"]
+        leaders = {i for i, index in enumerate(indices) if state.get(index)}
+        if not leaders:
             continue  # never stepped
+        stacks = _saved_stacks(group["params"], leaders)
+        saved = [state.get(indices[stack[0]], {}) for stack in stacks]
         for stack, stacked in zip(stacks, saved, strict=True):
-            _unstack(stack, stacked, group, saved_group["params"], state)
-        of_group = state[saved_group["params"][0]]
+            _unstack(stack, stacked, group, indices, found)
+        of_group = found[indices[0]]
         of_group["step"] = _one_step(saved)
         if "model_norms" in saved[0]:
             of_group["model_norms"] = saved[0]["model_norms"]
         if "model_norm_threshold" in saved[0]:
             of_group["model_norm_threshold"] = torch.tensor(float(saved[0]["model_norm_threshold"]))
-            of_group["num_clipped"] = torch.tensor(int(saved[0]["num_clipped"]))
-    optimizer.load_state_dict({"state": state, "param_groups": saved_groups})
+            of_group["num_clipped"] = torch.tensor(int(saved[0].get("num_clipped", 0)))
+    return found
 
 
 def upstream_state_dict(optimizer: ScaledAdam) -> dict[str, Any]:
@@ -86,12 +90,21 @@ def upstream_state_dict(optimizer: ScaledAdam) -> dict[str, Any]:
     return {"state": state, "param_groups": param_groups}
 
 
-def _stacks(params: list[Tensor]) -> list[list[int]]:
+def _stacks(params: list[Tensor], by_dtype: bool = True) -> list[list[int]]:
     """Positions of the parameters in each stack, in the order in which upstream takes the stacks."""
     stacks: dict[tuple, list[int]] = {}
     for i, p in enumerate(params):
-        stacks.setdefault((str(p.dtype), *p.shape), []).append(i)
+        stacks.setdefault((str(p.dtype) if by_dtype else "", *p.shape), []).append(i)
     return [stacks[key] for key in sorted(stacks)]
+
+
+def _saved_stacks(params: list[Tensor], leaders: set[int]) -> list[list[int]]:
+    """The stacks of a state that stands under `leaders`: by dtype and shape, or by shape if dtypes are others now."""
+    for by_dtype in (True, False):
+        stacks = _stacks(params, by_dtype)
+        if {stack[0] for stack in stacks} == leaders:
+            return stacks
+    return _stacks(params)  # whose first gap will be named
 
 
 def _stack(entries: list[dict[str, Tensor]], shape: torch.Size) -> dict[str, Tensor]:
@@ -124,6 +137,10 @@ def _unstack(
     for row, i in enumerate(stack):
         entry = {name: stacked[name][row] for name in MOMENTS}
         if shape.numel() > 1:  # upstream has none for one element, and NaN for an empty tensor
+            missing = [name for name in (*_SCALE_STATE, "scale_grads") if name not in stacked]
+            if missing:
+                first = group["param_names"][stack[0]]
+                raise ValueError(f"state_dict must hold {missing[0]} for {first!r} and its likes, got none")
             entry |= {name: stacked[name][row].reshape(()) for name in _SCALE_STATE}
             entry["scale_grads"] = stacked["scale_grads"][:, row].reshape(-1)
         state[indices[i]] = entry

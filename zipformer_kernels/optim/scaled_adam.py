@@ -6,7 +6,7 @@ The mathematics of the step is in `zipformer_kernels.ops.scaled_adam.reference`,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 from operator import is_
 from typing import Any
@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from zipformer_kernels.ops import scaled_adam
 from zipformer_kernels.optim.diagnostics import GroupDiagnostics, PendingDiagnostics
 from zipformer_kernels.optim.gradients import gradients
+from zipformer_kernels.optim.loading import fitted
 from zipformer_kernels.optim.packed import Packed, check_places
 from zipformer_kernels.optim.shards import local, reducer
 from zipformer_kernels.optim.state import gather
@@ -61,6 +62,7 @@ class ScaledAdam(Optimizer):
         scalar_max: one-element parameters are clamped to [-scalar_max, scalar_max].
         size_update_period: steps between updates of the scales. Fixed once a group has stepped.
         clipping_update_period: steps over which the median of norms is taken. Fixed once a group has stepped.
+        parameters_names: the names of each group's parameters, as older recipes give them.
 
     Raises:
         ValueError: an option is out of its range, a parameter appears twice, or the parameters of a group
@@ -86,6 +88,7 @@ class ScaledAdam(Optimizer):
         scalar_max: float = 10.0,
         size_update_period: int = 4,
         clipping_update_period: int = 100,
+        parameters_names: Sequence[Sequence[str]] | None = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -101,6 +104,14 @@ class ScaledAdam(Optimizer):
         }
         self._forget()
         super().__init__(params, defaults)
+        if parameters_names is not None:
+            if len(parameters_names) != len(self.param_groups):
+                raise ValueError(
+                    f"parameters_names must have names for {len(self.param_groups)} groups, got {len(parameters_names)}"
+                )
+            for group, names in zip(self.param_groups, parameters_names, strict=True):
+                _check_parameters(group["params"], names)
+                group["param_names"] = list(names)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, in any form that the constructor takes. Parameters without a name are numbered."""
@@ -153,15 +164,23 @@ class ScaledAdam(Optimizer):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads what `state_dict` returned, copying it, onto the parameters' devices.
+        """Loads a state, copying it, onto the parameters' devices.
 
-        For an upstream optimizer's state see `load_upstream_state_dict`.
+        Args:
+            state_dict: what `state_dict` returned, or that of upstream's ScaledAdam (in an icefall checkpoint, its
+                "optimizer"), with which training goes on as it would have there. Parameters are told apart by their
+                names where both have names, and else by their order.
+        Raises:
+            ValueError: it is not such a state, or does not fit the parameters.
         """
-        if any(isinstance(entries.get("step"), int) for entries in state_dict["state"].values()):
-            raise ValueError("state_dict is that of upstream's optimizer: use load_upstream_state_dict")
         # torch casts the state to the parameters' dtype: take it as it was when all hooks had had their say.
         given: dict[str, Any] = {}
-        hook = self.register_load_state_dict_pre_hook(lambda _, final: given.update(final))
+
+        def fit(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            given.update(fitted(final, self.param_groups))
+            return given
+
+        hook = self.register_load_state_dict_pre_hook(fit)
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -169,8 +188,10 @@ class ScaledAdam(Optimizer):
         for saved, group in zip(given["param_groups"], self.param_groups, strict=True):
             for index, p in zip(saved["params"], group["params"], strict=True):
                 if index in given["state"]:
-                    entries = given["state"][index].items()
-                    self.state[p] = {name: value.to(p.device, copy=True) for name, value in entries}
+                    self.state[p] = {
+                        name: value.to(p.device, copy=True) if isinstance(value, Tensor) else value
+                        for name, value in given["state"][index].items()
+                    }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
