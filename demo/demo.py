@@ -31,7 +31,7 @@ def main() -> None:
     """Runs the demonstration. Exits with an error if the backends disagree."""
     console = Console()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    embed, encoder = (model.to(device) for model in make_model("S", None, causal=False))
+    embed, encoder = (model.to(device) for model in make_model("S", None, causal=False, how={}))
     features = [features_of(path) for path in RECORDINGS]
 
     @torch.inference_mode()
