@@ -58,7 +58,7 @@ KEPT = {
     "subclass": (lambda: LoudBalancer(4, -1), UNKNOWN + r"Balancer; .* pass trust=\['LoudBalancer'\]"),
     "subclass of the same name": (
         lambda: same_name(scaling.BiasNorm, forward=lambda self, x: 2 * x)(4),
-        UNKNOWN + "BiasNorm",
+        "its source cannot be had, and a trial run in evaluation disagrees: results differ by",
     ),
     "subclass with another method": (lambda: WithMore(4), "it has scale, which ours has not"),
     "patched object": (
@@ -107,14 +107,14 @@ def test_kept(make, reason):
 
 
 def special(module):
-    """Gives a module a class of someone else's, which calls upstream's with tensors of its own."""
+    """Gives a module a class of someone else's, which calls upstream's with tensors of its own, and scales."""
 
     class Special(type(module)):
         def forward(self, x, *args, **kwargs):
             args = [arg.clone() if isinstance(arg, torch.Tensor) or hasattr(arg, "clone") else arg for arg in args]
             if kwargs.get("attn_mask") is not None:
                 assert kwargs["attn_mask"].dtype == torch.bool
-            return super().forward(x, *args, **kwargs)
+            return 0.9 * super().forward(x, *args, **kwargs)
 
     module.__class__ = Special
 

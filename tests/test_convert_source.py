@@ -2,15 +2,17 @@
 
 import copy
 import functools
+import random
 import re
 
 import pytest
 import torch
 import upstream
 from torch import nn
-from upstream_models import CAUSAL, assert_same_run, batch, build, icefall
+from upstream_models import CAUSAL, assert_same_run, batch, build, icefall, snapshot
 
 from zipformer_kernels.convert import convert
+from zipformer_kernels.convert.__main__ import main
 from zipformer_kernels.convert.digest import Digests, methods
 
 # Versions that are around, as edits of the one on PyPI.
@@ -266,3 +268,79 @@ def test_a_file_that_changed_since_it_was_imported(tmp_path):
     cls = imported(tmp_path / "a.py", SOURCE)
     (tmp_path / "a.py").write_text(SOURCE.replace("x * self", "x + self"))
     assert methods(cls) == {"forward": None}
+
+
+STREAM = "x = torch.matmul(attn_weights, x_pad)", "x = torch.matmul(attn_weights, x_pad) * 2"
+DRAW = "if self.training and random.random() < 0.1", "if self.training and random.random() < 0.1 + random.random()"
+
+
+def converted_without_source(*edits, path=""):
+    """A model, or the part of it at a path, whose source cannot be had, and the report of its conversion."""
+    with icefall(*edits, with_source=False) as recipe:
+        model = build(recipe.subsampling, recipe.zipformer, dtype=torch.float32, **CAUSAL).get_submodule(path)
+        drawn = random.getstate(), torch.get_rng_state()
+        report = convert(model)
+        assert random.getstate() == drawn[0]
+        assert torch.equal(torch.get_rng_state(), drawn[1])
+    return model, report
+
+
+def test_a_small_run_finds_what_is_another_where_no_source_can_be_had():
+    _, report = converted_without_source(FORWARD, BACKWARD, STREAM, DRAW)
+    differ = "its source cannot be had, and a trial run in {} disagrees: {}"
+    reasons = {name: reason for _, name, reason in report.kept}
+    for name, mode, what in (
+        ("Zipformer2EncoderLayer", "evaluation", "results differ by"),
+        ("NonlinAttention", "evaluation", "results differ by"),
+        ("ScaleGrad", "training", "gradients: results differ by"),
+        ("RelPositionMultiheadAttentionWeights", "training", "random numbers are drawn otherwise"),
+    ):
+        assert reasons.pop(name).startswith(differ.format(mode, what)), name
+    assert not reasons
+
+
+def test_a_small_run_finds_the_version_where_no_source_can_be_had():
+    layer, report = converted_without_source(OLD_RULE, path="encoder.encoders.0.layers.0")
+    assert (report.kept, report.layers) == ([], (1, 1))
+    assert not layer.const_attention_in_training
+
+
+def test_a_run_on_a_batch_agrees():
+    model = build(**CAUSAL).train()
+    report = convert(model, check=batch())
+    assert re.fullmatch(r"outputs agree to \d\.\de-1\d of their RMS", report.check)
+    assert f"check: {report.check}" in str(report)
+    assert all(module.training for module in model.modules())
+    names = dict(zip(("x", "x_lens"), batch(), strict=True))
+    assert convert(build(), check=names).check.startswith("outputs agree")
+
+
+def test_a_run_on_a_batch_that_differs_brings_all_back():
+    with icefall(FORWARD) as recipe:
+        model = build(recipe.subsampling, recipe.zipformer)
+        convert(model, ["bias_norm"])
+        before = snapshot(model)
+        report = convert(model, check=batch(), trust=["Zipformer2EncoderLayer"])
+        assert report.check.startswith("everything was swapped back: results differ by")
+        assert (report.swapped, report.layers) == ([], (0, 4))
+        after = snapshot(model)
+        assert {path: (of[0], of[2]) for path, of in after.items()} == {
+            path: (of[0], of[2]) for path, of in before.items()
+        }
+
+
+def test_a_batch_that_the_model_refuses_leaves_it_whole():
+    model = build()
+    before = snapshot(model)
+    with pytest.raises(TypeError):
+        convert(model, check=(1, 2, 3, 4))
+    assert snapshot(model).keys() == before.keys()
+    assert all(type(m) is before[path][0] for path, m in model.named_modules())
+    with pytest.raises(TypeError, match=r"check: wanted the model's arguments in a tuple or a dict, got Tensor"):
+        convert(model, check=torch.zeros(3))
+
+
+def test_digests_of_a_file_are_printed(capsys):
+    main([upstream.subsampling.__file__])
+    lines = [line.split()[1:] for line in capsys.readouterr().out.splitlines()]
+    assert ["ConvNeXt", "forward", methods(upstream.subsampling.ConvNeXt)["forward"], "known", "ConvNeXt"] in lines

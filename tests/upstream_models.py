@@ -78,11 +78,12 @@ FILES = ("encoder_interface", "scaling", "subsampling", "zipformer")
 
 
 @contextlib.contextmanager
-def icefall(*edits):
+def icefall(*edits, with_source=True):
     """Within the block upstream's sources are as icefall has them: top-level modules, icefall's names, a base class.
 
     Args:
         edits: (old, new) pieces of text, each to be found in one of the files.
+        with_source: False for modules whose source cannot be had.
     """
     texts = {name: Path(getattr(upstream, name).__file__).read_text() for name in FILES[1:]} | {
         FILES[0]: ENCODER_INTERFACE
@@ -105,7 +106,10 @@ def icefall(*edits):
                 path.write_text(texts[name])
                 spec = importlib.util.spec_from_file_location(name, path)
                 sys.modules[name] = importlib.util.module_from_spec(spec)
-                spec.loader.exec_module(sys.modules[name])
+                if with_source:
+                    spec.loader.exec_module(sys.modules[name])
+                else:
+                    exec(compile(texts[name], "<nowhere>", "exec"), vars(sys.modules[name]))
             yield types.SimpleNamespace(**{name: sys.modules[name] for name in FILES})
         finally:
             for name in names:

@@ -8,47 +8,27 @@ places, and the model itself where it is one of those swapped.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 
 from zipformer_kernels.convert.digest import Digests
-from zipformer_kernels.convert.recognise import ALIASES, Match, recognise
+from zipformer_kernels.convert.recognise import ALIASES, recognise
 from zipformer_kernels.convert.report import Report
 from zipformer_kernels.convert.rows import ROWS, listed
-from zipformer_kernels.encoder import Zipformer, join_interface
+from zipformer_kernels.convert.swap import ORIGINAL, Match, change, changes, swap_back
+from zipformer_kernels.convert.trial import BATCH, Trials, difference, outputs
 
 __all__ = ["Report", "convert", "revert"]
 
 LAYER = "ZipformerEncoderLayer"
-ORIGINAL = "_upstream_original"  # the attribute under which a swapped module keeps its `_Original`
-MISSING = object()
-
-
-@dataclass(frozen=True)
-class _Original:
-    """What a swapped module was: its class, and the attributes that the swap changed."""
-
-    cls: type[nn.Module]
-    attributes: dict[str, Any]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Original:
-        kept = {k: v if v is MISSING else copy.deepcopy(v, memo) for k, v in self.attributes.items()}
-        return _Original(self.cls, kept)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Pickled as None: a pickled model must load where upstream cannot be imported, and upstream's
-        # compiled functions cannot be pickled at all.
-        return type(None), ()
 
 
 def convert(
     model: nn.Module,
     ops: Iterable[str] | None = None,
     *,
+    check: BATCH | None = None,
     trust: Collection[str | type[nn.Module]] = (),
 ) -> Report:
     """Swaps, in place, every module of `model` that does what a class of ours does for ours.
@@ -57,7 +37,8 @@ def convert(
     They are recognised by what their methods do, whatever they are called: by a digest of the source of every method,
     with the helpers, constants and bases that it uses, and by attributes, children and shapes. Known versions that do
     something else than today's are swapped with the settings that make ours do the same. Whatever is unknown, such as a
-    forward that someone has edited, is kept, called as before, and reported.
+    forward that someone has edited, is kept, called as before, and reported. Where a source cannot be had, a small run
+    of a copy before and after the swap decides.
 
     Afterwards ``isinstance`` sees our classes. A pickled copy of the model needs this package and not
     upstream, and cannot be reverted; a deep copy can. Swapping twice does nothing more.
@@ -66,23 +47,27 @@ def convert(
         model: the model, or any part of one.
         ops: the ops to swap modules for: any of "swoosh", "bias_norm", "swoosh_linear", "attention",
             "nonlin_attention". By default all, and every module of upstream's besides.
+        check: arguments of the model, a tuple or by name in a dict. Its outputs for them, in evaluation, are compared
+            before and after; where they differ everything is swapped back, and the report's `check` says so.
         trust: classes, or names of classes, whose unknown methods are said to do what upstream's do.
 
     Returns:
         What was swapped, and what was kept and why.
 
     Raises:
-        TypeError: `model` is not a module, or `ops` or `trust` a single string.
+        TypeError: `model` is not a module, `ops` or `trust` a single string, or `check` no tuple, list or dict.
         ValueError: there is no such op.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: wanted a torch.nn.Module, got {type(model).__name__}")
     if isinstance(trust, str):
         raise TypeError(f"trust: wanted a collection of classes or names, got the string {trust!r}")
+    if not (check is None or isinstance(check, tuple | list | dict)):
+        raise TypeError(f"check: wanted the model's arguments in a tuple or a dict, got {type(check).__name__}")
     rows = _selected(ops)
     report = Report()
-    digests = Digests()
-    matches = {module: (path, recognise(module, trust, digests)) for path, module in model.named_modules()}
+    known = trust, Digests(), Trials()
+    matches = {module: (path, recognise(module, *known)) for path, module in model.named_modules()}
     swaps: list[tuple[nn.Module, Match]] = []
     for module, (path, match) in matches.items():
         if match is None or match.name not in rows:
@@ -93,10 +78,21 @@ def convert(
             swaps.append((module, match))
         else:
             report.kept.append((path, name, match.reason))
-    changes = [(module, type(match.row.example), _changes(module, match)) for module, match in swaps]
-    for change in changes:  # only now, so that an error leaves the model whole
-        _change(*change)
-    return Report(report.swapped, report.kept, _layers(model))
+    expected = None if check is None else outputs(model, check)
+    prepared = [(module, type(match.row.example), changes(module, match)) for module, match in swaps]
+    for swap in prepared:  # only now, so that an error leaves the model whole
+        change(*swap)
+    if check is None:
+        return Report(report.swapped, report.kept, _layers(model))
+    try:
+        error, reason = difference(outputs(model, check), expected)
+    except Exception as raised:
+        error, reason = 0.0, f"it raises {type(raised).__name__}: {raised}"
+    if reason is None:
+        return Report(report.swapped, report.kept, _layers(model), f"outputs agree to {error:.1e} of their RMS")
+    for module, _ in swaps:
+        swap_back(module)
+    return Report([], report.kept, _layers(model), f"everything was swapped back: {reason}")
 
 
 def revert(model: nn.Module) -> Report:
@@ -119,12 +115,11 @@ def revert(model: nn.Module) -> Report:
     for path, module in model.named_modules():
         if ORIGINAL not in vars(module):
             continue
-        name, original = type(module).__name__, getattr(module, ORIGINAL)
-        if original is None:
-            report.kept.append((path, name, "it was pickled since it was swapped"))
+        if getattr(module, ORIGINAL) is None:
+            report.kept.append((path, type(module).__name__, "it was pickled since it was swapped"))
             continue
-        _change(module, original.cls, {**original.attributes, ORIGINAL: MISSING})
-        report.swapped.append((path, original.cls.__name__))
+        swap_back(module)
+        report.swapped.append((path, type(module).__name__))
     return Report(report.swapped, report.kept, _layers(model))
 
 
@@ -146,25 +141,3 @@ def _selected(ops: Iterable[str] | None) -> set[str]:
     if ops - known:
         raise ValueError(f"ops: wanted names among {listed(known)}, got {listed(ops - known)}")
     return {name for name, row in ROWS.items() if ops & set(row.ops)}
-
-
-def _changes(module: nn.Module, match: Match) -> dict[str, Any]:
-    """The attributes that a swap changes, with their new values."""
-    row = match.row
-    values = {name: value(module) for name, value in row.adds.items() if not hasattr(module, name)}
-    values |= {name: value(module) for name, value in row.replaces.items()}
-    values |= match.settings | dict.fromkeys(row.drops, MISSING)
-    values[ORIGINAL] = _Original(type(module), {name: vars(module).get(name, MISSING) for name in values})
-    return values
-
-
-def _change(module: nn.Module, cls: type[nn.Module], attributes: dict[str, Any]) -> None:
-    """Gives a module another class and other plain attributes; MISSING stands for none."""
-    module.__class__ = cls
-    if cls is Zipformer:
-        join_interface(module)
-    for name, value in attributes.items():
-        if value is MISSING:
-            vars(module).pop(name, None)
-        else:
-            vars(module)[name] = value

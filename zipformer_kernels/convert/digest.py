@@ -1,6 +1,6 @@
 """Digests of what the methods of a class do, from their source, with the helpers, constants and bases that they use.
 
-``python -m zipformer_kernels.convert.digest PATH ...`` prints those of the classes in files, for the table in `known`.
+``python -m zipformer_kernels.convert FILE ...`` prints those of the classes in files, for the table in `known`.
 """
 
 from __future__ import annotations
@@ -148,6 +148,8 @@ class _Reader:
         elif path[0] in function.__globals__:
             value = function.__globals__[path[0]]
         else:
+            if path[0] in LIBRARIES:  # it is not installed, and asked for only where it is
+                return f"{path[0]}:{path[-1]}", len(path)
             return (path[0], 1) if hasattr(builtins, path[0]) else (f"?{path[0]}", 1)
         covered = 1
         while isinstance(value, types.ModuleType) and covered < len(path):

@@ -1,7 +1,7 @@
 """The versions of upstream's classes that are known, each method by a digest of its source.
 
 Looked through: icefall @36e0420 (every ``zipformer*.py``, ``scaling.py`` and ``subsampling.py`` under ``egs``),
-ZipVoice @2f7326f, and ``zipformer`` 0.1.3 on PyPI. ``python -m zipformer_kernels.convert.digest PATH`` prints the
+ZipVoice @2f7326f, and ``zipformer`` 0.1.3 on PyPI. ``python -m zipformer_kernels.convert FILE`` prints the
 digests of a file. Between versions that need no settings only texts, checks, dtypes under autocast and the way in which
 something is written differ.
 """

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, field
-from typing import Any
 
 from torch import nn
 
 from zipformer_kernels.convert.digest import Digests
 from zipformer_kernels.convert.known import KNOWN, Version
-from zipformer_kernels.convert.rows import ROWS, Row, attributes, listed
+from zipformer_kernels.convert.rows import ROWS, attributes, listed
+from zipformer_kernels.convert.swap import Match
+from zipformer_kernels.convert.trial import Trials
 from zipformer_kernels.module import Module
 
 # Names under which upstream's classes are found beside our own.
@@ -22,36 +22,18 @@ ALIASES = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Match:
-    """What a module is.
-
-    Attributes:
-        name: of the row; the name of the class that it becomes.
-        reason: why it is kept nevertheless, or None.
-        settings: attributes that the version it has of this class needs.
-    """
-
-    name: str
-    reason: str | None = None
-    settings: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def row(self) -> Row:
-        return ROWS[self.name]
-
-
-def recognise(module: nn.Module, trust: Collection[str | type], digests: Digests) -> Match | None:
+def recognise(module: nn.Module, trust: Collection[str | type], digests: Digests, trials: Trials) -> Match | None:
     """The row of a module, or None for one that is ours already or has nothing to do with upstream.
 
     Args:
         module: any module.
         trust: classes, or their names, that do what upstream's class of their name or with their attributes does.
-        digests: of the classes that were looked at before.
+        digests, trials: of the classes that were looked at before.
     """
     if isinstance(module, Module) or type(module).__module__.partition(".")[0] == "torch":
         return None
-    looks = _looks_like(module)
+    named, alike = _looks_like(module)
+    looks = named or alike
     if not looks:
         return None
     patched = ROWS[looks[0]].patched(module)
@@ -73,18 +55,37 @@ def recognise(module: nn.Module, trust: Collection[str | type], digests: Digests
     name = looks[0]
     if type(module) in trust or type(module).__name__ in trust:
         return Match(name, ROWS[name].mismatch(module))
+    if None in found.values():
+        return _by_trial(module, [*dict.fromkeys(named + alike)], found, trials)
     return Match(name, _unknown(module, name, found))
 
 
-def _looks_like(module: nn.Module) -> list[str]:
-    """The rows whose name the class or one of its bases bears, or else those whose attributes the module has."""
+def _by_trial(module: nn.Module, looks: list[str], found: dict[str, str | None], trials: Trials) -> Match:
+    """What a module is whose source cannot be had in part: what does the same on small inputs."""
+    reasons = []
+    for name in looks:
+        known = KNOWN[name]
+        if any(d not in known.get(method, ()) for method, d in found.items() if d is not None or method not in known):
+            reasons.append(
+                _unknown(module, name, {method: d for method, d in found.items() if d or method not in known})
+            )
+            continue
+        for version in dict.fromkeys(known.get("forward", {"": Version()}).values()):
+            match = Match(name, None, version.settings)
+            reason = version.refuses(module) or match.row.mismatch(module) or trials.reason(module, match)
+            if reason is None:
+                return match
+            reasons.append(f"its source cannot be had, and {reason}")
+    return Match(looks[0], reasons[0])
+
+
+def _looks_like(module: nn.Module) -> tuple[list[str], list[str]]:
+    """The rows whose name the class or one of its bases bears, and those whose attributes the module has."""
     names = [ALIASES.get(base.__name__, base.__name__) for base in type(module).__mro__]
-    named = [name for name in names if name in ROWS]
-    if named:
-        return named
     held = attributes(module)
     alike = [name for name, row in ROWS.items() if len(row.attributes) > 2 and row.attributes - row.adds.keys() <= held]
-    return sorted(alike, key=lambda name: -len(ROWS[name].attributes))
+    alike.sort(key=lambda name: -len(ROWS[name].attributes))
+    return [name for name in names if name in ROWS], alike
 
 
 def _versions(name: str, found: dict[str, str | None]) -> list[Version] | None:
