@@ -63,7 +63,7 @@ def being_traced() -> bool:
     """Whether torch.compile, torch.export, torch.jit.trace or an ONNX exporter records the call.
 
     What is recorded runs again: on other sizes, and with no new draw of Python's ``random``. So in eval mode modules
-    draw nothing while they are recorded, and sizes stay variables (`zipformer_kernels.ops.shapes`).
+    draw nothing while they are recorded, and sizes stay variables (`zipformer_kernels.ops.sizes`).
     """
     return is_compiling() or torch._C._is_tracing()
 

@@ -23,11 +23,7 @@ from zipformer_kernels.convert.canonical import FunctionNode, canonical
 # What is not run when a module is called: how it was made lies in its attributes, which are looked at themselves.
 NOT_RUN = {"__init__", "__repr__", "__str__", "extra_repr", "__init_subclass__"}
 LIBRARIES = {"torch", "numpy", "k2", *sys.stdlib_module_names}  # known by their names, not by their source
-BY_NAME = {
-    "torch_autocast",
-    "custom_fwd",
-    "custom_bwd",
-}  # helpers that only pass on to torch, in every version otherwise
+BY_NAME = {"torch_autocast", "custom_fwd", "custom_bwd"}  # helpers that pass on to torch, otherwise in every version
 DIGITS = 12
 
 
