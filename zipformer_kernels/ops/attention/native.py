@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels.joint import empty_beside
-from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, call_cpu, pointer, unsupported_dtype
+from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, INFERENCE_DTYPES, call_cpu, pointer, unsupported_dtype
 from zipformer_kernels.library import Launchers
 from zipformer_kernels.ops.attention.reference import wide_dtype
 
@@ -152,6 +152,8 @@ def of_heads(
     heads: slice, q: Tensor | None, k: Tensor | None, p: Tensor | None, e: Tensor | None
 ) -> list[Tensor | None]:
     """Some heads of the four."""
+    if heads == slice(None):
+        return [q, k, p, e]
     by_head = [None if x is None else x[:, :, heads] for x in (q, k, p)]
     return [*by_head, None if e is None else e[..., heads, :]]
 
@@ -197,7 +199,12 @@ def unsupported(
 
 
 def worthwhile(q: Tensor, k: Tensor, *rest: object) -> bool:
-    """Whether a call is large enough. Below, dense weights lie in cache, where torch's products are as fast."""
+    """Whether a call is large enough. Below, dense weights lie in cache, where torch's products are as fast.
+
+    Without gradients it always is: one kernel makes the weights faster than five functions of torch.
+    """
+    if not torch.is_grad_enabled() and q.dtype in INFERENCE_DTYPES:
+        return True
     scores = q.shape[0] * k.shape[0]
     if q.dtype == torch.bfloat16:
         return scores * q.shape[1] * q.shape[2] >= LEAST_WEIGHTS_BFLOAT16
