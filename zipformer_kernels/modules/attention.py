@@ -192,7 +192,7 @@ class RelPositionMultiheadAttentionWeights(Module):
         return AttentionWeights(q, k, p, e, key_padding_mask, attn_mask, penalty, limit)
 
 
-@made_of(in_proj=nn.Linear, out_proj=nn.Linear, whiten=Whiten)
+@made_of({"whiten": Whiten}, in_proj=nn.Linear, out_proj=nn.Linear)
 class SelfAttention(Module):
     """Averages values, linear in x, with given attention weights, and projects back.
 

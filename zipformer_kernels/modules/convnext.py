@@ -27,8 +27,8 @@ ROWS = 4096  # frames times frequencies whose hidden channels are computed at a 
 _one_by_one = convolution(nn.Conv2d, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0), groups=1)
 
 
-def _pointwise(module: nn.Module, infers: bool) -> bool:
-    return _one_by_one(module, infers) and module.bias is not None
+def _pointwise(module: nn.Module, way: int) -> bool:
+    return _one_by_one(module, way) and module.bias is not None
 
 
 @made_of(

@@ -13,7 +13,7 @@ from zipformer_kernels.launch import few_rows
 from zipformer_kernels.module import Module
 from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
 from zipformer_kernels.modules.inference import add_product, only_computes
-from zipformer_kernels.modules.plain import depthwise, made_of, matches, plain_module, plain_part
+from zipformer_kernels.modules.plain import Way, depthwise, made_of, matches, plain_module, plain_part
 from zipformer_kernels.modules.streaming import join_cache
 from zipformer_kernels.ops.conv_module import chunk_conv_module, conv_module, infer_conv_module
 from zipformer_kernels.ops.conv_module.reference import chunk_convolution, chunk_factors
@@ -88,30 +88,32 @@ class ChunkCausalDepthwiseConv1d(Module):
         return within + self.causal_conv(joined), cache
 
 
-def _causal_or_not(module: nn.Module, infers: bool) -> bool:
+def _causal_or_not(module: nn.Module, way: int) -> bool:
     """Expects either of the convolutions that a module can have."""
     if type(module) is ChunkCausalDepthwiseConv1d:
-        return matches(module, ChunkCausalDepthwiseConv1d, infers)
-    return _plain_depthwise(module, infers)
+        return matches(module, ChunkCausalDepthwiseConv1d, way)
+    return _plain_depthwise(module, way)
 
 
 _plain_depthwise = depthwise(nn.Conv1d)
 
 
-def _swoosh_r(module: nn.Module, infers: bool) -> bool:
+def _swoosh_r(module: nn.Module, way: int) -> bool:
     """Expects the activation that kernels of the whole module have."""
-    return matches(module, ActivationDropoutAndLinear, infers) and module.activation == "SwooshR"
+    return matches(module, ActivationDropoutAndLinear, way) and module.activation == "SwooshR"
 
 
 @made_of(
+    {
+        "balancer1": Balancer,
+        "activation1": nn.Identity,
+        "activation2": nn.Identity,
+        "balancer2": Balancer,
+        "whiten": Whiten,
+    },
     in_proj=nn.Linear,
-    balancer1=Balancer,
-    activation1=nn.Identity,
     sigmoid=nn.Sigmoid,
-    activation2=nn.Identity,
     depthwise_conv=_causal_or_not,
-    balancer2=Balancer,
-    whiten=Whiten,
     out_proj=_swoosh_r,
 )
 class ConvolutionModule(Module):
@@ -223,7 +225,7 @@ class ConvolutionModule(Module):
         """
         if not self.causal:
             raise ValueError("a stream needs a module made with causal=True")
-        if only_computes(x) and plain_module(self, ConvolutionModule, infers=True):
+        if only_computes(x) and plain_module(self, ConvolutionModule, Way.CHUNK):
             if cache.shape[2] != self.depthwise_conv.kernel_size // 2:
                 raise ValueError(
                     f"cache: wanted {self.depthwise_conv.kernel_size // 2} frames, got {tuple(cache.shape)}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from zipformer_kernels.launch import few_rows
 from zipformer_kernels.module import Module
 from zipformer_kernels.modules.attention import RelPositionMultiheadAttentionWeights, SelfAttention, given_mask
 from zipformer_kernels.modules.bias_norm import BiasNorm
@@ -16,7 +18,7 @@ from zipformer_kernels.modules.convolution import ConvolutionModule
 from zipformer_kernels.modules.feedforward import FeedforwardModule
 from zipformer_kernels.modules.inference import only_computes
 from zipformer_kernels.modules.nonlin_attention import NonlinAttention
-from zipformer_kernels.modules.plain import made_of, plain_part
+from zipformer_kernels.modules.plain import NONE, Way, made_of, plain_parts
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, constant_attention
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
 from zipformer_kernels.training.randomness import happens, keeps_all, number
@@ -28,6 +30,14 @@ BYPASS_SKIP_RATE = ScheduledFloat((0.0, 0.5), (4000.0, 0.02), default=0)
 
 
 @made_of(
+    {
+        "balancer1": Balancer,
+        "balancer2": Balancer,
+        "balancer_na": Balancer,
+        "balancer_ff2": Balancer,
+        "balancer_ff3": Balancer,
+        "whiten": Whiten,
+    },
     bypass=BypassModule,
     bypass_mid=BypassModule,
     self_attn1=SelfAttention,
@@ -39,12 +49,6 @@ BYPASS_SKIP_RATE = ScheduledFloat((0.0, 0.5), (4000.0, 0.02), default=0)
     conv_module1=ConvolutionModule,
     conv_module2=ConvolutionModule,
     norm=BiasNorm,
-    balancer1=Balancer,
-    balancer2=Balancer,
-    balancer_na=Balancer,
-    balancer_ff2=Balancer,
-    balancer_ff3=Balancer,
-    whiten=Whiten,
 )
 class ZipformerEncoderLayer(Module):
     """One layer of a stack; see figure 2 of the Zipformer paper, arXiv:2310.11230.
@@ -206,7 +210,7 @@ class ZipformerEncoderLayer(Module):
     ) -> Tensor:
         """`forward`, and that of `TimedEncoderLayer`, where there are no chunks but an embedding of the time."""
         attn_mask = given_mask(attn_mask, src, self.self_attn_weights, RelPositionMultiheadAttentionWeights)
-        lean = not self.training and only_computes(src)
+        fused = plain_parts(self, Way.INFERENCE) if not self.training and only_computes(src) else NONE
         src_orig = src
         # A rate is read before its module runs, so that numbers are drawn in upstream's order.
         attention_skip_rate = self._rate(self.attention_skip_rate)
@@ -214,24 +218,24 @@ class ZipformerEncoderLayer(Module):
             src, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=src_key_padding_mask
         )
         src = src if time_emb is None else src + time_emb
-        src = self._add(src, "feed_forward1", lean=lean, over=False)
+        src = self._add(src, "feed_forward1", fused=fused, over=False)
 
         mask = self.get_sequence_dropout_mask(src, attention_skip_rate)
         first_head = self._given_to("nonlin_attention", self._first_head(weights))
-        src = self._add(src, "nonlin_attention", first_head, lean=lean, balancer="balancer_na", mask=mask)
-        src = self._add(src, "self_attn1", self._given_to("self_attn1", weights), lean=lean, mask=mask)
-        src = self._add_convolution(src, "conv_module1", lean, time_emb, chunk_size, src_key_padding_mask)
+        src = self._add(src, "nonlin_attention", first_head, fused=fused, balancer="balancer_na", mask=mask)
+        src = self._add(src, "self_attn1", self._given_to("self_attn1", weights), fused=fused, mask=mask)
+        src = self._add_convolution(src, "conv_module1", fused, time_emb, chunk_size, src_key_padding_mask)
         skip_rate = self._rate(self.ff2_skip_rate)
-        src = self._add(src, "feed_forward2", lean=lean, balancer="balancer_ff2", skip_rate=skip_rate)
+        src = self._add(src, "feed_forward2", fused=fused, balancer="balancer_ff2", skip_rate=skip_rate)
 
-        over = lean and plain_part(self, "bypass_mid", infers=True)  # else who has seen its result may keep it
+        over = "bypass_mid" in fused  # else who has seen its result may keep it
         src = self.bypass_mid.write_over(src_orig, src) if over else self.bypass_mid(src_orig, src)
-        src = self._add(src, "self_attn2", self._given_to("self_attn2", weights), lean=lean, over=over, mask=mask)
-        src = self._add_convolution(src, "conv_module2", lean, time_emb, chunk_size, src_key_padding_mask)
+        src = self._add(src, "self_attn2", self._given_to("self_attn2", weights), fused=fused, over=over, mask=mask)
+        src = self._add_convolution(src, "conv_module2", fused, time_emb, chunk_size, src_key_padding_mask)
         skip_rate = self._rate(self.ff3_skip_rate)
-        src = self._add(src, "feed_forward3", lean=lean, balancer="balancer_ff3", skip_rate=skip_rate)
-        src = self._bypass(src_orig, self._watch(src, "balancer1", lean), lean)
-        return self._watch(self._watch(src, "balancer2", lean), "whiten", lean)
+        src = self._add(src, "feed_forward3", fused=fused, balancer="balancer_ff3", skip_rate=skip_rate)
+        src = self._bypass(src_orig, self._watch(src, "balancer1", fused), fused)
+        return self._watch(self._watch(src, "balancer2", fused), "whiten", fused)
 
     def _first_head(self, weights: AttentionWeights | Tensor) -> AttentionWeights | Tensor:
         """The weights for NonlinAttention: those of the first head, or, drawn in training, constant ones."""
@@ -242,7 +246,7 @@ class ZipformerEncoderLayer(Module):
         self,
         src: Tensor,
         name: str,
-        lean: bool,
+        fused: Set[str],
         time_emb: Tensor | None,
         chunk_size: int | None,
         padding: Tensor | None,
@@ -253,14 +257,14 @@ class ZipformerEncoderLayer(Module):
         skip_rate = self._rate(self.conv_skip_rate)
         src = src if time_emb is None else src + time_emb
         chunks = {} if chunk_size is None else {"chunk_size": chunk_size}
-        return self._add(src, name, lean=lean, skip_rate=skip_rate, src_key_padding_mask=padding, **chunks)
+        return self._add(src, name, fused=fused, skip_rate=skip_rate, src_key_padding_mask=padding, **chunks)
 
     def _add(
         self,
         src: Tensor,
         name: str,
         *args: Any,
-        lean: bool,
+        fused: Set[str],
         over: bool = True,
         balancer: str | None = None,
         mask: Tensor | None = None,
@@ -273,14 +277,13 @@ class ZipformerEncoderLayer(Module):
             src: (T, batch, embed_dim).
             name: the module's.
             *args, **kwargs: its other arguments.
-            lean: whether its call may be left out, as far as the layer's own call goes.
+            fused: the names of the parts whose calls may be left out.
             over: whether src may be overwritten then.
             balancer: the name of the balancer of its result.
             mask, skip_rate: which sequences it is added to, (batch, 1); or how often one is not.
         """
         module = getattr(self, name)
-        parts = (name,) if balancer is None else (name, balancer)
-        if lean and all(plain_part(self, part, infers=True) for part in parts):
+        if name in fused and (balancer is None or balancer in fused):
             return module.add_to(src, *args, over=over, **kwargs)
         branch = module(src, *args, **kwargs)
         if balancer is not None:
@@ -289,22 +292,22 @@ class ZipformerEncoderLayer(Module):
             mask = self.get_sequence_dropout_mask(branch, skip_rate)
         return src + branch if mask is None else torch.addcmul(src, branch, mask)
 
-    def _add_chunk(self, src: Tensor, name: str, *args: Any, lean: bool, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def _add_chunk(self, src: Tensor, name: str, *args: Any, fused: Set[str], **kwargs: Any) -> tuple[Tensor, Tensor]:
         """src plus what a module makes of it and of its left context, and the next left context; else as `_add`."""
         module = getattr(self, name)
-        if lean and plain_part(self, name, infers=True):
+        if name in fused:
             return module.add_chunk_to(src, *args, **kwargs)
         branch, cache = module.streaming_forward(src, *args, **kwargs)
         return src + branch, cache
 
-    def _watch(self, src: Tensor, name: str, lean: bool) -> Tensor:
+    def _watch(self, src: Tensor, name: str, fused: Set[str]) -> Tensor:
         """src behind a module that changes nothing but gradients."""
-        return src if lean and plain_part(self, name, infers=True) else getattr(self, name)(src)
+        return src if name in fused else getattr(self, name)(src)
 
-    def _bypass(self, src_orig: Tensor, src: Tensor, lean: bool) -> Tensor:
+    def _bypass(self, src_orig: Tensor, src: Tensor, fused: Set[str]) -> Tensor:
         """The norm and the bypass around the layer."""
         src = self.norm(src)
-        if lean and plain_part(self, "norm") and plain_part(self, "bypass", infers=True):
+        if "norm" in fused and "bypass" in fused:
             return self.bypass.write_over(src_orig, src)
         return self.bypass(src_orig, src)
 
@@ -355,31 +358,34 @@ class ZipformerEncoderLayer(Module):
             left_context_len=left_context_len,
             key_padding_mask=src_key_padding_mask,
         )
-        lean = only_computes(src)
+        fused = plain_parts(self, Way.CHUNK) if only_computes(src) else NONE
+        if fused and few_rows(src):  # every use would ask for the tensor
+            weights = weights.materialize() if isinstance(weights, AttentionWeights) else weights
         length = {"left_context_len": left_context_len}
-        src = self._add(src, "feed_forward1", lean=lean, over=False)
+        src = self._add(src, "feed_forward1", fused=fused, over=False)
         given = self._given_to("nonlin_attention", weights[0:1])
         src, cached_nonlin_attn = self._add_chunk(
-            src, "nonlin_attention", given, cached_x=cached_nonlin_attn, lean=lean, **length
+            src, "nonlin_attention", given, cached_x=cached_nonlin_attn, fused=fused, **length
         )
         given = self._given_to("self_attn1", weights)
         src, cached_val1 = self._add_chunk(
-            src, "self_attn1", attn_weights=given, cached_val=cached_val1, lean=lean, **length
+            src, "self_attn1", attn_weights=given, cached_val=cached_val1, fused=fused, **length
         )
         src, cached_conv1 = self._add_chunk(
-            src, "conv_module1", cache=cached_conv1, src_key_padding_mask=padding, lean=lean
+            src, "conv_module1", cache=cached_conv1, src_key_padding_mask=padding, fused=fused
         )
-        src = self._add(src, "feed_forward2", lean=lean)
-        src = self.bypass_mid(src_orig, src)
+        src = self._add(src, "feed_forward2", fused=fused)
+        over = "bypass_mid" in fused  # else who has seen its result may keep it
+        src = self.bypass_mid.write_over(src_orig, src) if over else self.bypass_mid(src_orig, src)
         given = self._given_to("self_attn2", weights)
         src, cached_val2 = self._add_chunk(
-            src, "self_attn2", attn_weights=given, cached_val=cached_val2, lean=lean, **length
+            src, "self_attn2", attn_weights=given, cached_val=cached_val2, fused=fused, **length
         )
         src, cached_conv2 = self._add_chunk(
-            src, "conv_module2", cache=cached_conv2, src_key_padding_mask=padding, lean=lean
+            src, "conv_module2", cache=cached_conv2, src_key_padding_mask=padding, fused=fused
         )
-        src = self._add(src, "feed_forward3", lean=lean)
-        src = self._bypass(src_orig, src, lean)
+        src = self._add(src, "feed_forward3", fused=fused)
+        src = self._bypass(src_orig, src, fused)
         return src, cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2
 
     def get_sequence_dropout_mask(self, x: Tensor, dropout_rate: float) -> Tensor | None:

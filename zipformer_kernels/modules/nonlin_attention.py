@@ -19,15 +19,17 @@ from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whiteni
 
 
 @made_of(
+    {
+        "balancer": Balancer,
+        "identity1": nn.Identity,
+        "identity2": nn.Identity,
+        "identity3": nn.Identity,
+        "whiten1": Whiten,
+        "whiten2": Whiten,
+    },
     in_proj=nn.Linear,
-    balancer=Balancer,
     tanh=nn.Tanh,
-    identity1=nn.Identity,
-    identity2=nn.Identity,
-    identity3=nn.Identity,
     out_proj=nn.Linear,
-    whiten1=Whiten,
-    whiten2=Whiten,
 )
 class NonlinAttention(Module):
     """out_proj((W (x * tanh(s))) * y), where s, x, y are the three thirds of in_proj(src).

@@ -12,7 +12,7 @@ from zipformer_kernels.modules.attention import given_mask
 from zipformer_kernels.modules.bypass import BypassModule
 from zipformer_kernels.modules.inference import only_computes
 from zipformer_kernels.modules.layer import ZipformerEncoderLayer
-from zipformer_kernels.modules.plain import made_of, plain_part
+from zipformer_kernels.modules.plain import Way, made_of, plain_part
 from zipformer_kernels.modules.positional import CompactRelPositionalEncoding
 from zipformer_kernels.modules.resample import SimpleDownsample, SimpleUpsample
 from zipformer_kernels.ops.attention import ChunkMask, downsample_mask
@@ -202,7 +202,7 @@ class DownsampledZipformerEncoder(Module):
         return self._combine(src, output), states
 
     def _combine(self, src: Tensor, output: Tensor) -> Tensor:
-        if all(plain_part(self, name, infers=True) for name in ("upsample", "out_combiner")):
+        if all(plain_part(self, name, Way.INFERENCE) for name in ("upsample", "out_combiner")):
             scale, factor = self.out_combiner.bypass_scale, self.upsample.upsample
             fits = output.shape == (-(-src.shape[0] // factor), *src.shape[1:])
             if fits and only_computes(src, output, scale):
