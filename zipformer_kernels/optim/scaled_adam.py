@@ -141,6 +141,11 @@ class ScaledAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._step()
+        return loss
+
+    @torch._disable_dynamo  # a compiled training step breaks off here: addresses are nothing that it could record
+    def _step(self) -> None:
         groups = self._bind()
         found_inf = getattr(self, "found_inf", None)  # GradScaler's sum over no gradients is a plain 0
         if groups:
@@ -151,7 +156,6 @@ class ScaledAdam(Optimizer):
                 reduce=self._reduce,
                 memory=self._memory,
             )
-        return loss
 
     def diagnostics(self) -> list[GroupDiagnostics]:
         """How clipping has been doing, for each group that has stepped. Waits for the device."""
