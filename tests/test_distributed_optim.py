@@ -18,23 +18,10 @@ SCRIPT = Path(__file__).parent / "distributed_optim.py"
 BACKENDS = [name for name in ("eager", "cpu") if backend.missing[name] is None]
 
 
-def spawn(kinds, folder, world_size):
-    processes = [
-        subprocess.Popen(
-            [sys.executable, str(SCRIPT), ",".join(kinds), str(folder), str(rank), str(world_size)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output[-3000:]
+def run(kinds, folder, world_size):
+    command = [sys.executable, str(SCRIPT), ",".join(kinds), str(folder), str(world_size)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +29,9 @@ def results(tmp_path_factory):
     """Runs everything once: several kinds of training in each set of processes, for starting them takes longest."""
     folder = tmp_path_factory.mktemp("distributed")
     two = [f"{kind}-{name}" for kind in ("ddp", "fsdp", "tensor") for name in BACKENDS]
-    spawn([*two, f"save-{BACKENDS[-1]}"], folder, 2)
+    run([*two, f"save-{BACKENDS[-1]}"], folder, 2)
     four = [f"{kind}-{BACKENDS[-1]}" for kind in ("fsdp", "hybrid", "resume")]
-    spawn(four, folder, 4)
+    run(four, folder, 4)
     return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulator import ROOT, build_module
+from compiled import ROOT, build_module
 from tolerances import assert_agrees, rounding
 
 from zipformer_kernels import backend, swoosh_l

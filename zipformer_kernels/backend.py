@@ -135,7 +135,7 @@ def _missing(name: str) -> str | None:
     if name in ("cpu", "cuda") and native is None:
         return _native_error
     if name == "cuda" and not native.build["cuda_targets"]:
-        return "the compiled module was built without CUDA: reinstall with nvcc on the PATH"
+        return "the compiled module was built without CUDA: `zipformer-kernels info` says why"
     if name == "cuda" and not emulated() and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     if name == "triton" and importlib.util.find_spec("triton") is None:
