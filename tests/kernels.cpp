@@ -191,7 +191,7 @@ void attention(int threads) {
   auto p = random<T>(frames * heads * positions, 0.5), e = random<T>((2 * frames - 1) * heads * positions, 0.5);
   auto v = random<T>(frames * heads * channels), grad = random<T>(frames * heads * channels);
   std::vector<T> out(v.size()), dq(q.size()), dk(k.size()), dp(p.size()), de(e.size()), dv(v.size());
-  std::vector<W> lse(heads * frames);
+  std::vector<W> softmax(2 * heads * frames);
   auto rows = [](std::vector<T>& x, int64_t width) {
     return zk::AttentionRows{x.data(), heads * width, heads * width, width};
   };
@@ -201,7 +201,7 @@ void attention(int threads) {
   weights.p = rows(p, positions);
   weights.e = rows(e, positions);
   weights.e.sequence = 0;
-  weights.lse = lse.data();
+  weights.softmax = softmax.data();
   weights.targets = weights.sources = frames;
   weights.sequences = 1;
   weights.heads = heads;
@@ -210,7 +210,7 @@ void attention(int threads) {
   weights.chunk = weights.left_chunks = -1;
   weights.dtype = Type<T>::dtype;
   weights.threads = threads;
-  zk::attention_log_sum_exp_cpu(weights);
+  zk::attention_softmax_cpu(weights);
   zk::AttentionForward forward{};
   forward.weights = weights;
   forward.v = rows(v, channels);

@@ -19,7 +19,7 @@ struct AttentionRows {
 // targets + sources - 1 "frames"; their sequence stride is 0 where all sequences share them.
 struct AttentionWeights {
   AttentionRows q, k, p, e;
-  void* lse;  // (heads, sequences, targets) of the wide type of the dtype, -inf where every source is masked
+  void* softmax;  // (heads, sequences, targets) of SoftmaxRow
   const uint8_t* padding;  // (sequences, sources), nonzero where masked; or null
   const uint8_t* mask;     // (targets, sources) of these strides, nonzero where masked; or null
   int64_t mask_frame, mask_sequence;
@@ -29,7 +29,7 @@ struct AttentionWeights {
   int threads;
 };
 
-// W itself, (heads, sequences, targets, sources), contiguous. `weights.lse` is not read.
+// W itself, (heads, sequences, targets, sources), contiguous. `weights.softmax` is not read.
 struct AttentionDense {
   AttentionWeights weights;
   void* w;
@@ -80,7 +80,7 @@ struct AttentionStream {
 };
 
 ZK_DECLARE_CPU(attention_stream, AttentionStream)
-ZK_DECLARE_CPU(attention_log_sum_exp, AttentionWeights)
+ZK_DECLARE_CPU(attention_softmax, AttentionWeights)
 ZK_DECLARE_CPU(attention_weights_forward, AttentionDense)
 ZK_DECLARE_CPU(attention_forward, AttentionForward)
 ZK_DECLARE_CPU(attention_backward, AttentionBackward)

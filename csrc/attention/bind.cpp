@@ -18,10 +18,10 @@ using Use = std::tuple<Rows, Rows, Rows, int64_t>;  // values, result, its gradi
 
 static AttentionRows rows(const Rows& x) { return {pointer(x[0]), x[1], x[2], x[3]}; }
 
-static AttentionWeights weights(const std::array<Rows, 4>& scores, uintptr_t lse, const Masks& masks,
+static AttentionWeights weights(const std::array<Rows, 4>& scores, uintptr_t softmax, const Masks& masks,
                                 const Sizes& sizes, int dtype, int threads) {
   auto bytes = [](int64_t address) { return static_cast<const uint8_t*>(pointer(address)); };
-  return {rows(scores[0]), rows(scores[1]), rows(scores[2]), rows(scores[3]), pointer(lse),
+  return {rows(scores[0]), rows(scores[1]), rows(scores[2]), rows(scores[3]), pointer(softmax),
           bytes(masks[0]), bytes(masks[1]), masks[2],        masks[3],        sizes[0],
           sizes[1],        sizes[2],        sizes[3],        sizes[4],        sizes[5],
           sizes[6],        sizes[7],        DType(dtype),    threads};
@@ -36,23 +36,23 @@ static std::vector<AttentionUse> uses(const std::vector<Use>& given) {
 void bind_attention(pybind11::module_& m) {
   using Scores = std::array<Rows, 4>;
   m.def(
-      "attention_log_sum_exp_cpu",
-      [](const Scores& scores, uintptr_t lse, const Masks& masks, const Sizes& sizes, int dtype, int threads) {
-        attention_log_sum_exp_cpu(weights(scores, lse, masks, sizes, dtype, threads));
+      "attention_softmax_cpu",
+      [](const Scores& scores, uintptr_t softmax, const Masks& masks, const Sizes& sizes, int dtype, int threads) {
+        attention_softmax_cpu(weights(scores, softmax, masks, sizes, dtype, threads));
       },
       release_gil());
   m.def(
       "attention_forward_cpu",
-      [](const Scores& scores, uintptr_t lse, const Masks& masks, const Sizes& sizes, int dtype, const Rows& v,
+      [](const Scores& scores, uintptr_t softmax, const Masks& masks, const Sizes& sizes, int dtype, const Rows& v,
          uintptr_t out, int64_t channels, int threads) {
-        attention_forward_cpu({weights(scores, lse, masks, sizes, dtype, threads), rows(v), pointer(out), channels});
+        attention_forward_cpu({weights(scores, softmax, masks, sizes, dtype, threads), rows(v), pointer(out), channels});
       },
       release_gil());
   m.def(
       "attention_backward_cpu",
-      [](const Scores& scores, uintptr_t lse, const Masks& masks, const Sizes& sizes, int dtype, const Use& use,
+      [](const Scores& scores, uintptr_t softmax, const Masks& masks, const Sizes& sizes, int dtype, const Use& use,
          const std::array<Rows, 5>& gradients, double penalty, double limit, int threads) {
-        attention_backward_cpu({weights(scores, lse, masks, sizes, dtype, threads), nullptr, nullptr, uses({use}),
+        attention_backward_cpu({weights(scores, softmax, masks, sizes, dtype, threads), nullptr, nullptr, uses({use}),
                                 rows(gradients[0]), rows(gradients[1]), rows(gradients[2]), rows(gradients[3]),
                                 rows(gradients[4]), penalty, limit});
       },

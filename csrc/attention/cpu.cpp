@@ -7,7 +7,7 @@ namespace zk::ZK_ISA {
 
 namespace {
 
-// Running log-sum-exp of a target: sum = total exp(largest).
+// Running sum of a target's exponentials: sum = total exp(largest).
 template <class W>
 struct Sum {
   W largest = -W(HUGE_VAL), total = 0;
@@ -24,7 +24,7 @@ struct Sum {
   }
 };
 
-// Log-sum-exp of a block over some sources, in whole tiles.
+// Softmax rows of a block over some sources, in whole tiles.
 template <class T, class W = Wide<T>>
 void sum_block(const Scores<T>& scores, int64_t pair, int64_t block, Range sources, const Block<W>& memory) {
   int64_t first = block * tile_rows, rows = scores.rows_of(block);
@@ -39,32 +39,32 @@ void sum_block(const Scores<T>& scores, int64_t pair, int64_t block, Range sourc
       sums[i].add(row, width);
     }
   }
-  W* lse = scores.lse(pair) + first;
+  SoftmaxRow<W>* softmax = scores.softmax(pair) + first;
   for (int64_t i = 0; i < rows; ++i) {
-    W masked = masked_score<W>;
-    lse[i] = sums[i].largest == masked ? -W(HUGE_VAL) : sums[i].largest + std::log(sums[i].total);
+    W total = sums[i].total;
+    softmax[i] = {sums[i].largest, W(1) / (total == 0 ? W(1) : total)};  // zero: no sources
   }
 }
 
-// out = w v for a block.
+// out = exp(s - largest) v for a block: w v, up to the scale of each row.
 template <class T, class W = Wide<T>>
 void average_block(const Scores<T>& scores, int64_t pair, int64_t block, const W* values, int64_t pitch, W* out,
                    const Block<W>& memory) {
   int64_t first = block * tile_rows, rows = scores.rows_of(block);
-  Range sources = scores.sees(pair, block) ? scores.visible_to_block(block) : scores.all_sources();
+  Range sources = scores.block_sees(pair, block) ? scores.visible_to_block(block) : scores.all_sources();
   for (int64_t n = 0; n < rows * pitch; ++n) out[n] = 0;
   for (int64_t source = sources.begin; source < sources.end; source += tile_columns) {
     int64_t columns = scores.columns_from(source, sources.end);
     scores.fill(pair, block, source, columns, memory.q, memory.p, memory.tile);
     W* tile = memory.tile + tile_skew;
-    for (int64_t i = 0; i < rows; ++i) scores.weigh(pair, first + i, source, columns, tile + i * tile_step);
+    for (int64_t i = 0; i < rows; ++i) scores.exponentiate(pair, first + i, source, columns, tile + i * tile_step);
     gemm<true>(rows, pitch, columns, tile, tile_step, 1, values + source * pitch, pitch, out, pitch);
   }
 }
 
 }  // namespace
 
-void attention_log_sum_exp(const AttentionWeights& args) {
+void attention_softmax(const AttentionWeights& args) {
   dispatch_cpu(args.dtype, [&](auto element) {
     using T = decltype(element);
     using W = Wide<T>;
@@ -78,7 +78,7 @@ void attention_log_sum_exp(const AttentionWeights& args) {
       Range seen = scores.visible_to_block(block), all = scores.all_sources();
       sum_block(scores, pair, block, seen, memory);
       bool partial = seen.begin > 0 || seen.end < all.end;
-      if (partial && !scores.sees(pair, block)) sum_block(scores, pair, block, all, memory);
+      if (partial && !scores.block_sees(pair, block)) sum_block(scores, pair, block, all, memory);
     });
   });
 }
@@ -109,8 +109,8 @@ void attention_forward(const AttentionForward& args) {
       for (int64_t i = 0; i < scores.rows_of(block); ++i) {
         int64_t frame = (block * tile_rows + i) * weights.sequences + scores.sequence_of(pair);
         T* to = out + (frame * weights.heads + scores.head_of(pair)) * channels;
-        const W* from = scratch + i * pitch;
-        for (int64_t c = 0; c < channels; ++c) to[c] = narrow<T>(from[c]);
+        const W *from = scratch + i * pitch, scale = scores.softmax(pair)[block * tile_rows + i].scale;
+        for (int64_t c = 0; c < channels; ++c) to[c] = narrow<T>(from[c] * scale);
       }
     });
   });

@@ -6,7 +6,6 @@
 // of dw is added to the rest, and sum_j w dw of it to delta. The targets of a sequence and head are cut into parts.
 // Each part sums what it adds to the gradients of keys, values and position projections in memory of its own, and the
 // parts are added up in order: results do not depend on the threads.
-#include <cmath>
 #include <utility>
 
 #include "attention/tiles.h"
@@ -116,7 +115,7 @@ class Backward {
     int64_t blocks = scores_.row_blocks;
     for (int64_t block = blocks * part / parts_; block < blocks * (part + 1) / parts_; ++block) {
       load(pair, block, memory);
-      bool partial = args_.penalty == 0 && (args_.w || scores_.sees(pair, block));
+      bool partial = args_.penalty == 0 && (args_.w || scores_.block_sees(pair, block));
       Range sources = partial ? scores_.visible_to_block(block) : scores_.all_sources();
       for (int64_t source = sources.begin; source < sources.end; source += tile_columns) {
         int64_t columns = scores_.columns_from(source, sources.end);
@@ -139,8 +138,10 @@ class Backward {
     for (const AttentionUse& use : args_.uses) {
       for (int64_t i = 0; i < rows; ++i) {
         const T *g = row_of<T>(use.grad, first + i, b, h), *out = row_of<T>(use.out, first + i, b, h);
+        // All that is made of weights has g as a factor: the scale that exponentials lack goes there.
+        W scale = args_.w ? W(1) : scores_.softmax(pair)[first + i].scale;
         for (int64_t c = 0; c < use.channels; ++c) {
-          m.g[i * channels_ + channel + c] = widen(g[c]);
+          m.g[i * channels_ + channel + c] = widen(g[c]) * scale;
           m.out[i * channels_ + channel + c] = widen(out[c]);
         }
       }
@@ -206,14 +207,9 @@ class Backward {
       W* w = m.w + tile_skew + i * tile_step;
       W* ds = m.ds + tile_skew + i * tile_step;
       if (args_.penalty != 0) penalize(w, columns, m.extra + i * tile_columns);
-      scores_.weigh(pair, target, source, columns, w);
-      W lse = scores_.lse(pair)[target];
+      scores_.exponentiate(pair, target, source, columns, w);
       differentiate(w, m.dw + i * tile_columns, m.delta[i], width, ds);
-      if (lse == -W(HUGE_VAL)) {
-        clear(ds, columns);
-      } else if (!(lse > visible_limit<W>)) {
-        scores_.mask(pair, target, source, columns, 0, ds);
-      }
+      if (!scores_.sees(pair, target)) scores_.mask(pair, target, source, columns, 0, ds);
       if (args_.penalty != 0) add(m.extra + i * tile_columns, columns, ds);
       clear_behind(width, ds);
     }

@@ -47,7 +47,7 @@ void gemm_block(int64_t depth, const W* a, int64_t a_row, int64_t a_column, cons
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) sum[m][n] = add ? *reinterpret_cast<V*>(c + m * c_row + n * lanes<W>) : V{};
+    for (int n = 0; n < NV; ++n) sum[m][n] = V{};
   }
   for (int64_t k = 0; k < depth; ++k, a += a_column, b += b_row) {
     V right[NV];
@@ -63,7 +63,10 @@ void gemm_block(int64_t depth, const W* a, int64_t a_row, int64_t a_column, cons
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) *reinterpret_cast<V*>(c + m * c_row + n * lanes<W>) = sum[m][n];
+    for (int n = 0; n < NV; ++n) {
+      V& to = *reinterpret_cast<V*>(c + m * c_row + n * lanes<W>);
+      to = add ? to + sum[m][n] : sum[m][n];
+    }
   }
 }
 
@@ -79,12 +82,20 @@ void gemm_rows(int64_t rows, int64_t depth, const W* a, int64_t a_row, int64_t a
   }
 }
 
+// Products that are summed one by one. Sums of more are sums of such sums, whose rounding errors are smaller.
+constexpr int64_t longest_sum = 64;
+
 // c = a b, or c += a b: c (rows, columns), a (rows, depth) of any strides, b (depth, columns). `columns` is a multiple
 // of lanes<W>; the columns of b and of c are contiguous.
 template <bool add, class W>
 void gemm(int64_t rows, int64_t columns, int64_t depth, const W* a, int64_t a_row, int64_t a_column, const W* b,
           int64_t b_row, W* c, int64_t c_row) {
   constexpr int64_t width = lanes<W>;
+  if (depth > longest_sum) {
+    gemm<add>(rows, columns, longest_sum, a, a_row, a_column, b, b_row, c, c_row);
+    return gemm<true>(rows, columns, depth - longest_sum, a + longest_sum * a_column, a_row, a_column,
+                      b + longest_sum * b_row, b_row, c, c_row);
+  }
   int64_t n = 0;
   for (; n + 3 * width <= columns; n += 3 * width) {
     gemm_rows<row_block, 3, add>(rows, depth, a, a_row, a_column, b + n, b_row, c + n, c_row);

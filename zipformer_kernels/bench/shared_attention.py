@@ -1,8 +1,8 @@
 """What a layer does with its attention weights: made once, averaged with by NonlinAttention and by SelfAttention twice.
 
 Projections are left out. The benchmarks of the ops `attention` and `nonlin_attention` time one use of weights whose
-log-sum-exp is given; here ours goes through `AttentionWeights` on ``auto``, which on a CPU keeps small weights and
-computes large ones again at each use.
+largest scores and scales are given; here ours goes through `AttentionWeights` on ``auto``, which on a CPU keeps small
+weights and computes large ones again at each use.
 """
 
 from __future__ import annotations

@@ -3,12 +3,13 @@
 With T targets, S sources, and for each sequence b and head h::
 
     s[i, j] = q[i] . k[j] + p[i] . e[T - 1 - i + j],  -1000 where a mask forbids
-    W = softmax(s) over j,   lse[i] = log sum_j exp(s[i, j])
+    W = softmax(s) over j
     aggregate(v)[i] = sum_j W[i, j] v[j]
 
-`AttentionWeights` (weights.py) holds q, k, p, e, the masks and lse; every use of it runs one fused kernel, and the
-gradients of its uses add. On backend ``eager`` it holds W itself; so it does on ``cpu`` as long as W is small,
-where uses leave what the gradients of q, k, p and e need to one kernel (kept.py).
+`AttentionWeights` (weights.py) holds q, k, p, e, the masks, and for each target the two numbers that make weights of
+scores, exp(s - largest) scale; every use of it runs one fused kernel, and the gradients of its uses add. On backend
+``eager`` it holds W itself; so it does on ``cpu`` as long as W is small, where uses leave what the gradients of q, k, p
+and e need to one kernel (kept.py).
 
 Source: section 3.2 of the Zipformer paper (arXiv:2310.11230); ``RelPositionMultiheadAttentionWeights`` and
 ``SelfAttention`` in upstream's ``zipformer.py``.
@@ -19,17 +20,17 @@ from __future__ import annotations
 from zipformer_kernels.library import Op, triton_launchers
 from zipformer_kernels.ops.attention import native, reference
 
-_log_sum_exp = Op(
-    "attention_log_sum_exp",
+_softmax = Op(
+    "attention_softmax",
     "Tensor q, Tensor k, Tensor? p, Tensor? e, Tensor? key_padding_mask, Tensor? attn_mask, int chunk, int left_chunks",
-    reference=reference.log_sum_exp,
+    reference=reference.softmax_rows,
     backends={
-        "eager": reference.eager_log_sum_exp,
-        "cpu": native.cpu_log_sum_exp,
-        **triton_launchers(__name__, "log_sum_exp_launchers"),
+        "eager": reference.eager_softmax,
+        "cpu": native.cpu_softmax,
+        **triton_launchers(__name__, "softmax_launchers"),
     },
     saves=(),
-    fake=lambda q, *_: (q.new_empty(q.shape[2], q.shape[1], q.shape[0], dtype=reference.wide_dtype(q.dtype)),),
+    fake=lambda q, *_: (reference.empty_rows(q),),
 )
 
 _weights = Op(
@@ -45,11 +46,11 @@ _weights = Op(
 
 _op = Op(
     "attention",
-    "Tensor q, Tensor k, Tensor? p, Tensor? e, Tensor v, Tensor lse, Tensor? key_padding_mask, Tensor? attn_mask, "
+    "Tensor q, Tensor k, Tensor? p, Tensor? e, Tensor v, Tensor softmax, Tensor? key_padding_mask, Tensor? attn_mask, "
     "int chunk, int left_chunks, float penalty, float limit",
     reference=reference.attention,
     backends={"eager": reference.eager, "cpu": native.cpu, **triton_launchers(__name__)},
-    saves=("q", "k", "p", "e", "v", "lse", "key_padding_mask", "attn_mask"),
+    saves=("q", "k", "p", "e", "v", "softmax", "key_padding_mask", "attn_mask"),
     saves_outputs=(0,),
     fake=lambda q, k, p, e, v, *_: (v.new_empty(q.shape[0], *v.shape[1:]),),
 )

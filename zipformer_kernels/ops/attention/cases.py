@@ -66,8 +66,8 @@ def _case(
             left_chunks,
         )
         detached = (x.detach() for x in (q, k, p, e))
-        lse = attention._log_sum_exp(*detached, *masks)
-        return q, k, p, e, v, lse, *masks, penalty, PENALTY_LIMIT
+        softmax = attention._softmax(*detached, *masks)
+        return q, k, p, e, v, softmax, *masks, penalty, PENALTY_LIMIT
 
     pairs = targets * sources * batch * heads
     rows = (targets + sources) * batch * heads

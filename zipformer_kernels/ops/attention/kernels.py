@@ -1,8 +1,9 @@
 """Triton kernels of shared-weight attention; `attention` and `nonlin_attention` launch them.
 
 No kernel stores a tensor of T x S elements: scores are computed again wherever they are needed, from q, k, p, e, and
-turned into weights by the saved log-sum-exp. The term p_i . e[T - 1 - i + j] is read by index: there is no row of
-T + S - 1 scores to skew. Shapes are as in reference.py; `GATED` kernels take values x tanh(s) and gate results by y.
+turned into weights by two numbers that are saved for each target. The term p_i . e[T - 1 - i + j] is read by index:
+there is no row of T + S - 1 scores to skew. Shapes are as in reference.py; `GATED` kernels take values x tanh(s) and
+gate results by y.
 
 One program covers BM targets of one sequence and head and walks over sources BN at a time (or the other way round).
 Products of float32 are not rounded to TF32.
@@ -51,14 +52,13 @@ def product(a, b):
 
 @triton.jit
 def complete_scores(
-    s, i, j, b, fill, p_ptr, p_st, e_ptr, padding_ptr, mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks,
+    s, i, j, b, p_ptr, p_st, e_ptr, padding_ptr, mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks,
     P: tl.constexpr, PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """Adds the positional term to s = q . k and applies the masks.
 
-    `i` and `j` are targets and sources as indices that broadcast to the tile, in either orientation; masked scores
-    become `fill`, one number or one per target. Returns the scores before masking, after masking (-inf outside of the
-    matrix), and where they are masked.
+    `i` and `j` are targets and sources as indices that broadcast to the tile, in either orientation. Returns the scores
+    before masking, after masking (-inf outside of the matrix), and where they are masked.
     """
     inside = (i < T) & (j >= 0) & (j < S)
     offset = T - 1 - i + j
@@ -73,29 +73,29 @@ def complete_scores(
         masked |= tl.load(mask_ptr + b * mask_sb + i.to(tl.int64) * mask_st + j, mask=inside, other=0) != 0
     if CHUNKS:
         masked |= (j // chunk > i // chunk) | (j // chunk < i // chunk - left_chunks)
-    return s, tl.where(inside, tl.where(masked, fill, s), float("-inf")), masked
+    return s, tl.where(inside, tl.where(masked, MASKED_SCORE, s), float("-inf")), masked
 
 
 @triton.jit
-def load_log_sum_exp(lse_ptr, i, T, S):
-    """The log-sum-exp of targets i, and what masked scores are set to for each of them.
+def load_largest(softmax_ptr, i, T):
+    """The largest score of targets i."""
+    return tl.load(softmax_ptr + 2 * i, mask=i < T, other=0.0)
 
-    Where every source is masked the saved value is -inf. The weights are then uniform: scores of zero with log S give
-    just that, where -1000 + log S in float32 would be off by 6e-5.
-    """
-    lse = tl.load(lse_ptr + i, mask=i < T, other=0.0)
-    blind = lse == float("-inf")
-    return tl.where(blind, tl.log(S.to(tl.float32)), lse), tl.where(blind, 0.0, MASKED_SCORE)
+
+@triton.jit
+def load_scale(softmax_ptr, i, T):
+    """The scale of targets i: weights are exp(s - largest) scale."""
+    return tl.load(softmax_ptr + 2 * i + 1, mask=i < T, other=0.0)
 
 
 @triton.jit(do_not_specialize=VARYING)
-def log_sum_exp_kernel(
-    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, lse_ptr,
+def softmax_kernel(
+    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, softmax_ptr,
     padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks,
     D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """lse[h, b, i] = log sum_j exp(s[h, b, i, j]), online over the sources; -inf where all of them are masked."""
+    """The largest score of each target and 1 / sum_j exp(s - largest), online over the sources: (H, B, T, 2)."""
     block, b, h = split_program(tl.cdiv(T, BM), B, H)
     q_ptr += b * q_sb + h * q_sh
     k_ptr += b * k_sb + h * k_sh
@@ -110,7 +110,7 @@ def log_sum_exp_kernel(
         j = j0 + tl.arange(0, BN)
         k = load_rows(k_ptr, j, k_st, S, d, D)
         _, s, _ = complete_scores(
-            product(q, tl.trans(k)), i[:, None], j[None, :], b, MASKED_SCORE, p_ptr, p_st, e_ptr, padding_ptr,
+            product(q, tl.trans(k)), i[:, None], j[None, :], b, p_ptr, p_st, e_ptr, padding_ptr,
             mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
         )  # fmt: skip
         # Rows beyond T see only -inf; zero in its place keeps their arithmetic finite.
@@ -118,14 +118,14 @@ def log_sum_exp_kernel(
         shift = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp2((largest - shift) * LOG2E) + tl.sum(tl.exp2((s - shift[:, None]) * LOG2E), 1)
         largest = new
-    lse_ptr += (h * B + b) * T
-    lse = tl.where(largest == MASKED_SCORE, float("-inf"), largest + tl.log(tl.where(i < T, total, 1.0)))
-    tl.store(lse_ptr + i, lse, mask=i < T)
+    softmax_ptr += (h * B + b) * T * 2
+    tl.store(softmax_ptr + 2 * i, largest, mask=i < T)
+    tl.store(softmax_ptr + 2 * i + 1, 1.0 / tl.where(total == 0.0, 1.0, total), mask=i < T)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def aggregate_kernel(
-    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, lse_ptr,
+    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, softmax_ptr,
     padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks,
     v_ptr, v_st, v_sb, v_sh, gate_ptr, out_ptr, y_ptr, gated_ptr,
     C, D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
@@ -145,21 +145,22 @@ def aggregate_kernel(
     d = tl.arange(0, D_TILE)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
     q = load_rows(q_ptr, i, q_st, T, d, D)
-    lse, fill = load_log_sum_exp(lse_ptr + (h * B + b) * T, i, T, S)
+    largest = load_largest(softmax_ptr + (h * B + b) * T * 2, i, T)
     sums = tl.zeros([BM, BC], tl.float32)
     for j0 in range(0, S, BN):
         j = j0 + tl.arange(0, BN)
         k = load_rows(k_ptr, j, k_st, S, d, D)
         _, s, _ = complete_scores(
-            product(q, tl.trans(k)), i[:, None], j[None, :], b, fill[:, None], p_ptr, p_st, e_ptr, padding_ptr,
+            product(q, tl.trans(k)), i[:, None], j[None, :], b, p_ptr, p_st, e_ptr, padding_ptr,
             mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
         )  # fmt: skip
-        w = tl.exp2((s - lse[:, None]) * LOG2E)
+        w = tl.exp2((s - largest[:, None]) * LOG2E)
         v = load_rows(v_ptr + v_offset, j, v_st, S, c, C)
         if GATED:
             gate = load_rows(gate_ptr + v_offset, j, v_st, S, c, C).to(tl.float32)
             v = (v.to(tl.float32) * tanh(gate)).to(v_ptr.dtype.element_ty)
         sums += product(w.to(v.dtype), v)
+    sums *= load_scale(softmax_ptr + (h * B + b) * T * 2, i, T)[:, None]
     offset = (b * H + h) * C
     store_rows(out_ptr + offset, sums, i, B * H * C, T, c, C)
     if GATED:
@@ -213,7 +214,7 @@ def score_gradient(w, raw, masked, dw, delta, penalty, limit, PENALTY: tl.conste
 
 @triton.jit(do_not_specialize=VARYING)
 def query_gradient_kernel(
-    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, lse_ptr,
+    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, softmax_ptr,
     padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks,
     v_ptr, v_st, v_sb, v_sh, g_ptr, g_st, g_sb, g_sh, delta_ptr, penalty, limit, dq_ptr, dp_ptr,
     C: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr,
@@ -232,7 +233,8 @@ def query_gradient_kernel(
     d = tl.arange(0, D_TILE)
     pd = tl.arange(0, P_TILE)
     q = load_rows(q_ptr, i, q_st, T, d, D)
-    lse, fill = load_log_sum_exp(lse_ptr + (h * B + b) * T, i, T, S)
+    softmax_ptr += (h * B + b) * T * 2
+    largest, scale = load_largest(softmax_ptr, i, T), load_scale(softmax_ptr, i, T)
     delta = tl.load(delta_ptr + (h * B + b) * T + i, mask=i < T, other=0.0)
     dq = tl.zeros([BM, D_TILE], tl.float32)
     dp = tl.zeros([BM, P_TILE], tl.float32)
@@ -240,7 +242,7 @@ def query_gradient_kernel(
         j = j0 + tl.arange(0, BN)
         k = load_rows(k_ptr, j, k_st, S, d, D)
         raw, s, masked = complete_scores(
-            product(q, tl.trans(k)), i[:, None], j[None, :], b, fill[:, None], p_ptr, p_st, e_ptr, padding_ptr,
+            product(q, tl.trans(k)), i[:, None], j[None, :], b, p_ptr, p_st, e_ptr, padding_ptr,
             mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
         )  # fmt: skip
         dw = tl.zeros([BM, BN], tl.float32)
@@ -248,7 +250,7 @@ def query_gradient_kernel(
             c = c0 + tl.arange(0, BC)
             g = load_rows(g_ptr, i, g_st, T, c, C)
             dw += product(g, tl.trans(load_rows(v_ptr, j, v_st, S, c, C).to(g.dtype)))
-        w = tl.exp2((s - lse[:, None]) * LOG2E)
+        w = tl.exp2((s - largest[:, None]) * LOG2E) * scale[:, None]
         ds = score_gradient(w, raw, masked, dw, delta[:, None], penalty, limit, PENALTY)
         dq += product(ds.to(k.dtype), k)
         offset = T - 1 - i[:, None] + j[None, :]
@@ -263,7 +265,7 @@ def query_gradient_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def key_gradient_kernel(
-    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, lse_ptr,
+    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, softmax_ptr,
     padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks,
     v_ptr, v_st, v_sb, v_sh, g_ptr, g_st, g_sb, g_sh, delta_ptr, penalty, limit, dk_ptr, dv_ptr,
     C: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr,
@@ -278,7 +280,7 @@ def key_gradient_kernel(
     v_ptr += b * v_sb + h * v_sh
     g_ptr += b * g_sb + h * g_sh
     e_ptr += h * P * (T + S - 1)
-    lse_ptr += (h * B + b) * T
+    softmax_ptr += (h * B + b) * T * 2
     delta_ptr += (h * B + b) * T
     j = block * BN + tl.arange(0, BN)
     d = tl.arange(0, D_TILE)
@@ -288,12 +290,12 @@ def key_gradient_kernel(
     for i0 in range(0, T, BM):
         i = i0 + tl.arange(0, BM)
         q = load_rows(q_ptr, i, q_st, T, d, D)
-        lse, fill = load_log_sum_exp(lse_ptr, i, T, S)
+        largest, scale = load_largest(softmax_ptr, i, T), load_scale(softmax_ptr, i, T)
         raw, s, masked = complete_scores(
-            product(k, tl.trans(q)), i[None, :], j[:, None], b, fill[None, :], p_ptr, p_st, e_ptr, padding_ptr,
+            product(k, tl.trans(q)), i[None, :], j[:, None], b, p_ptr, p_st, e_ptr, padding_ptr,
             mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
         )  # fmt: skip
-        w = tl.exp2((s - lse[None, :]) * LOG2E)
+        w = tl.exp2((s - largest[None, :]) * LOG2E) * scale[None, :]
         dw = tl.zeros([BN, BM], tl.float32)
         for c0 in range(0, C, BC):
             c = c0 + tl.arange(0, BC)
@@ -312,7 +314,7 @@ def key_gradient_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def value_gradient_kernel(
-    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, lse_ptr,
+    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, softmax_ptr,
     padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks,
     x_ptr, gate_ptr, x_st, x_sb, x_sh, g_ptr, g_st, g_sb, g_sh, dv_ptr, dgate_ptr,
     C, D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
@@ -328,7 +330,7 @@ def value_gradient_kernel(
     p_ptr += b * p_sb + h * p_sh
     g_ptr += b * g_sb + h * g_sh
     e_ptr += h * P * (T + S - 1)
-    lse_ptr += (h * B + b) * T
+    softmax_ptr += (h * B + b) * T * 2
     j = block * BN + tl.arange(0, BN)
     d = tl.arange(0, D_TILE)
     c = tl.program_id(1) * BC + tl.arange(0, BC)
@@ -337,12 +339,12 @@ def value_gradient_kernel(
     for i0 in range(0, T, BM):
         i = i0 + tl.arange(0, BM)
         q = load_rows(q_ptr, i, q_st, T, d, D)
-        lse, fill = load_log_sum_exp(lse_ptr, i, T, S)
+        largest, scale = load_largest(softmax_ptr, i, T), load_scale(softmax_ptr, i, T)
         _, s, _ = complete_scores(
-            product(k, tl.trans(q)), i[None, :], j[:, None], b, fill[None, :], p_ptr, p_st, e_ptr, padding_ptr,
+            product(k, tl.trans(q)), i[None, :], j[:, None], b, p_ptr, p_st, e_ptr, padding_ptr,
             mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
         )  # fmt: skip
-        w = tl.exp2((s - lse[None, :]) * LOG2E)
+        w = tl.exp2((s - largest[None, :]) * LOG2E) * scale[None, :]
         g = load_rows(g_ptr, i, g_st, T, c, C)
         dv += product(w.to(g.dtype), g)
     offset = (b * H + h) * C
@@ -357,7 +359,7 @@ def value_gradient_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def position_gradient_kernel(
-    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, lse_ptr,
+    q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, softmax_ptr,
     padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks,
     v_ptr, v_st, v_sb, v_sh, g_ptr, g_st, g_sb, g_sh, delta_ptr, penalty, limit, de_ptr,
     C: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr,
@@ -376,7 +378,7 @@ def position_gradient_kernel(
     v_ptr += b * v_sb + h * v_sh
     g_ptr += b * g_sb + h * g_sh
     e_ptr += h * P * offsets
-    lse_ptr += (h * B + b) * T
+    softmax_ptr += (h * B + b) * T * 2
     delta_ptr += (h * B + b) * T
     n0 = block * BN
     row = tl.arange(0, BN)
@@ -393,9 +395,9 @@ def position_gradient_kernel(
         j = n0 - (T - 1) + i0 + column
         q = load_rows(q_ptr, i, q_st, T, d, D)
         k = load_rows(k_ptr, j, k_st, S, d, D)
-        lse, fill = load_log_sum_exp(lse_ptr, i, T, S)
+        largest, scale = load_largest(softmax_ptr, i, T), load_scale(softmax_ptr, i, T)
         raw, s, masked = complete_scores(
-            product(q, tl.trans(k)), i[:, None], j[None, :], b, fill[:, None], p_ptr, p_st, e_ptr, padding_ptr,
+            product(q, tl.trans(k)), i[:, None], j[None, :], b, p_ptr, p_st, e_ptr, padding_ptr,
             mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
         )  # fmt: skip
         dw = tl.zeros([BN, 2 * BN], tl.float32)
@@ -404,7 +406,7 @@ def position_gradient_kernel(
             g = load_rows(g_ptr, i, g_st, T, c, C)
             dw += product(g, tl.trans(load_rows(v_ptr, j, v_st, S, c, C).to(g.dtype)))
         delta = tl.load(delta_ptr + i, mask=i < T, other=0.0)
-        w = tl.exp2((s - lse[:, None]) * LOG2E)
+        w = tl.exp2((s - largest[:, None]) * LOG2E) * scale[:, None]
         ds = score_gradient(w, raw, masked, dw, delta[:, None], penalty, limit, PENALTY)
         ds = tl.gather(ds, diagonal, 1)  # (BN targets, BN offsets)
         for m in tl.static_range(P):

@@ -10,7 +10,7 @@ from torch import Tensor
 from zipformer_kernels.joint import empty_beside
 from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, INFERENCE_DTYPES, call_cpu, pointer, unsupported_dtype
 from zipformer_kernels.library import Launchers
-from zipformer_kernels.ops.attention.reference import wide_dtype
+from zipformer_kernels.ops.attention.reference import empty_rows
 
 Rows = tuple[int, int, int, int]
 
@@ -60,7 +60,7 @@ class _Weights:
         left_chunks: int,
     ) -> None:
         self.q, self.k, self.p, self.e = (_unit_stride(x) for x in (q, k, p, e))
-        self.result = result.contiguous()  # the log-sum-exp, or the weights themselves
+        self.result = result.contiguous()  # the softmax rows, or the weights themselves
         self.padding = None if key_padding_mask is None else key_padding_mask.contiguous()
         self.mask = _unit_stride(attn_mask)
         self.rule = chunk, left_chunks
@@ -75,21 +75,21 @@ class _Weights:
         return scores, pointer(self.result), (*masks, *strides), sizes, DTYPE_CODES[q.dtype]
 
 
-def _log_sum_exp(*args: Tensor | int | None) -> tuple[Tensor]:
+def _softmax(*args: Tensor | int | None) -> tuple[Tensor]:
     q, k, p, e, *masks = args
-    lse = torch.empty(q.shape[2], q.shape[1], q.shape[0], dtype=wide_dtype(q.dtype), device=q.device)
-    if lse.numel() > 0:
-        weights = _Weights(q, k, p, e, lse, *masks)  # keeps copies alive until the call is over
-        call_cpu("attention_log_sum_exp", q, *weights.arguments())
-    return (lse,)
+    softmax = empty_rows(q)
+    if softmax.numel() > 0:
+        weights = _Weights(q, k, p, e, softmax, *masks)  # keeps copies alive until the call is over
+        call_cpu("attention_softmax", q, *weights.arguments())
+    return (softmax,)
 
 
 def forward(*args: Tensor | int | float | None) -> tuple[Tensor]:
     """Launchers' forward."""
-    q, k, p, e, v, lse, *masks, _, _ = args
+    q, k, p, e, v, softmax, *masks, _, _ = args
     out = v.new_empty(q.shape[0], *v.shape[1:])
     if out.numel() > 0:
-        weights = _Weights(q, k, p, e, lse, *masks)
+        weights = _Weights(q, k, p, e, softmax, *masks)
         v = _unit_stride(v)
         call_cpu("attention_forward", v, *weights.arguments(), _rows(v), pointer(out), v.shape[3])
     return (out,)
@@ -99,12 +99,12 @@ def backward(
     needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | float | None
 ) -> tuple[Tensor | None, ...]:
     """Launchers' backward. Gradients of p and e are computed together."""
-    q, k, p, e, v, lse, *masks, penalty, limit = args
+    q, k, p, e, v, softmax, *masks, penalty, limit = args
     (out,), (grad,) = saved, grads
     wanted = needs[0], needs[1], needs[2] or needs[3], needs[2] or needs[3], needs[4]
     gradients, written = _room((q, k, p, e, v), wanted, out.numel() > 0)
     if out.numel() > 0:
-        weights = _Weights(q, k, p, e, lse, *masks)
+        weights = _Weights(q, k, p, e, softmax, *masks)
         v, out, grad = (_unit_stride(x) for x in (v, out, grad.to(v.dtype)))
         use = _rows(v), _rows(out), _rows(grad), v.shape[3]
         call_cpu("attention_backward", v, *weights.arguments(), use, _all_rows(written), penalty, limit)
@@ -191,7 +191,7 @@ def unsupported(
     q: Tensor, k: Tensor, p: Tensor | None, e: Tensor | None, *rest: Tensor | int | float | None
 ) -> str | None:
     """Why the kernels cannot take these arguments, or None if they can."""
-    values = [x for x in rest if isinstance(x, Tensor) and x.is_floating_point()][:-1]  # the last is the log-sum-exp
+    values = [x for x in rest if isinstance(x, Tensor) and x.is_floating_point()][:-1]  # the last are softmax rows
     dtypes = [x.dtype for x in (q, k, p, e, *values) if x is not None]
     if len(set(dtypes)) > 1:
         return f"it takes tensors of one dtype, got {', '.join(map(str, dtypes))}"
@@ -217,5 +217,5 @@ def keeps_weights(heads: int, batch: int, targets: int, sources: int, dtype: tor
 
 
 cpu = Launchers(unsupported, forward, backward, worthwhile)
-cpu_log_sum_exp = Launchers(unsupported, _log_sum_exp, None, worthwhile)
+cpu_softmax = Launchers(unsupported, _softmax, None, worthwhile)
 cpu_weights = Launchers(unsupported, make_weights, _weights_backward)

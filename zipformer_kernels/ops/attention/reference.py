@@ -121,22 +121,28 @@ def masked(scores: Tensor, mask: Tensor) -> Tensor:
     return scores.masked_fill(mask, MASKED_SCORE)
 
 
-def log_sum_exp(*args: Tensor | int | None) -> Tensor:
-    """The log-sum-exp over sources of the masked scores, (H, B, T), in float32 or better. No gradient.
+def softmax_rows(*args: Tensor | int | None) -> Tensor:
+    """What makes weights of scores, (H, B, T, 2) in float32 or better: for each target the largest of its masked scores
+    and the scale 1 / sum_j exp(s - largest). No gradient.
 
-    -inf where every source is masked: -1000 + log S would lose the digits of log S.
+    In their place the log-sum-exp alone would do, but for its own rounding, which all weights of a target would share.
     """
     _, s, _ = masked_scores(*args)
     s = _wide(s)
-    blind = (s == MASKED_SCORE).all(dim=-1)
-    return torch.logsumexp(s, dim=-1).masked_fill(blind, -torch.inf)
+    largest = s.amax(dim=-1) if s.shape[-1] > 0 else s.sum(dim=-1)
+    scale = (s - largest.unsqueeze(-1)).exp().sum(dim=-1).reciprocal()
+    return torch.stack([largest, scale], dim=-1)
 
 
-def weights_from(masked: Tensor, lse: Tensor) -> Tensor:
-    """exp(masked - lse), and uniform weights where lse is -inf; in float32 or better."""
-    blind = lse.isneginf().unsqueeze(-1)
-    weights = (_wide(masked) - lse.unsqueeze(-1)).exp()
-    return torch.where(blind, 1.0 / masked.shape[-1], weights)
+def empty_rows(q: Tensor) -> Tensor:
+    """Room for the result of `softmax_rows`."""
+    return q.new_empty(q.shape[2], q.shape[1], q.shape[0], 2, dtype=wide_dtype(q.dtype))
+
+
+def weights_from(masked: Tensor, rows: Tensor) -> Tensor:
+    """exp(masked - largest) scale, in float32 or better; see `softmax_rows`."""
+    largest, scale = rows.unsqueeze(-2).unbind(-1)
+    return (_wide(masked) - largest).exp() * scale
 
 
 def weights(
@@ -162,7 +168,7 @@ def attention(
     p: Tensor | None,
     e: Tensor | None,
     v: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     chunk: int,
@@ -176,10 +182,10 @@ def attention(
 
 
 def forward(*args: Tensor | int | float | None) -> tuple[Tensor]:
-    """The eager backend: the weights from the given log-sum-exp."""
-    q, k, p, e, v, lse, key_padding_mask, attn_mask, chunk, left_chunks, *_ = args
+    """The eager backend: the weights from the given softmax rows."""
+    q, k, p, e, v, softmax, key_padding_mask, attn_mask, chunk, left_chunks, *_ = args
     _, masked, _ = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
-    out = weights_from(masked, lse).to(v.dtype) @ v.permute(2, 1, 0, 3)
+    out = weights_from(masked, softmax).to(v.dtype) @ v.permute(2, 1, 0, 3)
     return (out.permute(2, 1, 0, 3).contiguous(),)
 
 
@@ -192,9 +198,9 @@ def backward(
     dq[i] = sum_j ds[i, j] k[j],   dk[j] = sum_i ds[i, j] q[i],
     dp[i] = sum_j ds[i, j] e[T - 1 - i + j],   de[n] = sum over i, b of ds[i, n - (T - 1) + i] p[i].
     """
-    q, k, p, e, v, lse, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit = args
+    q, k, p, e, v, softmax, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit = args
     _, masked, _ = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
-    w = weights_from(masked, lse)
+    w = weights_from(masked, softmax)
     dout = _wide(grads[0]).permute(2, 1, 0, 3)
     out = _wide(saved[0]).permute(2, 1, 0, 3)
     dv = (w.transpose(2, 3) @ dout).permute(2, 1, 0, 3).to(v.dtype) if needs[4] else None
@@ -262,5 +268,5 @@ def _wide(x: Tensor) -> Tensor:
 
 
 eager = Launchers(lambda *_: None, forward, backward)
-eager_log_sum_exp = Launchers(lambda *_: None, lambda *args: (log_sum_exp(*args),), None)
+eager_softmax = Launchers(lambda *_: None, lambda *args: (softmax_rows(*args),), None)
 eager_weights = Launchers(lambda *_: None, lambda *args: (weights(*args),), weights_backward)

@@ -12,6 +12,7 @@ from torch import Tensor
 from zipformer_kernels.launch import GPU_DTYPES, on_device, unsupported_dtype
 from zipformer_kernels.library import Launchers
 from zipformer_kernels.ops.attention import kernels
+from zipformer_kernels.ops.attention.reference import empty_rows
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Weights:
     k: Tensor
     p: Tensor | None
     e: Tensor | None  # (H, P, T + S - 1), contiguous
-    lse: Tensor
+    softmax: Tensor
     key_padding_mask: Tensor | None
     attn_mask: Tensor | None
     chunk: int
@@ -51,7 +52,7 @@ class Weights:
         mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.ndim == 3 else 0, mask.stride(-2))
         return (
             *(q, *q.stride()[:3], k, *k.stride()[:3], p, *p.stride()[:3]),
-            *(q if self.e is None else self.e, self.lse),
+            *(q if self.e is None else self.e, self.softmax),
             *(q if self.key_padding_mask is None else self.key_padding_mask, q if mask is None else mask),
             *(*mask_strides, self.targets, self.sources, self.sequences, self.heads),
             *(self.chunk, self.left_chunks if self.left_chunks >= 0 else 2**30),
@@ -107,7 +108,7 @@ def weights_of(
     k: Tensor,
     p: Tensor | None,
     e: Tensor | None,
-    lse: Tensor,
+    softmax: Tensor,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     chunk: int,
@@ -119,7 +120,7 @@ def weights_of(
         unit_stride(k),
         None if p is None else unit_stride(p),
         None if e is None else e.permute(1, 2, 0).contiguous(),
-        lse.contiguous(),
+        softmax.contiguous(),
         None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8),
         None if attn_mask is None else unit_stride(attn_mask).view(torch.uint8),
         chunk,
@@ -127,7 +128,7 @@ def weights_of(
     )
 
 
-def log_sum_exp(
+def softmax_rows(
     q: Tensor,
     k: Tensor,
     p: Tensor | None,
@@ -137,17 +138,17 @@ def log_sum_exp(
     chunk: int,
     left_chunks: int,
 ) -> tuple[Tensor]:
-    """The log-sum-exp of the masked scores, (H, B, T) in float32."""
-    lse = torch.empty(q.shape[2], q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    if lse.numel() > 0:
-        weights = weights_of(q, k, p, e, lse, key_padding_mask, attn_mask, chunk, left_chunks)
+    """The rows that make weights of scores, (H, B, T, 2); see reference.py."""
+    softmax = empty_rows(q)
+    if softmax.numel() > 0:
+        weights = weights_of(q, k, p, e, softmax, key_padding_mask, attn_mask, chunk, left_chunks)
         tile = tile_of("aggregate", q.dtype)
         grid = (triton.cdiv(weights.targets, tile.own) * weights.sequences * weights.heads,)
         with on_device(q):
-            kernels.log_sum_exp_kernel[grid](
+            kernels.softmax_kernel[grid](
                 *weights.arguments(), **weights.constants(), BM=tile.own, BN=tile.walk, num_warps=tile.warps
             )
-    return (lse,)
+    return (softmax,)
 
 
 def aggregate(weights: Weights, v: Tensor, out: Tensor, gate: Tensor, y: Tensor, gated: Tensor, is_gated: bool) -> None:
@@ -283,15 +284,17 @@ def compute_delta(grad: Tensor, out: Tensor, **gated: Tensor) -> Tensor:
     return delta
 
 
-def _forward(q, k, p, e, v, lse, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit):
+def _forward(q, k, p, e, v, softmax, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit):
     out = v.new_empty(q.shape[0], *v.shape[1:])
     if out.numel() > 0:
-        weights = weights_of(q, k, p, e, lse, key_padding_mask, attn_mask, chunk, left_chunks)
+        weights = weights_of(q, k, p, e, softmax, key_padding_mask, attn_mask, chunk, left_chunks)
         aggregate(weights, unit_stride(v), out, out, out, out, is_gated=False)
     return (out,)
 
 
-def _backward(needs, grads, saved, q, k, p, e, v, lse, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit):
+def _backward(
+    needs, grads, saved, q, k, p, e, v, softmax, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit
+):
     (out,) = saved
     if out.numel() == 0 or v.numel() == 0:
         return (
@@ -301,7 +304,7 @@ def _backward(needs, grads, saved, q, k, p, e, v, lse, key_padding_mask, attn_ma
             None,
         )
     grad, v = unit_stride(grads[0].to(v.dtype)), unit_stride(v)
-    weights = weights_of(q, k, p, e, lse, key_padding_mask, attn_mask, chunk, left_chunks)
+    weights = weights_of(q, k, p, e, softmax, key_padding_mask, attn_mask, chunk, left_chunks)
     delta = compute_delta(grad, out)
     dq, dk, dp, de, dv = score_gradients(weights, needs[:5], v, grad, delta, penalty, limit)
     if needs[4] and dv is None:
@@ -320,4 +323,4 @@ def unsupported(q: Tensor, k: Tensor, p: Tensor | None, e: Tensor | None, *rest:
 
 
 launchers = Launchers(unsupported, _forward, _backward)
-log_sum_exp_launchers = Launchers(unsupported, log_sum_exp, None)
+softmax_launchers = Launchers(unsupported, softmax_rows, None)

@@ -43,7 +43,7 @@ class ChunkMask:
 
 
 # What some heads of a handle have from the whole.
-_SHARED = ("scores", "masks", "dtype", "device", "backend", "keeps", "lse", "_named", "_made", "_part_of")
+_SHARED = ("scores", "masks", "dtype", "device", "backend", "keeps", "softmax", "_named", "_made", "_part_of")
 
 
 class AttentionWeights:
@@ -58,7 +58,8 @@ class AttentionWeights:
         masks: key_padding_mask, attn_mask as a tensor, chunk, left_chunks.
         keeps: whether W itself is made, at its first use, and kept: on ``eager``, and on ``cpu`` while it is small.
             Made without gradients, it is made once more for a use with them.
-        lse: the log-sum-exp of the masked scores, (H, B, T), -inf where all are masked; None where W is kept.
+        softmax: for each target the largest of its masked scores and 1 / sum_j exp(s - largest), (H, B, T, 2); None
+            where W is kept.
         backend: the backend that every use runs on; the reference where values are not plain tensors or a mode looks
             on, unless a backend was asked for by name, which then raises.
 
@@ -101,15 +102,15 @@ class AttentionWeights:
         detached = self.scores
         if torch.is_grad_enabled():
             detached = tuple(None if x is None else x.detach() for x in self.scores)
-        self.backend = attention._log_sum_exp.select(backend, *detached, *self.masks)
+        self.backend = attention._softmax.select(backend, *detached, *self.masks)
         self._named = backends.requested(backend) != "auto"
         self._made: tuple[Piece, ...] = ()
         self._part_of: tuple[AttentionWeights, slice] | None = None  # where W is kept
-        self.lse: Tensor | None = None
+        self.softmax: Tensor | None = None
         largest = max(self.shape[0] - 1, 1), *self.shape[1:], q.dtype
         self.keeps = self.backend == "eager" or (self.backend == "cpu" and native.keeps_weights(*largest))
         if not self.keeps:
-            self.lse = attention._log_sum_exp(*detached, *self.masks, backend=self.backend)
+            self.softmax = attention._softmax(*detached, *self.masks, backend=self.backend)
 
     def __getitem__(self, heads: Any) -> AttentionWeights | Tensor:
         """The weights of some heads, ``weights[first:last]``; for any other index what W has there."""
@@ -122,7 +123,7 @@ class AttentionWeights:
         if self.keeps:
             part._part_of = self, heads
         else:
-            part.scores, part.lse = self._scores_of(heads), self.lse[heads]
+            part.scores, part.softmax = self._scores_of(heads), self.softmax[heads]
         part.shape = len(range(self.shape[0])[heads]), *self.shape[1:]
         return part
 
@@ -169,7 +170,7 @@ class AttentionWeights:
         penalty = self._penalty
         if self._trained():  # the first use that has gradients brings it, for all
             self._penalty = 0.0, 0.0
-        return attention._op(*self.scores, v, self.lse, *self.masks, *penalty, backend=self.backend).flatten(2)
+        return attention._op(*self.scores, v, self.softmax, *self.masks, *penalty, backend=self.backend).flatten(2)
 
     def materialize(self) -> Tensor:
         """W itself, (H, B, T, S), differentiable; under autocast in the autocast dtype, as upstream keeps it."""

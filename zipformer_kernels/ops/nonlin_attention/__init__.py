@@ -22,11 +22,11 @@ from zipformer_kernels.ops.sizes import split_last
 
 _op = Op(
     "nonlin_attention",
-    "Tensor q, Tensor k, Tensor? p, Tensor? e, Tensor gate, Tensor x, Tensor y, Tensor lse, "
+    "Tensor q, Tensor k, Tensor? p, Tensor? e, Tensor gate, Tensor x, Tensor y, Tensor softmax, "
     "Tensor? key_padding_mask, Tensor? attn_mask, int chunk, int left_chunks",
     reference=reference.nonlin_attention,
     backends={"eager": reference.eager, "cpu": native.cpu, **triton_launchers(__name__)},
-    saves=("q", "k", "p", "e", "gate", "x", "y", "lse", "key_padding_mask", "attn_mask"),
+    saves=("q", "k", "p", "e", "gate", "x", "y", "softmax", "key_padding_mask", "attn_mask"),
     extras=1,
     fake=lambda q, k, p, e, gate, x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )
@@ -57,7 +57,7 @@ def nonlin_attention(weights: AttentionWeights, gate: Tensor, x: Tensor, y: Tens
     if weights.keeps or weights.falls_back(gate, x, y):
         return y * weights.aggregate(x * torch.tanh(gate))
     split = (split_last(t, heads) for t in (gate, x, y))
-    out = _op(*weights.scores, *split, weights.lse, *weights.masks, backend=weights.backend)
+    out = _op(*weights.scores, *split, weights.softmax, *weights.masks, backend=weights.backend)
     return out.flatten(2)
 
 

@@ -28,8 +28,8 @@ def _case(
         projected = leaf(frames, batch, 3 * heads * channels, dtype=dtype, device=device).detach()
         split = (x.unflatten(2, (heads, channels)).requires_grad_() for x in projected.chunk(3, dim=2))
         masks = padding(batch, frames, device) if padded else None, None, chunk, left_chunks
-        lse = attention._log_sum_exp(*(x.detach() for x in scores), *masks)
-        return *scores, *split, lse, *masks
+        softmax = attention._softmax(*(x.detach() for x in scores), *masks)
+        return *scores, *split, softmax, *masks
 
     pairs = frames * frames * batch * heads
     rows = frames * batch * heads

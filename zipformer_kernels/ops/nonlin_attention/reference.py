@@ -22,7 +22,7 @@ def nonlin_attention(
     gate: Tensor,
     x: Tensor,
     y: Tensor,
-    lse: Tensor,
+    softmax: Tensor,
     key_padding_mask: Tensor | None,
     attn_mask: Tensor | None,
     chunk: int,
@@ -30,7 +30,7 @@ def nonlin_attention(
 ) -> Tensor:
     """(W (x tanh(gate))) y, (T, B, H, C)."""
     masks = key_padding_mask, attn_mask, chunk, left_chunks
-    return attention.attention(q, k, p, e, x * torch.tanh(gate), lse, *masks, 0.0, 0.0) * y
+    return attention.attention(q, k, p, e, x * torch.tanh(gate), softmax, *masks, 0.0, 0.0) * y
 
 
 def forward(*args: Tensor | int | None) -> tuple[Tensor, Tensor]:

@@ -24,16 +24,16 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.contiguous() for x in tensors)
 
 
-def _forward(q, k, p, e, gate, x, y, lse, key_padding_mask, attn_mask, chunk, left_chunks):
+def _forward(q, k, p, e, gate, x, y, softmax, key_padding_mask, attn_mask, chunk, left_chunks):
     gate, x, y = _alike(gate, x, y)
     inner, out = x.new_empty(x.shape), x.new_empty(x.shape)
     if out.numel() > 0:
-        weights = weights_of(q, k, p, e, lse, key_padding_mask, attn_mask, chunk, left_chunks)
+        weights = weights_of(q, k, p, e, softmax, key_padding_mask, attn_mask, chunk, left_chunks)
         aggregate(weights, x, inner, gate, y, out, is_gated=True)
     return out, inner
 
 
-def _backward(needs, grads, saved, q, k, p, e, gate, x, y, lse, key_padding_mask, attn_mask, chunk, left_chunks):
+def _backward(needs, grads, saved, q, k, p, e, gate, x, y, softmax, key_padding_mask, attn_mask, chunk, left_chunks):
     (inner,) = saved
     if inner.numel() == 0:
         tensors = (q, k, p, e, gate, x, y)
@@ -41,7 +41,7 @@ def _backward(needs, grads, saved, q, k, p, e, gate, x, y, lse, key_padding_mask
         return *zeros, None, None, None
     gate, x, y = _alike(gate, x, y)
     grad = unit_stride(grads[0].to(x.dtype))
-    weights = weights_of(q, k, p, e, lse, key_padding_mask, attn_mask, chunk, left_chunks)
+    weights = weights_of(q, k, p, e, softmax, key_padding_mask, attn_mask, chunk, left_chunks)
     dinner, dy, values = (x.new_empty(x.shape) for _ in range(3))
     delta = compute_delta(grad, inner, x=x, gate=gate, y=y, inner=dinner, dy=dy, values=values)
     dq, dk, dp, de, _ = score_gradients(weights, (*needs[:4], False), values, dinner, delta, 0.0, 0.0)
