@@ -153,6 +153,24 @@ def test_whiten(groups, limit, dtype):
     assert ours.prob == (0.3 if limit == 50.0 else 1.0)
 
 
+@pytest.mark.parametrize("mean", [0.0, 1000.0])
+def test_whiten_is_as_exact_as_upstreams(mean):
+    """In float32, against float64: also where the mean is far larger than the deviation."""
+    torch.manual_seed(0)
+    x = mean + torch.randn(600, 32) @ torch.randn(32, 32) / 6
+    grad = torch.randn_like(x)
+
+    def added(Whiten, dtype):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        Whiten(1, 1.01, prob=1.0, grad_scale=0.2)(leaf).backward(grad.to(dtype))
+        return leaf.grad.double() - grad
+
+    with upstream.wide():
+        expected = added(upstream.scaling.Whiten, torch.float64)
+    ours, theirs = (added(c, torch.float32) - expected for c in (training.Whiten, upstream.scaling.Whiten))
+    assert 0 < ours.norm() <= 2 * theirs.norm()
+
+
 def test_whiten_draws_for_upstreams_log():
     """With a schedule, upstream's rare line of log costs a further draw: over a thousand calls it occurs."""
     x = torch.randn(6, 4, dtype=torch.float64)

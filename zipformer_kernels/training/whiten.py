@@ -108,6 +108,7 @@ def grouped_covariance(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     frames = x.reshape(-1, num_groups, x.shape[-1] // num_groups).transpose(0, 1)
     centred = frames - frames.mean(dim=1, keepdim=True)
+    centred -= centred.mean(dim=1, keepdim=True)  # of large means, what was rounded away is as large as the deviation
     return centred, centred.transpose(1, 2) @ centred / frames.shape[1]
 
 
