@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.utils._device import DeviceContext
@@ -119,6 +120,11 @@ def unreadable(tensors: Sequence[Tensor | None]) -> str | None:
             return f"it reads memory and takes plain tensors of one device, got {reason}"
         device = x.device
     return None
+
+
+def has_values(x: Tensor) -> bool:
+    """Whether x has numbers that can be looked at: not on device ``meta``, nor under a FakeTensorMode."""
+    return not x.is_meta and not isinstance(x, FakeTensor)
 
 
 def _why(x: Tensor) -> str | None:

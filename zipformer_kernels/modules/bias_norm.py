@@ -39,7 +39,7 @@ class BiasNorm(Module):
         super().__init__()
         self.num_channels = num_channels
         self.channel_dim = channel_dim
-        self.log_scale = nn.Parameter(torch.tensor(log_scale))
+        self.log_scale = nn.Parameter(torch.full((), float(log_scale)))  # of torch.tensor no fake copy can be made
         self.bias = nn.Parameter(torch.empty(num_channels).normal_(mean=0, std=1e-4))
         self.log_scale_min = log_scale_min
         self.log_scale_max = log_scale_max

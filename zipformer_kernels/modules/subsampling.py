@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zipformer_kernels.call import being_traced, has_values
 from zipformer_kernels.module import Module
 from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.convnext import ConvNeXt, channels_last
@@ -18,7 +19,6 @@ from zipformer_kernels.ops.shapes import check_lengths
 from zipformer_kernels.ops.swoosh import swoosh_
 from zipformer_kernels.presets import FBANK_BINS, preset
 from zipformer_kernels.training import Balancer, Dropout3, FloatLike, ScaleGrad, ScheduledFloat, Whiten
-from zipformer_kernels.training.randomness import being_traced
 
 MIN_FRAMES = 9  # three unpadded 3 x 3 convolutions, one of stride 2 in time, leave (T - 7) // 2 frames
 TILE = 256  # frames of the result that are embedded at a time: all that lies between stays in a processor's cache
@@ -233,7 +233,8 @@ def _flatten_frequencies(x: Tensor) -> Tensor:
 
 def _checked_lengths(lengths: Tensor, x: Tensor) -> Tensor:
     # Asked first whether the call is recorded: to look at how many lengths there are would fix the batch size.
-    if not being_traced() and lengths.device.type == "cpu" and len(lengths) > 0 and lengths.max() != x.shape[1]:
+    looks = not being_traced() and lengths.device.type == "cpu" and has_values(lengths)
+    if looks and len(lengths) > 0 and lengths.max() != x.shape[1]:
         raise ValueError(
             f"x_lens: wanted the longest sequence to fill x, got {int(lengths.max())} output frames for it "
             f"and {x.shape[1]} for x"

@@ -13,7 +13,7 @@ from typing import SupportsFloat
 
 from torch import Tensor
 
-from zipformer_kernels.call import being_traced, watcher
+from zipformer_kernels.call import being_traced, has_values, watcher
 
 _drawing = True
 
@@ -23,7 +23,7 @@ def keeps_all(mask: Tensor) -> bool:
 
     It is looked at on the CPU only, where that is no wait, and not while the call is recorded or transformed.
     """
-    return mask.device.type == "cpu" and watcher() is None and bool((mask == 1).all())
+    return mask.device.type == "cpu" and watcher() is None and has_values(mask) and bool((mask == 1).all())
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import logging
 import torch
 from torch import Tensor
 
+from zipformer_kernels.call import has_values
 from zipformer_kernels.library import gradient_hook
 from zipformer_kernels.module import Module
 from zipformer_kernels.training.randomness import being_traced, happens, logging_draw, number
@@ -80,6 +81,8 @@ class Whiten(Module):
         return gradient_hook(x, self._whitened_gradient, x)
 
     def _whitened_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
+        if not has_values(x):
+            return grad
         centred, covariance = grouped_covariance(x, self.num_groups)
         metric = whitening_metric(covariance)
         if logging_draw(0.005):
