@@ -189,7 +189,7 @@ class Allocations(TorchDispatchMode):
 
 
 def test_memory_of_a_first_and_a_later_step(lane):
-    sizes = [120_000, 30_000, 1, 500] + [256] * 20
+    sizes = [180_000, 30_000, 1, 500] + [256] * 20
     params = parameters(sizes)
     optimizer = ScaledAdam(params, clipping_scale=2.0)
     set_grads(params, 0)

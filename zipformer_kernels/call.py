@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.utils._device import DeviceContext
 
 _is_exporting = getattr(torch.compiler, "is_exporting", is_compiling)  # since torch 2.7
@@ -67,6 +67,11 @@ def being_traced() -> bool:
     draw nothing while they are recorded, and sizes stay variables (`zipformer_kernels.ops.sizes`).
     """
     return is_compiling() or torch._C._is_tracing()
+
+
+def exports_calls() -> bool:
+    """Whether torch.export runs the call to record it, rather than to read its instructions (``strict=True``)."""
+    return is_compiling() and not is_dynamo_compiling() and _is_exporting()
 
 
 def _wants_to_see_functions() -> bool:

@@ -17,6 +17,7 @@ from zipformer_kernels.modules.resample import SimpleDownsample
 from zipformer_kernels.modules.stack import STATES_PER_LAYER, DownsampledZipformerEncoder, ZipformerEncoder
 from zipformer_kernels.ops.attention import ChunkMask
 from zipformer_kernels.ops.shapes import as_mask, check_lengths
+from zipformer_kernels.ops.sizes import compact, of_every_size
 from zipformer_kernels.presets import CAUSAL, preset
 from zipformer_kernels.training import FloatLike, ScheduledFloat
 from zipformer_kernels.training.randomness import being_traced
@@ -164,6 +165,7 @@ class Zipformer(Module):
         """
         return cls(**{**preset(name), "causal": causal, **(CAUSAL if causal else {}), **overrides})
 
+    @of_every_size
     def forward(self, x: Tensor, x_lens: Tensor, src_key_padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Encodes whole sequences; a causal model sees them in chunks.
 
@@ -184,7 +186,7 @@ class Zipformer(Module):
         """
         self._check_input(x, x_lens)
         src_key_padding_mask = _checked_padding(src_key_padding_mask, x.shape[1], x.shape[0])
-        x = x.contiguous()  # sums keep strides, and products would copy rows that lie batch-major, each anew
+        x = compact(x)  # sums keep strides, and products would copy rows that lie batch-major, each anew
         feature_masks = self.get_feature_masks(x)
         chunk_size, left_context_chunks = self.get_chunk_info()
         attn_mask = self._get_attn_mask(chunk_size, left_context_chunks)
@@ -203,6 +205,7 @@ class Zipformer(Module):
             return self._get_full_dim_output(outputs), x_lens
         return self._finish(outputs, x_lens)
 
+    @of_every_size
     def streaming_forward(
         self, x: Tensor, x_lens: Tensor, states: list[Tensor], src_key_padding_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:

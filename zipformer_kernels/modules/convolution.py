@@ -19,6 +19,7 @@ from zipformer_kernels.ops.conv_module import chunk_conv_module, conv_module, in
 from zipformer_kernels.ops.conv_module.reference import chunk_convolution, chunk_factors
 from zipformer_kernels.ops.conv_module.stream import stream_conv_module
 from zipformer_kernels.ops.shapes import as_mask
+from zipformer_kernels.ops.sizes import compact, fill
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
 
 
@@ -207,7 +208,7 @@ class ConvolutionModule(Module):
         if not all(plain_part(self, name) for name in ("sigmoid", "activation2", "depthwise_conv")):
             x = _gated(self.activation2(x * self.sigmoid(s)), padding)
             x = conv(x) if chunk_size < 0 else conv(x, chunk_size=chunk_size)
-            return x.permute(2, 0, 1).contiguous()
+            return compact(x.permute(2, 0, 1))
         if isinstance(conv, ChunkCausalDepthwiseConv1d):
             return chunk_conv_module(x, s, *_parameters_of(conv), chunk_size, padding)
         return conv_module(x, s, conv.weight, conv.bias, padding)
@@ -258,7 +259,7 @@ def _gated(x: Tensor, padding: Tensor | None) -> Tensor:
     """The gated input (T, batch, channels) with zeros on padding, as (batch, channels, T)."""
     x = x.permute(1, 2, 0)
     padding = as_mask("src_key_padding_mask", padding)
-    return x if padding is None else x.masked_fill(padding.unsqueeze(1), 0.0)
+    return x if padding is None else fill(x, padding.unsqueeze(1), 0.0)
 
 
 def _check_padding(padding: Tensor | None, x: Tensor) -> None:

@@ -16,6 +16,7 @@ from zipformer_kernels.modules.convnext import ConvNeXt, channels_last
 from zipformer_kernels.modules.plain import Expected, Way, convolution, made_of, plain_part, sequential
 from zipformer_kernels.modules.swoosh import SwooshR
 from zipformer_kernels.ops.shapes import check_lengths
+from zipformer_kernels.ops.sizes import compact, of_every_size
 from zipformer_kernels.ops.swoosh import swoosh_
 from zipformer_kernels.presets import FBANK_BINS, preset
 from zipformer_kernels.training import Balancer, Dropout3, FloatLike, ScaleGrad, ScheduledFloat, Whiten
@@ -106,6 +107,7 @@ class Conv2dSubsampling(Module):
         }
         return cls(**{**arguments, **overrides})
 
+    @of_every_size
     def forward(self, x: Tensor, x_lens: Tensor) -> tuple[Tensor, Tensor]:
         """Embeds whole sequences.
 
@@ -131,6 +133,7 @@ class Conv2dSubsampling(Module):
         x = self.dropout(self.out_norm(self.out_whiten(x)))
         return x, _checked_lengths((x_lens - 7) // 2, x)
 
+    @of_every_size
     def streaming_forward(self, x: Tensor, x_lens: Tensor, cached_left_pad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Embeds one chunk of a batch of streams; P is ``convnext.padding[0]``, 3.
 
@@ -228,7 +231,7 @@ def _width(bins: int) -> int:
 
 def _flatten_frequencies(x: Tensor) -> Tensor:
     """From (batch, channels, T, frequencies) to (batch, T, channels * frequencies)."""
-    return x.transpose(1, 2).flatten(2)
+    return compact(x.transpose(1, 2)).flatten(2)
 
 
 def _checked_lengths(lengths: Tensor, x: Tensor) -> Tensor:

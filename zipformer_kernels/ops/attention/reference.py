@@ -15,6 +15,7 @@ from torch import Tensor
 
 from zipformer_kernels.call import being_traced
 from zipformer_kernels.library import Launchers
+from zipformer_kernels.ops.sizes import compact, fill
 
 # exp(-1000) is zero in every dtype, and a row with every entry masked becomes uniform rather than NaN.
 MASKED_SCORE = -1000.0
@@ -22,10 +23,11 @@ MASKED_SCORE = -1000.0
 
 def scores(q: Tensor, k: Tensor, p: Tensor | None, e: Tensor | None) -> Tensor:
     """The scores before masking, (H, B, T, S)."""
-    result = q.permute(2, 1, 0, 3) @ k.permute(2, 1, 3, 0)
+    result = compact(q.permute(2, 1, 0, 3)) @ compact(k.permute(2, 1, 3, 0))
     if p is None:
         return result
-    by_offset = p.permute(2, 1, 0, 3) @ _by_head(e).transpose(2, 3)
+    by_head = _by_head(e).transpose(2, 3).expand(-1, q.shape[1], -1, -1)
+    by_offset = compact(p.permute(2, 1, 0, 3)) @ compact(by_head)
     return result + select_relative(by_offset)
 
 
@@ -116,9 +118,7 @@ def masked_scores(
 
 def masked(scores: Tensor, mask: Tensor) -> Tensor:
     """The scores, -1000 where the mask, which broadcasts to them, is True."""
-    if torch.compiler.is_compiling():  # tensors of one shape need no order of strides, which torch.export cannot prove
-        mask = mask.expand(scores.shape).contiguous()
-    return scores.masked_fill(mask, MASKED_SCORE)
+    return fill(scores, mask, MASKED_SCORE)
 
 
 def softmax_rows(*args: Tensor | int | None) -> Tensor:

@@ -15,7 +15,7 @@ from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import native, reference
 from zipformer_kernels.ops.attention.kept import Piece, average, make
 from zipformer_kernels.ops.shapes import as_mask
-from zipformer_kernels.ops.sizes import split_last
+from zipformer_kernels.ops.sizes import compact, split_last
 
 
 @dataclass(frozen=True)
@@ -290,7 +290,7 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 def merge_heads(x: Tensor) -> Tensor:
     """From (heads, B, frames, channels) to (frames, B, heads * channels)."""
-    return x.permute(2, 1, 0, 3).flatten(2)
+    return compact(x.permute(2, 1, 0, 3)).flatten(2)
 
 
 def aggregate(weights: AttentionWeights | Tensor, values: Tensor) -> Tensor:
@@ -307,7 +307,7 @@ def aggregate(weights: AttentionWeights | Tensor, values: Tensor) -> Tensor:
     if isinstance(weights, AttentionWeights):
         return weights.aggregate(values)
     _check_values(weights.shape, values)
-    return merge_heads(weights @ split_heads(values, weights.shape[0]))
+    return merge_heads(weights @ compact(split_heads(values, weights.shape[0])))
 
 
 def constant_attention(weights: AttentionWeights | Tensor) -> AttentionWeights | Tensor:

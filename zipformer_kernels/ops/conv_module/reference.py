@@ -11,7 +11,7 @@ from torch import Tensor
 
 from zipformer_kernels.call import being_traced
 from zipformer_kernels.library import Launchers
-from zipformer_kernels.ops.sizes import first, smaller
+from zipformer_kernels.ops.sizes import compact, fill, first
 from zipformer_kernels.ops.swoosh.reference import swoosh
 
 
@@ -32,18 +32,18 @@ def conv_module(
         return (a * torch.sigmoid(s)).to(dtype)
     x = (a * torch.sigmoid(s)).permute(1, 2, 0).to(dtype)
     if padding is not None:
-        x = x.masked_fill(padding.unsqueeze(1), 0.0)
+        x = fill(x, padding.unsqueeze(1), 0.0)
     weight, bias, causal_weight, causal_bias, edge_scale = (
         None if p is None else p.to(dtype) for p in (weight, bias, causal_weight, causal_bias, edge_scale)
     )
     if causal_weight is None:
-        y = F.conv1d(x, weight, bias, padding=weight.shape[2] // 2, groups=weight.shape[0])
+        y = F.conv1d(x, weight, bias, padding="same", groups=weight.shape[0])
     else:
-        channels, _, kernel = weight.shape
+        channels = weight.shape[0]
         past = partial(F.conv1d, weight=causal_weight, bias=causal_bias, groups=channels)
-        within = partial(F.conv1d, weight=weight, bias=bias, padding=kernel // 2, groups=channels)
+        within = partial(F.conv1d, weight=weight, bias=bias, padding="same", groups=channels)
         y = chunk_convolution(x, past, within, edge_scale, chunk_size)
-    return y.permute(2, 0, 1).contiguous()
+    return compact(y.permute(2, 0, 1))
 
 
 def chunk_convolution(
@@ -68,10 +68,10 @@ def chunk_convolution(
         return within(x) * chunk_factors(edge_scale, frames, frames) + causal
     chunks = (frames + chunk_size - 1) // chunk_size
     filled = first(F.pad(x, (0, chunk_size - 1)), chunks * chunk_size, dim=2)
-    apart = filled.reshape(batch, channels, chunks, chunk_size).transpose(1, 2)
+    apart = compact(filled.reshape(batch, channels, chunks, chunk_size).transpose(1, 2))
     scaled = within(apart.reshape(batch * chunks, channels, chunk_size))
-    scaled = scaled * chunk_factors(edge_scale, chunk_size, smaller(chunk_size, frames))
-    joined = scaled.reshape(batch, chunks, channels, chunk_size).transpose(1, 2)
+    scaled = scaled * chunk_factors(edge_scale, chunk_size, frames)
+    joined = compact(scaled.reshape(batch, chunks, channels, chunk_size).transpose(1, 2))
     return first(joined.reshape(batch, channels, chunks * chunk_size), frames, dim=2) + causal
 
 
@@ -80,14 +80,16 @@ def chunk_factors(edge_scale: Tensor, places: int, frames: int) -> Tensor:
 
     Args:
         edge_scale: (2, channels, K), corrections to 1 from the left edge on, and up to the right edge.
-        places: how many to give; what comes after the chunk means nothing.
-        frames: of the chunk.
+        places: how many to give: as many as a chunk has frames.
+        frames: of the sequence. A chunk that it does not fill ends where it ends; what comes after means nothing.
     """
     beyond = edge_scale.shape[2] + 1
     left, right = F.pad(edge_scale, (1, 1)).unbind()  # no correction further away than K frames
     place = torch.arange(places, device=edge_scale.device)
     from_left = left.index_select(1, (place + 1).clamp(max=beyond))
-    return 1.0 + (from_left + right.index_select(1, (place + (beyond - frames)).clamp(0, beyond)))
+    # The smaller of two sizes is taken of tensors: recorded as a size it may be settled by the example.
+    from_end = torch.maximum(place - places, place - frames)
+    return 1.0 + (from_left + right.index_select(1, (from_end + beyond).clamp(0, beyond)))
 
 
 def infer(
@@ -109,7 +111,7 @@ def infer(
         return swoosh(conv_module(a, s, *parameters, padding, chunk_size, x.dtype), "r"), x.new_empty(0)
     gated = (a * torch.sigmoid(s)).permute(1, 2, 0)
     if padding is not None:
-        gated = gated.masked_fill(padding.unsqueeze(1), 0.0)
+        gated = fill(gated, padding.unsqueeze(1), 0.0)
     joined = torch.cat([left, gated], dim=2)
     y = chunk_with_context(gated, joined, *parameters) if gated.numel() > 0 else gated
     return swoosh(y.permute(2, 0, 1), "r"), joined.narrow(2, gated.shape[2], left.shape[2])
@@ -125,8 +127,8 @@ def chunk_with_context(
     edge_scale: Tensor,
 ) -> Tensor:
     """The two convolutions of one chunk x, (batch, channels, T), the causal one over `joined`: left context and x."""
-    channels, _, kernel = weight.shape
-    within = F.conv1d(x, weight, bias, padding=kernel // 2, groups=channels) * chunk_factors(
+    channels = weight.shape[0]
+    within = F.conv1d(x, weight, bias, padding="same", groups=channels) * chunk_factors(
         edge_scale, x.shape[2], x.shape[2]
     )
     return within + F.conv1d(joined, causal_weight, causal_bias, groups=channels)
