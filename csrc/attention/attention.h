@@ -19,7 +19,7 @@ struct AttentionRows {
 // targets + sources - 1 "frames"; their sequence stride is 0 where all sequences share them.
 struct AttentionWeights {
   AttentionRows q, k, p, e;
-  void* softmax;  // (heads, sequences, targets) of SoftmaxRow
+  void* softmax;           // (heads, sequences, targets) of SoftmaxRow
   const uint8_t* padding;  // (sequences, sources), nonzero where masked; or null
   const uint8_t* mask;     // (targets, sources) of these strides, nonzero where masked; or null
   int64_t mask_frame, mask_sequence;

@@ -45,7 +45,8 @@ void bind_attention(pybind11::module_& m) {
       "attention_forward_cpu",
       [](const Scores& scores, uintptr_t softmax, const Masks& masks, const Sizes& sizes, int dtype, const Rows& v,
          uintptr_t out, int64_t channels, int threads) {
-        attention_forward_cpu({weights(scores, softmax, masks, sizes, dtype, threads), rows(v), pointer(out), channels});
+        attention_forward_cpu(
+            {weights(scores, softmax, masks, sizes, dtype, threads), rows(v), pointer(out), channels});
       },
       release_gil());
   m.def(

@@ -142,9 +142,7 @@ class Scores {
 
   int64_t sequence_of(int64_t pair) const { return pair % args.sequences; }
   int64_t head_of(int64_t pair) const { return pair / args.sequences; }
-  SoftmaxRow<W>* softmax(int64_t pair) const {
-    return static_cast<SoftmaxRow<W>*>(args.softmax) + pair * args.targets;
-  }
+  SoftmaxRow<W>* softmax(int64_t pair) const { return static_cast<SoftmaxRow<W>*>(args.softmax) + pair * args.targets; }
 
   // So many threads that each has some 50 us of work.
   int threads_for(int64_t elements) const { return elements < (1 << 16) ? 1 : args.threads; }
