@@ -6,6 +6,7 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from zipformer_kernels.module import Module
 from zipformer_kernels.modules.attention import given_mask
@@ -55,7 +56,7 @@ class ZipformerEncoder(Module):
         if not 0 <= warmup_begin <= warmup_end:
             raise ValueError(f"wanted 0 <= warmup_begin <= warmup_end, got {warmup_begin} and {warmup_end}")
         self.encoder_pos = CompactRelPositionalEncoding(pos_dim, dropout_rate=0.15, length_factor=1.0)
-        self.layers = nn.ModuleList([copy.deepcopy(encoder_layer) for _ in range(num_layers)])
+        self.layers = nn.ModuleList([_copy(encoder_layer) for _ in range(num_layers)])
         self.num_layers = num_layers
 
         delta = (1.0 / num_layers) * (warmup_end - warmup_begin)
@@ -220,3 +221,8 @@ def _bypass_repeated(src: Tensor, output: Tensor, scale: Tensor, factor: int) ->
     if split < src.shape[0]:
         torch.lerp(src[split:], output[whole], scale, out=result[split:])
     return result
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A deep copy, but for the modes that it is made under: fake tensors hold theirs, and a copied one is another."""
+    return copy.deepcopy(module, {id(mode): mode for mode in _get_current_dispatch_mode_stack()})
