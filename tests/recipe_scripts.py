@@ -6,12 +6,13 @@ import os
 import sys
 import tempfile
 
+import pytest
 import recipes
 import torch
 from tolerances import PARITY, assert_parity
 
 import zipformer_kernels
-from zipformer_kernels import convert, optim, scaling
+from zipformer_kernels import convert, optim, revert, scaling
 
 FOLDER = "egs/librispeech/ASR/zipformer"
 CAUSAL = {"causal": True, "chunk_size": "16", "left_context_frames": "64"}
@@ -114,6 +115,35 @@ def export(recipe):
     agree(recipe, run)
 
 
+def export_jit(recipe):
+    """export.py --jit 1 on models that were converted: torch.jit.script is refused until they are reverted."""
+    with on_ours(recipe, optim=optim):
+        train, script = (importlib.import_module(name) for name in ("train", "export"))
+        wrappers = {script.EncoderModel: {}, script.StreamingEncoderModel: CAUSAL}
+        for wrapper, kind in wrappers.items():
+            model = train.get_model(parameters(train, **kind)).eval()
+            x, lengths = torch.randn(2, 45, 80), torch.tensor([45, 45])
+            states = []
+            if kind:
+                states = [wrapper(model.encoder, model.encoder_embed).get_init_states(2)]
+            convert(model)
+            script.convert_scaled_to_non_scaled(model, inplace=True)
+            forward = type(model).forward
+            type(model).forward = torch.jit.ignore(forward)
+            try:
+                model.encoder = wrapper(model.encoder, model.encoder_embed)
+                with pytest.raises(NotImplementedError, match="revert"):
+                    torch.jit.script(model)
+                with torch.no_grad():
+                    expected = model.encoder(x, lengths, *states)[0]
+                    revert(model)
+                    script.convert_scaled_to_non_scaled(model, inplace=True)  # it knows the recipe's classes only
+                    actual = torch.jit.script(model).encoder(x, lengths, *states)[0]
+            finally:
+                type(model).forward = forward
+            assert_parity(actual, expected, PARITY[torch.float32], wrapper.__name__)
+
+
 def streaming_decode(recipe):
     """streaming_decode.py's batches of streams that began apart: their states stacked, and taken apart again."""
 
@@ -140,5 +170,6 @@ SCRIPTS = {
     "train.py, model.py": model,
     "converted": converted,
     "export.py": export,
+    "export.py --jit 1": export_jit,
     "streaming_decode.py": streaming_decode,
 }
