@@ -5,6 +5,7 @@ import importlib
 import os
 import sys
 import tempfile
+from unittest import mock
 
 import pytest
 import recipes
@@ -23,7 +24,8 @@ OURS = {"scaling": scaling, "subsampling": zipformer_kernels, "zipformer": zipfo
 def on_ours(recipe, **replaced):
     """Within the block the recipe's files import ours in place of the modules named, in a folder they may write to."""
     before = os.getcwd()
-    with recipes.importing(recipe.folder, recipe.checkout), tempfile.TemporaryDirectory() as folder:
+    once = mock.patch.object(torch, "set_num_interop_threads")  # train.py's call, of which a process may have only one
+    with once, recipes.importing(recipe.folder, recipe.checkout), tempfile.TemporaryDirectory() as folder:
         sys.modules.update(replaced or OURS)
         os.chdir(folder)
         try:
@@ -73,7 +75,7 @@ def model(recipe):
 
 def converted(recipe):
     """A converted encoder is an ``EncoderInterface`` still."""
-    with on_ours(recipe, scaling=importlib.import_module("zipformer_kernels.scaling")):
+    with on_ours(recipe, optim=optim):
         train = importlib.import_module("train")
         params = parameters(train)
         encoder = train.get_encoder_model(params)

@@ -161,9 +161,18 @@ def importing(*folders, fused=False):
         sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if name.split(".")[0] in (*NAMES, "k2")]:
             del sys.modules[name]
+        # The recipe's scripts keep what they imported: who comes next must import them anew.
+        for name in [name for name, module in sys.modules.items() if _lies_in(module, folders)]:
+            del sys.modules[name]
         for name in [name for name, module in sys.modules.items() if isinstance(module, _Stub)]:
             del sys.modules[name]
         sys.modules.update(before)
+
+
+def _lies_in(module, folders):
+    """Whether a module was loaded from a file somewhere in these folders."""
+    file = getattr(module, "__file__", None)
+    return isinstance(file, str) and any(Path(file).is_relative_to(folder) for folder in folders)
 
 
 @contextlib.contextmanager
