@@ -328,7 +328,9 @@ def test_weights_computed_again_are_as_exact_as_eagers(lane, size):
         ours = run(torch.float32, lane.device, lane.backend)
     expected, eager = run(torch.float64), run(torch.float32)
     for name, actual, other, wanted in zip(("out", *"qkpev"), ours, eager, expected, strict=True):
-        assert relative(actual, wanted) <= 1.3 * relative(other, wanted), name
+        # At most 1.1 times on any instruction set, and 1.4 where compilers optimise less and sums run in another order.
+        # With one rounded log-sum-exp, `out` was 2.2 to 7.8 times off.
+        assert relative(actual, wanted) <= 2 * relative(other, wanted), name
 
 
 @pytest.mark.parametrize("lane", lanes(OP))
