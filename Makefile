@@ -14,6 +14,8 @@ COMPILED := $(VENV)/.compiled
 SOURCES := $(shell find csrc -type f -not -name '*.pyc')
 EDITABLE := $(BIN)/pip install -q --no-build-isolation --no-warn-conflicts --editable
 
+unexport PYTHONDONTWRITEBYTECODE # tests start hundreds of processes, and torch compiled anew takes each of them seconds
+
 MAKEFLAGS += -j2 # while packages come over the network, kernels are compiled
 
 .DEFAULT_GOAL := help

@@ -42,8 +42,8 @@ class BuildNative(build_ext):
 
     def build_extension(self, extension: Extension) -> None:
         output = Path(self.get_ext_fullpath(extension.name)).resolve()
-        # Editable installs build in a temporary folder; in place, objects are kept, to compile only what changed.
-        work = ROOT / "build" / "objects" if self.inplace else Path(self.build_temp).resolve()
+        # An editable install keeps its objects, to compile only what changed. (`inplace` is 0 while it is built.)
+        work = ROOT / "build" / "objects" if self.editable_mode else Path(self.build_temp).resolve()
         native.build(output, work, cuda=targets, verbose=True)
 
 

@@ -1,22 +1,18 @@
 // The compiled module zipformer_kernels._native. It links no torch library: pointers, sizes and streams are integers.
-#include <pybind11/pybind11.h>
-
-#include <string>
-
+#include "attention/bind.h"
+#include "balancer/bind.h"
+#include "bias_norm/bind.h"
+#include "bypass/bind.h"
+#include "common/bind.h"
 #include "common/isa.h"
+#include "conv_module/bind.h"
+#include "depthwise_conv2d/bind.h"
+#include "nonlin_attention/bind.h"
+#include "scaled_adam/bind.h"
+#include "swoosh/bind.h"
+#include "swoosh_linear/bind.h"
 
 namespace zk {
-
-void bind_attention(pybind11::module_& m);
-void bind_balancer(pybind11::module_& m);
-void bind_bias_norm(pybind11::module_& m);
-void bind_bypass(pybind11::module_& m);
-void bind_conv_module(pybind11::module_& m);
-void bind_depthwise_conv2d(pybind11::module_& m);
-void bind_nonlin_attention(pybind11::module_& m);
-void bind_scaled_adam(pybind11::module_& m);
-void bind_swoosh(pybind11::module_& m);
-void bind_swoosh_linear(pybind11::module_& m);
 
 static const char* const isa_names[] = {"baseline", "avx2", "avx512"};
 

@@ -1,4 +1,6 @@
 // Python's entry points to the ScaledAdam kernels; zipformer_kernels/ops/scaled_adam/native.py calls them.
+#pragma once
+
 #include "common/bind.h"
 #include "scaled_adam/scaled_adam.h"
 
@@ -25,7 +27,7 @@ static AdamStep<Real> step_args(uintptr_t tensors, int64_t tensor_count, uintptr
           threads};
 }
 
-void bind_scaled_adam(pybind11::module_& m) {
+inline void bind_scaled_adam(pybind11::module_& m) {
   m.def("scaled_adam_chunk", [](uintptr_t tensors, int64_t count, int64_t chunk_elements, int64_t index) {
     AdamChunk chunk = adam_chunk(static_cast<const AdamTensor*>(pointer(tensors)), count, chunk_elements, index);
     return pybind11::make_tuple(chunk.tensor, chunk.begin, chunk.end);

@@ -1,15 +1,12 @@
 // Python's entry points to the Balancer's kernels; zipformer_kernels/training/balancer_native.py calls them.
+#pragma once
+
 #include "balancer/balancer.h"
-
-#include <pybind11/stl.h>
-
-#include <array>
-
 #include "common/bind.h"
 
 namespace zk {
 
-void bind_balancer(pybind11::module_& m) {
+inline void bind_balancer(pybind11::module_& m) {
   m.def(
       "balancer_moments_cpu",
       [](uintptr_t x, uintptr_t mean, uintptr_t variance, uintptr_t partials, int64_t rows, int64_t channels,

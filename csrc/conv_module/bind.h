@@ -1,8 +1,5 @@
 // Python's entry points to the kernels of conv_module; zipformer_kernels/ops/conv_module/native.py calls them.
-#include <pybind11/stl.h>
-
-#include <array>
-#include <memory>
+#pragma once
 
 #include "common/bind.h"
 #include "conv_module/conv_module.h"
@@ -10,12 +7,12 @@
 
 namespace zk {
 
-// Addresses of: a, s, padding, weight, bias, causal_weight, causal_bias, edge_scale.
-using Addresses = std::array<uintptr_t, 8>;
+// ConvAddresses of: a, s, padding, weight, bias, causal_weight, causal_bias, edge_scale.
+using ConvAddresses = std::array<uintptr_t, 8>;
 // frames, batch, channels, frame_stride, batch_stride, kernel, chunk.
-using Sizes = std::array<int64_t, 7>;
+using ConvSizes = std::array<int64_t, 7>;
 
-static ConvModuleInputs inputs(const Addresses& in, const Sizes& n, int x_dtype, int y_dtype, int threads) {
+static ConvModuleInputs inputs(const ConvAddresses& in, const ConvSizes& n, int x_dtype, int y_dtype, int threads) {
   return {pointer(in[0]), pointer(in[1]), static_cast<const uint8_t*>(pointer(in[2])),
           pointer(in[3]), pointer(in[4]), pointer(in[5]),
           pointer(in[6]), pointer(in[7]), {n[0], n[1], n[2], n[3], n[4], n[5], n[6]},
@@ -23,13 +20,13 @@ static ConvModuleInputs inputs(const Addresses& in, const Sizes& n, int x_dtype,
           nullptr,        nullptr};
 }
 
-static ConvModuleForward forward_args(const Addresses& in, uintptr_t y, const Sizes& sizes, int x_dtype, int y_dtype,
+static ConvModuleForward forward_args(const ConvAddresses& in, uintptr_t y, const ConvSizes& sizes, int x_dtype, int y_dtype,
                                       int threads) {
   return {inputs(in, sizes, x_dtype, y_dtype, threads), pointer(y), nullptr, false};
 }
 
-static ConvModuleForward infer_args(const Addresses& in, uintptr_t y, uintptr_t projection_bias, uintptr_t left,
-                                    uintptr_t next, const Sizes& sizes, int dtype, int threads) {
+static ConvModuleForward infer_args(const ConvAddresses& in, uintptr_t y, uintptr_t projection_bias, uintptr_t left,
+                                    uintptr_t next, const ConvSizes& sizes, int dtype, int threads) {
   ConvModuleForward args = forward_args(in, y, sizes, dtype, dtype, threads);
   args.in.projection_bias = pointer(projection_bias);
   args.in.left = pointer(left);
@@ -38,14 +35,14 @@ static ConvModuleForward infer_args(const Addresses& in, uintptr_t y, uintptr_t 
   return args;
 }
 
-static ConvModuleBackward backward_args(const Addresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds,
-                                        uintptr_t partials, int64_t parts, const Sizes& sizes, int x_dtype, int y_dtype,
+static ConvModuleBackward backward_args(const ConvAddresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds,
+                                        uintptr_t partials, int64_t parts, const ConvSizes& sizes, int x_dtype, int y_dtype,
                                         int threads) {
   return {
       inputs(in, sizes, x_dtype, y_dtype, threads), pointer(dy), pointer(da), pointer(ds), pointer(partials), parts};
 }
 
-// Addresses of: src, in_weight, out_weight, out_bias, y.
+// ConvAddresses of: src, in_weight, out_weight, out_bias, y.
 using Around = std::array<uintptr_t, 5>;
 
 // y = src + the whole module of src, for few rows: `middle` lacks its input and output.
@@ -64,24 +61,24 @@ static void stream(const Around& around, ConvModuleForward middle) {
               in.x_dtype, Activation::none, in.threads});
 }
 
-void bind_conv_module(pybind11::module_& m) {
+inline void bind_conv_module(pybind11::module_& m) {
   m.def(
       "conv_module_forward_cpu",
-      [](const Addresses& in, uintptr_t y, const Sizes& sizes, int x_dtype, int y_dtype, int threads) {
+      [](const ConvAddresses& in, uintptr_t y, const ConvSizes& sizes, int x_dtype, int y_dtype, int threads) {
         conv_module_forward_cpu(forward_args(in, y, sizes, x_dtype, y_dtype, threads));
       },
       release_gil());
   m.def(
       "conv_module_infer_cpu",
-      [](const Addresses& in, uintptr_t y, uintptr_t projection_bias, uintptr_t left, uintptr_t next,
-         const Sizes& sizes, int dtype, int threads) {
+      [](const ConvAddresses& in, uintptr_t y, uintptr_t projection_bias, uintptr_t left, uintptr_t next,
+         const ConvSizes& sizes, int dtype, int threads) {
         conv_module_forward_cpu(infer_args(in, y, projection_bias, left, next, sizes, dtype, threads));
       },
       release_gil());
   m.def(
       "conv_module_backward_cpu",
-      [](const Addresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds, uintptr_t partials, int64_t parts, int64_t step,
-         const Sizes& sizes, int x_dtype, int y_dtype, int threads) {
+      [](const ConvAddresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds, uintptr_t partials, int64_t parts, int64_t step,
+         const ConvSizes& sizes, int x_dtype, int y_dtype, int threads) {
         auto args = backward_args(in, dy, da, ds, partials, parts, sizes, x_dtype, y_dtype, threads);
         args.gradient_step = step;
         conv_module_backward_cpu(args);
@@ -89,18 +86,18 @@ void bind_conv_module(pybind11::module_& m) {
       release_gil());
   m.def(
       "conv_module_stream_cpu",
-      [](const Around& around, const Addresses& in, uintptr_t projection_bias, uintptr_t left, uintptr_t next,
-         const Sizes& sizes, int dtype,
+      [](const Around& around, const ConvAddresses& in, uintptr_t projection_bias, uintptr_t left, uintptr_t next,
+         const ConvSizes& sizes, int dtype,
          int threads) { stream(around, infer_args(in, 0, projection_bias, left, next, sizes, dtype, threads)); },
       release_gil());
 #if ZK_WITH_CUDA
   m.def("conv_module_forward_cuda",
-        [](const Addresses& in, uintptr_t y, const Sizes& sizes, int x_dtype, int y_dtype, uintptr_t stream) {
+        [](const ConvAddresses& in, uintptr_t y, const ConvSizes& sizes, int x_dtype, int y_dtype, uintptr_t stream) {
           conv_module_forward_cuda(forward_args(in, y, sizes, x_dtype, y_dtype, 0), pointer(stream));
         });
   m.def("conv_module_backward_cuda",
-        [](const Addresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds, uintptr_t partials, int64_t parts,
-           const Sizes& sizes, int x_dtype, int y_dtype, uintptr_t stream) {
+        [](const ConvAddresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds, uintptr_t partials, int64_t parts,
+           const ConvSizes& sizes, int x_dtype, int y_dtype, uintptr_t stream) {
           conv_module_backward_cuda(backward_args(in, dy, da, ds, partials, parts, sizes, x_dtype, y_dtype, 0),
                                     pointer(stream));
         });

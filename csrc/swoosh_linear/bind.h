@@ -1,5 +1,5 @@
 // Python's entry points to swoosh_linear's kernels; zipformer_kernels/ops/swoosh_linear/native.py calls them.
-#include <memory>
+#pragma once
 
 #include "common/bind.h"
 #include "linear/linear.h"
@@ -20,7 +20,7 @@ static SwooshLinearBackward backward_args(uintptr_t da, uintptr_t x, uintptr_t m
           DType(x_dtype), DType(a_dtype), SwooshKind(kind), threads};
 }
 
-void bind_swoosh_linear(pybind11::module_& m) {
+inline void bind_swoosh_linear(pybind11::module_& m) {
   m.def(
       "swoosh_linear_forward_cpu",
       [](uintptr_t x, uintptr_t mask, uintptr_t a, int64_t outer, int64_t shared, int64_t inner, int x_dtype,

@@ -1,4 +1,6 @@
 // Python's entry points to the Swoosh kernels; zipformer_kernels/ops/swoosh/native.py calls them.
+#pragma once
+
 #include "common/bind.h"
 #include "swoosh/swoosh.h"
 
@@ -13,7 +15,7 @@ static SwooshBackward backward_args(uintptr_t dy, uintptr_t x, uintptr_t dx, int
   return {pointer(dy), pointer(x), pointer(dx), n, DType(dtype), SwooshKind(kind), threads};
 }
 
-void bind_swoosh(pybind11::module_& m) {
+inline void bind_swoosh(pybind11::module_& m) {
   m.def(
       "swoosh_forward_cpu",
       [](uintptr_t x, uintptr_t y, int64_t n, int dtype, int kind, int threads) {

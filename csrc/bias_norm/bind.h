@@ -1,6 +1,8 @@
 // Python's entry points to the BiasNorm kernels; zipformer_kernels/ops/bias_norm/native.py calls them.
-#include "common/bind.h"
+#pragma once
+
 #include "bias_norm/bias_norm.h"
+#include "common/bind.h"
 
 namespace zk {
 
@@ -20,7 +22,7 @@ static BiasNormBackward backward_args(uintptr_t dy, uintptr_t x, uintptr_t bias,
           channels,    parts,          DType(x_dtype),      DType(y_dtype),     threads};
 }
 
-void bind_bias_norm(pybind11::module_& m) {
+inline void bind_bias_norm(pybind11::module_& m) {
   m.def(
       "bias_norm_forward_cpu",
       [](uintptr_t x, uintptr_t bias, uintptr_t log_scale, uintptr_t y, uintptr_t inverse_rms, int64_t rows,

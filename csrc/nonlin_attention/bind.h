@@ -1,20 +1,17 @@
 // Python's entry points to the gates of NonlinAttention; infer.py and kept.py in zipformer_kernels/ops/nonlin_attention
 // call them.
-#include <pybind11/stl.h>
-
-#include <array>
-
-#include "nonlin_attention/nonlin_attention.h"
+#pragma once
 
 #include "common/bind.h"
+#include "nonlin_attention/nonlin_attention.h"
 
 namespace zk {
 
-using Rows = std::array<int64_t, 3>;  // address, strides of frames and sequences
+using Strided = std::array<int64_t, 3>;  // address, strides of frames and sequences
 
-static NonlinRows rows(const Rows& x) { return {pointer(x[0]), x[1], x[2]}; }
+static NonlinRows strided(const Strided& x) { return {pointer(x[0]), x[1], x[2]}; }
 
-void bind_nonlin_attention(pybind11::module_& m) {
+inline void bind_nonlin_attention(pybind11::module_& m) {
   m.def(
       "nonlin_attention_open_cpu",
       [](uintptr_t projected, uintptr_t bias, uintptr_t values, int64_t frames, int64_t sequences, int64_t channels,
@@ -34,10 +31,10 @@ void bind_nonlin_attention(pybind11::module_& m) {
       release_gil());
   m.def(
       "nonlin_attention_open_backward_cpu",
-      [](uintptr_t projected, const Rows& dvalues, uintptr_t dprojected, int64_t frames, int64_t sequences,
+      [](uintptr_t projected, const Strided& dvalues, uintptr_t dprojected, int64_t frames, int64_t sequences,
          int64_t channels, int dtype, int threads) {
         nonlin_attention_open_backward_cpu({pointer(projected),
-                                            rows(dvalues),
+                                            strided(dvalues),
                                             {},
                                             {},
                                             pointer(dprojected),
@@ -50,9 +47,9 @@ void bind_nonlin_attention(pybind11::module_& m) {
       release_gil());
   m.def(
       "nonlin_attention_close_backward_cpu",
-      [](uintptr_t projected, const Rows& grad, const Rows& average, const Rows& inner, uintptr_t dprojected,
+      [](uintptr_t projected, const Strided& grad, const Strided& average, const Strided& inner, uintptr_t dprojected,
          int64_t frames, int64_t sequences, int64_t channels, int dtype, int threads) {
-        nonlin_attention_close_backward_cpu({pointer(projected), rows(grad), rows(average), rows(inner),
+        nonlin_attention_close_backward_cpu({pointer(projected), strided(grad), strided(average), strided(inner),
                                              pointer(dprojected), frames, sequences, channels, DType(dtype), threads});
       },
       release_gil());

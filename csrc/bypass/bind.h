@@ -1,11 +1,12 @@
 // Python's entry points to the bypass kernels; zipformer_kernels/ops/bypass/native.py calls them.
-#include "bypass/bypass.h"
+#pragma once
 
+#include "bypass/bypass.h"
 #include "common/bind.h"
 
 namespace zk {
 
-void bind_bypass(pybind11::module_& m) {
+inline void bind_bypass(pybind11::module_& m) {
   m.def(
       "bypass_forward_cpu",
       [](uintptr_t a, uintptr_t b, uintptr_t c, uintptr_t y, int64_t rows, int64_t channels, int dtype, int threads) {
