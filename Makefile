@@ -37,7 +37,7 @@ $(BUILT): $(PACKAGES) $(SOURCES) setup.py
 
 $(TOOLS): $(BUILT)
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install -q --no-compile $(TRITON)
-	$(BIN)/pip install -q --no-deps zipformer==0.1.3 torchao==0.18.0
+	$(BIN)/pip install -q --no-deps zipformer==0.1.3 torchao==0.18.0 accelerate==1.15.0
 	$(EDITABLE) '.[test,bench,lint]'
 	touch $@
 

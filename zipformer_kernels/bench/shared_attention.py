@@ -48,7 +48,7 @@ class Attentions(nn.Module):
         self.attention = bare(modules.SelfAttention(1, 1, 1), "in_proj", "out_proj", "whiten")
 
     def forward(self, x: Tensor, positions: Tensor, parts: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        w = self.weights(x, positions)
+        w = getattr(self.weights, "handle", self.weights)(x, positions)  # upstream's has no handles
         return torch.cat([self.nonlin(parts, w[0:1]), self.attention(first, w), self.attention(second, w)], dim=2)
 
 

@@ -12,7 +12,7 @@ from zipformer_kernels.joint import split
 from zipformer_kernels.launch import few_rows
 from zipformer_kernels.module import Module
 from zipformer_kernels.modules.inference import add_product
-from zipformer_kernels.modules.plain import has_backward_hooks, made_of
+from zipformer_kernels.modules.plain import made_of
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import average_chunk, check_cache, join_cache
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, aggregate
@@ -38,6 +38,7 @@ def given_mask(
 POS_EMB_SKIP_RATE = ScheduledFloat((0.0, 0.5), (4000.0, 0.0))
 
 
+@made_of()  # `handle` calls all parts
 class RelPositionMultiheadAttentionWeights(Module):
     """Multi-head attention weights with relative positions, W = softmax(s), for several modules to share.
 
@@ -105,7 +106,7 @@ class RelPositionMultiheadAttentionWeights(Module):
         pos_emb: Tensor,
         key_padding_mask: Tensor | None = None,
         attn_mask: Tensor | ChunkMask | None = None,
-    ) -> AttentionWeights | Tensor:
+    ) -> Tensor:
         """The attention weights among the frames of x.
 
         Args:
@@ -116,8 +117,22 @@ class RelPositionMultiheadAttentionWeights(Module):
                 (column); or the rule of such a mask.
 
         Returns:
-            (heads, batch, T, T): target, then source. A handle that aggregates values; the tensor itself, which
-            its `materialize` makes, where there is dropout on the weights, or a hook that wants their gradient.
+            (heads, batch, T, T): target, then source.
+        """
+        weights = self.handle(x, pos_emb, key_padding_mask, attn_mask)
+        return weights if isinstance(weights, Tensor) else weights.materialize()
+
+    def handle(
+        self,
+        x: Tensor,
+        pos_emb: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | ChunkMask | None = None,
+    ) -> AttentionWeights | Tensor:
+        """The weights as a handle that averages values; the tensor itself where there is dropout on the weights.
+
+        It takes the arguments of `forward`, and the place of a call where nobody has wrapped the module: wrappers, such
+        as FSDP's and those that recompute, look for tensors in what a module returns.
         """
         q, k, p = self._project(x)
         q = self.copy_query(q)
@@ -134,7 +149,7 @@ class RelPositionMultiheadAttentionWeights(Module):
         logging_draw(0.001)
         if self.training and self.dropout > 0.0:
             return F.dropout(weights.materialize(), p=self.dropout)
-        return weights.materialize() if has_backward_hooks(self) else weights
+        return weights
 
     def streaming_forward(
         self,

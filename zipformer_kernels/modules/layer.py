@@ -18,7 +18,7 @@ from zipformer_kernels.modules.convolution import ConvolutionModule
 from zipformer_kernels.modules.feedforward import FeedforwardModule
 from zipformer_kernels.modules.inference import only_computes
 from zipformer_kernels.modules.nonlin_attention import NonlinAttention
-from zipformer_kernels.modules.plain import NONE, Way, made_of, plain_parts
+from zipformer_kernels.modules.plain import NONE, Way, made_of, plain_module, plain_parts
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, constant_attention
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
 from zipformer_kernels.training.randomness import happens, keeps_all, number
@@ -214,7 +214,9 @@ class ZipformerEncoderLayer(Module):
         src_orig = src
         # A rate is read before its module runs, so that numbers are drawn in upstream's order.
         attention_skip_rate = self._rate(self.attention_skip_rate)
-        weights = self.self_attn_weights(
+        attention = self.self_attn_weights
+        plain = plain_module(attention, RelPositionMultiheadAttentionWeights)
+        weights = (attention.handle if plain else attention)(
             src, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=src_key_padding_mask
         )
         src = src if time_emb is None else src + time_emb

@@ -144,16 +144,6 @@ def matches(module: nn.Module, expected: Expected, way: int) -> bool:
     return True
 
 
-def has_backward_hooks(module: nn.Module) -> bool:
-    """Whether anyone wants to see the gradients of what a module returns, which then must be tensors."""
-    return bool(
-        module._backward_hooks
-        or module._backward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
-
-
 def sequential(*layers: Expected) -> Expected:
     """Expects an `nn.Sequential` of just these layers."""
 
