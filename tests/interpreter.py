@@ -1,5 +1,7 @@
 """Mends Triton's interpreter where it computes something else than a GPU would, and halves the time that it takes."""
 
+import dataclasses
+
 import numpy as np
 
 
@@ -42,16 +44,18 @@ def mend_bfloat16_rounding() -> None:
 def quicken() -> None:
     """Does once what the interpreter does again for every operation or call (triton 3.6); results stay the same.
 
-    It looks up all of Triton's language at every call of a function inside a kernel, and makes a new type, of a new
-    shape, for every tensor.
+    It looks up all of Triton's language at every call of a function inside a kernel, makes a new type, of a new shape,
+    for every tensor, and compares shapes number by number. And it looks for overflows of integers, only to drop what it
+    finds unless kernels are debugged.
     """
     import triton.language as tl
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     block_type, tensor, constexpr = tl.core.block_type, tl.core.tensor, tl.core.constexpr
     launch, make_type, make_tensor = interpreter.GridExecutor.__call__, block_type.__init__, tensor.__init__
-    in_numpy = interpreter._get_np_dtype
-    patched, types, shapes, dtypes = set(), {}, {}, {}
+    in_numpy, broadcast = interpreter._get_np_dtype, TritonSemantic.broadcast_impl_value
+    patched, types, blocks, shapes, dtypes = set(), {}, {}, {}, {}
 
     def begin_launch(self, *args, **kwargs):
         patched.clear()
@@ -66,11 +70,20 @@ def quicken() -> None:
     def new_type(self, element_ty, shape):
         if type(element_ty) is not tl.core.dtype:  # names of pointers do not tell them all apart
             return make_type(self, element_ty, shape)
-        key = element_ty.name, *(n.value if isinstance(n, constexpr) else n for n in shape)
+        numbers = shape.values if type(shape) is tl.core.tuple else shape
+        key = element_ty.name, *(n.value if isinstance(n, constexpr) else n for n in numbers)
         if key not in types:
             make_type(self, element_ty, shape)
             types[key] = dict(self.__dict__)
         self.__dict__.update(types[key])
+
+    def with_element_type(self, element_ty):
+        if type(element_ty) is not tl.core.dtype:
+            return block_type(element_ty, self.shape)
+        key = element_ty.name, *self.shape.values
+        if key not in blocks:
+            blocks[key] = block_type(element_ty, self.shape)
+        return blocks[key]
 
     def new_tensor(self, handle, type):
         key = tuple(type.shape) if type.is_block() else ()
@@ -88,7 +101,32 @@ def quicken() -> None:
             dtypes[dtype.name] = in_numpy(dtype)
         return dtypes[dtype.name]
 
+    def broadcast_both(self, *pair):
+        one, other = (x.type.shape.values if x.type.is_block() else None for x in pair)
+        if one == other:
+            return pair
+        if one is None or other is None:
+            block = pair[one is None].type
+            return tuple(splat(self, x, block.with_element_ty(x.type.scalar)) for x in pair)
+        if len(one) != len(other) or any(m != n and 1 not in (m, n) for m, n in zip(one, other, strict=True)):
+            return broadcast(self, *pair)
+        shape = [n if m == 1 else m for m, n in zip(one, other, strict=True)]
+        return tuple(grow(self, x, shape) for x in pair)
+
+    def splat(self, x, type):
+        return x if x.type.is_block() else self.tensor(self.builder.create_splat(type, x.handle), type)
+
+    def grow(self, x, shape):
+        if x.type.shape.values == shape:
+            return x
+        return self.tensor(self.builder.create_broadcast(x.handle, shape), block_type(x.type.scalar, shape))
+
     interpreter.GridExecutor.__call__ = begin_launch
     interpreter.InterpretedFunction.__call__ = call_function
     block_type.__init__, tensor.__init__ = new_type, new_tensor
+    block_type.with_element_ty = with_element_type
     interpreter._get_np_dtype = numpy_dtype
+    TritonSemantic.broadcast_impl_value = broadcast_both
+    options = interpreter.interpreter_builder.options
+    if not options.debug:
+        interpreter.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
