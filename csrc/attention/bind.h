@@ -33,22 +33,21 @@ inline void bind_attention(pybind11::module_& m) {
   using Scores = std::array<Rows, 4>;
   m.def(
       "attention_softmax_cpu",
-      [](const Scores& scores, uintptr_t softmax, const Masks& masks, const AttentionSizes& sizes, int dtype, int threads) {
-        attention_softmax_cpu(weights(scores, softmax, masks, sizes, dtype, threads));
-      },
+      [](const Scores& scores, uintptr_t softmax, const Masks& masks, const AttentionSizes& sizes, int dtype,
+         int threads) { attention_softmax_cpu(weights(scores, softmax, masks, sizes, dtype, threads)); },
       release_gil());
   m.def(
       "attention_forward_cpu",
-      [](const Scores& scores, uintptr_t softmax, const Masks& masks, const AttentionSizes& sizes, int dtype, const Rows& v,
-         uintptr_t out, int64_t channels, int threads) {
+      [](const Scores& scores, uintptr_t softmax, const Masks& masks, const AttentionSizes& sizes, int dtype,
+         const Rows& v, uintptr_t out, int64_t channels, int threads) {
         attention_forward_cpu(
             {weights(scores, softmax, masks, sizes, dtype, threads), rows(v), pointer(out), channels});
       },
       release_gil());
   m.def(
       "attention_backward_cpu",
-      [](const Scores& scores, uintptr_t softmax, const Masks& masks, const AttentionSizes& sizes, int dtype, const Use& use,
-         const std::array<Rows, 5>& gradients, double penalty, double limit, int threads) {
+      [](const Scores& scores, uintptr_t softmax, const Masks& masks, const AttentionSizes& sizes, int dtype,
+         const Use& use, const std::array<Rows, 5>& gradients, double penalty, double limit, int threads) {
         attention_backward_cpu({weights(scores, softmax, masks, sizes, dtype, threads), nullptr, nullptr, uses({use}),
                                 rows(gradients[0]), rows(gradients[1]), rows(gradients[2]), rows(gradients[3]),
                                 rows(gradients[4]), penalty, limit});

@@ -20,8 +20,8 @@ static ConvModuleInputs inputs(const ConvAddresses& in, const ConvSizes& n, int 
           nullptr,        nullptr};
 }
 
-static ConvModuleForward forward_args(const ConvAddresses& in, uintptr_t y, const ConvSizes& sizes, int x_dtype, int y_dtype,
-                                      int threads) {
+static ConvModuleForward forward_args(const ConvAddresses& in, uintptr_t y, const ConvSizes& sizes, int x_dtype,
+                                      int y_dtype, int threads) {
   return {inputs(in, sizes, x_dtype, y_dtype, threads), pointer(y), nullptr, false};
 }
 
@@ -36,8 +36,8 @@ static ConvModuleForward infer_args(const ConvAddresses& in, uintptr_t y, uintpt
 }
 
 static ConvModuleBackward backward_args(const ConvAddresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds,
-                                        uintptr_t partials, int64_t parts, const ConvSizes& sizes, int x_dtype, int y_dtype,
-                                        int threads) {
+                                        uintptr_t partials, int64_t parts, const ConvSizes& sizes, int x_dtype,
+                                        int y_dtype, int threads) {
   return {
       inputs(in, sizes, x_dtype, y_dtype, threads), pointer(dy), pointer(da), pointer(ds), pointer(partials), parts};
 }
@@ -77,8 +77,8 @@ inline void bind_conv_module(pybind11::module_& m) {
       release_gil());
   m.def(
       "conv_module_backward_cpu",
-      [](const ConvAddresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds, uintptr_t partials, int64_t parts, int64_t step,
-         const ConvSizes& sizes, int x_dtype, int y_dtype, int threads) {
+      [](const ConvAddresses& in, uintptr_t dy, uintptr_t da, uintptr_t ds, uintptr_t partials, int64_t parts,
+         int64_t step, const ConvSizes& sizes, int x_dtype, int y_dtype, int threads) {
         auto args = backward_args(in, dy, da, ds, partials, parts, sizes, x_dtype, y_dtype, threads);
         args.gradient_step = step;
         conv_module_backward_cpu(args);

@@ -6,8 +6,8 @@
 
 namespace zk {
 
-using Strides = std::array<int64_t, 3>;  // batch, frames, bins
-using ImageSizes = std::array<int64_t, 6>;    // batch, channels, frames, bins, kernel_frames, kernel_bins
+using Strides = std::array<int64_t, 3>;     // batch, frames, bins
+using ImageSizes = std::array<int64_t, 6>;  // batch, channels, frames, bins, kernel_frames, kernel_bins
 
 static Image image(uintptr_t data, const Strides& strides) {
   return {pointer(data), strides[0], strides[1], strides[2]};
