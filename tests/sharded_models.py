@@ -1,4 +1,4 @@
-"""Runs upstream's model and ours, wrapped alike by FSDP below the layers, on two gloo processes of this machine.
+"""Runs upstream's model and ours, wrapped alike by FSDP, on two gloo processes of this machine.
 
 ``python tests/sharded_models.py FILE`` forks them. Rank 0 writes what it got, by kind of wrapping, mode and side.
 """
@@ -24,7 +24,7 @@ PARTS = (
     *("RelPositionMultiheadAttentionWeights", "SelfAttention", "NonlinAttention", "FeedforwardModule"),
     *("ConvolutionModule", "ConvNeXt", "BypassModule"),
 )
-WRAPPED = {"leaves": LEAVES, "parts": PARTS}
+WRAPPED = {"leaves": LEAVES, "parts": PARTS, "layers": ("ZipformerEncoderLayer",)}
 
 
 def fsdp1(model, names, mesh):

@@ -1,5 +1,5 @@
-"""Weights that are brought when a module is called, and taken away after: FSDP below a layer, accelerate's offloading;
-and parts that are computed again.
+"""Weights that are brought when a module is called, and taken away after: FSDP around layers and their parts,
+accelerate's offloading; and parts that are computed again.
 
 Between calls a parameter is on device ``meta`` or has no memory, so a weight may be read only while its own module
 runs, and what brings it back for the backward pass must find tensors in what the module returned. Upstream's model is
@@ -43,7 +43,7 @@ def sharded(tmp_path_factory):
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no torch.distributed")
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_fsdp_below_a_layer(kind, mode, sharded):
+def test_fsdp_around_layers_and_their_parts(kind, mode, sharded):
     assert_alike(sharded[kind, mode, "ours"], sharded[kind, mode, "theirs"])
 
 
@@ -68,7 +68,7 @@ def pair(treat):
 @pytest.mark.parametrize("offload", [cpu_offload, disk_offload])
 def test_offloaded_by_accelerate(offload, graded, tmp_path):
     accelerate = pytest.importorskip("accelerate", reason="not installed: pip install --no-deps accelerate==1.15.0")
-    models = pair(lambda model: offload(model, str(tmp_path), accelerate))
+    models = pair(lambda model: offload(model, str(tmp_path / str(id(model))), accelerate))
     assert all(next(model.parameters()).is_meta for model in models.values())
     seed_all(1)
     args = upstream_models.batch()

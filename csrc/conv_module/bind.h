@@ -7,7 +7,7 @@
 
 namespace zk {
 
-// ConvAddresses of: a, s, padding, weight, bias, causal_weight, causal_bias, edge_scale.
+// Addresses of: a, s, padding, weight, bias, causal_weight, causal_bias, edge_scale.
 using ConvAddresses = std::array<uintptr_t, 8>;
 // frames, batch, channels, frame_stride, batch_stride, kernel, chunk.
 using ConvSizes = std::array<int64_t, 7>;
@@ -42,7 +42,7 @@ static ConvModuleBackward backward_args(const ConvAddresses& in, uintptr_t dy, u
       inputs(in, sizes, x_dtype, y_dtype, threads), pointer(dy), pointer(da), pointer(ds), pointer(partials), parts};
 }
 
-// ConvAddresses of: src, in_weight, out_weight, out_bias, y.
+// Addresses of: src, in_weight, out_weight, out_bias, y.
 using Around = std::array<uintptr_t, 5>;
 
 // y = src + the whole module of src, for few rows: `middle` lacks its input and output.
