@@ -27,7 +27,6 @@ def on_lane(request):
     with contextlib.ExitStack() as stack:
         if name is not None:
             stack.enter_context(Lane(name).active())
-            stack.enter_context(backend.use_backend(f"{name},eager"))
         yield
 
 

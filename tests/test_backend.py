@@ -10,10 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from lanes import Lane
 
 from zipformer_kernels import backend, explain, ops, swoosh_l, use_backend
 from zipformer_kernels.backend import BackendError
 from zipformer_kernels.library import gradient_hook
+from zipformer_kernels.ops.attention import AttentionWeights
 
 X = torch.zeros(4)
 needs_cpu = pytest.mark.skipif(backend.missing["cpu"] is not None, reason=str(backend.missing["cpu"]))
@@ -21,6 +23,11 @@ needs_cpu = pytest.mark.skipif(backend.missing["cpu"] is not None, reason=str(ba
 
 def selected(argument=None):
     return ops.get("swoosh").select(argument, X, "l")
+
+
+def on_its_choice(op, lane):
+    """The backend that an op's example gets where the surrounding choice decides."""
+    return ops.get(op).select(None, *ops.example(op, device=lane.device))
 
 
 @needs_cpu
@@ -99,6 +106,31 @@ def test_a_backend_that_is_asked_for_by_name_raises_with_the_reason():
         swoosh_l(X, backend="cuda")
     with use_backend("cuda"), pytest.raises(BackendError):
         swoosh_l(X)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_a_whole_model_runs_by_one_name(name):
+    """An op without kernels there runs on the next backend that has some; asked by itself, it says so."""
+    attention = {"triton": "triton", "cuda": "eager" if backend.missing["triton"] else "triton"}
+    lane = Lane(name)
+    args, scores = ops.example("bypass", device=lane.device), ops.example("attention", device=lane.device)[:4]
+    with lane.active():
+        assert on_its_choice("bypass", lane) == "eager"
+        assert on_its_choice("swoosh", lane) == name
+        assert on_its_choice("attention", lane) == AttentionWeights(*scores).backend == attention[name]
+        assert explain("bypass", *args).startswith(f"bypass: runs on 'eager' (asked for: '{name}')")
+        with pytest.raises(BackendError, match=f"bypass: backend '{name}' cannot serve .*: bypass has no {name} k"):
+            ops.get("bypass").select(name, *args)
+        double = torch.zeros(4, dtype=torch.float64, device=lane.device)
+        with pytest.raises(BackendError, match=f"swoosh: backend '{name}' cannot serve this call: it takes float32"):
+            swoosh_l(double)  # it has kernels, but none for this call
+
+
+def test_several_names_without_kernels_go_on_behind_the_last():
+    lane = Lane("triton")
+    args = ops.example("bypass", device=lane.device)
+    with lane.active(), Lane("cuda").active(), use_backend("cuda,triton"):
+        assert ops.get("bypass").select(None, *args) == "eager"
 
 
 @needs_cpu

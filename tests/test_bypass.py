@@ -1,12 +1,13 @@
 """The bypass on every lane against its float64 formula, what the op promises about torch, and the module on it."""
 
 import random
+from contextlib import nullcontext
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lanes import assert_reads_only_what_is_written, lanes
+from lanes import Lane, assert_reads_only_what_is_written, lanes
 from tolerances import assert_agrees, assert_rounded, relative_error, rounding
 
 from zipformer_kernels import backend, explain
@@ -250,20 +251,25 @@ def test_every_instruction_set_agrees():
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_mixed_dtypes_run_eagerly_as_torch_promotes_them(dtype):
+@pytest.mark.parametrize("lane", lanes(_op))
+def test_mixed_dtypes_promote(lane, dtype):
+    """As under autocast, which narrows src. Gradients have the dtypes of what they are of."""
     for dtypes in [(dtype, dtype, torch.float32), (dtype, torch.float32, dtype), (torch.float32, dtype, torch.float32)]:
-        args = [arg.detach().to(kind).requires_grad_() for arg, kind in zip(arguments(6, 2, 5), dtypes, strict=True)]
-        assert "bypass: runs on 'eager'" in explain("bypass", *args)
-        y, wanted = bypass(*args), formula(*args)
-        assert torch.equal(y, wanted)
-        assert y.dtype == wanted.dtype
-        grads, expected = (torch.autograd.grad(result, args, torch.ones_like(y)) for result in (y, wanted))
-        for grad, other in zip(grads, expected, strict=True):
-            assert grad.dtype == other.dtype
-            assert relative_error(grad, other) <= rounding(grad.dtype)
-        if not backend.missing["cpu"]:
-            with pytest.raises(backend.BackendError, match="it takes tensors of one dtype"):
-                bypass(*args, backend="cpu")
+        args = arguments(6, 2, 5, device=lane.device)
+        args = [arg.detach().to(kind).requires_grad_() for arg, kind in zip(args, dtypes, strict=True)]
+        with lane.active():
+            y, dy, grads = run(args)
+        assert y.dtype == torch.float32
+        if lane.backend == "eager":
+            assert torch.equal(y, formula(*args))
+        wide = [arg.detach().double().requires_grad_() for arg in args]
+        wanted = formula(*wide)
+        expected = [wanted, *torch.autograd.grad(wanted, wide, dy.double())]
+        for actual, other, arg in zip([y, *grads.values()], expected, [y, *args], strict=True):
+            assert actual.dtype == arg.dtype
+            # eager takes src - src_orig in their dtype
+            narrowest = min(dtypes, key=lambda kind: kind.itemsize) if lane.backend == "eager" else arg.dtype
+            assert relative_error(actual, other) <= rounding(narrowest, 12)
 
 
 def test_bad_input_is_named():
@@ -316,12 +322,13 @@ def test_module_mixes_as_the_formula_does(lane, training, rate):
 
 @pytest.mark.parametrize("request_", ["auto", "eager", "cpu", "triton", "cuda"])
 def test_module_runs_where_the_op_has_no_kernels(request_):
-    """On backends that have none, and on mixed dtypes, whose result stays what it was."""
-    made = module(0.4)
+    """On backends that have none, and on mixed dtypes."""
+    device = "cpu" if request_ == "auto" else Lane(request_).device
+    made = module(0.4).to(device)
     a, b = (arg.detach() for arg in arguments(7, 3, 24)[:2])
     for args in ((a, b), (a.bfloat16(), b), (a, b.bfloat16()), (a.bfloat16(), b.bfloat16())):
-        with backend.use_backend(request_):
-            assert made(*args).dtype == torch.float32
+        with nullcontext() if request_ == "auto" else Lane(request_).active():
+            assert made(*(arg.to(device) for arg in args)).dtype == torch.float32
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")

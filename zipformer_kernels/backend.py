@@ -10,6 +10,10 @@ A call chooses its backend once, before the op runs, from the first of these tha
 Where a name is asked for, several may stand, separated by commas, in order of preference: ``cuda,triton,eager``. If
 none of them can serve the call it raises `BackendError` with the reasons. ``auto`` never raises, and
 `zipformer_kernels.explain` tells what was passed over and why.
+
+The second and third way are meant for whole models, and few backends have kernels of every op. So an op that has none
+on any backend they name runs on the first behind the last name in `PREFERENCE` that serves the call: under
+``use_backend("cuda")`` attention runs on ``triton``. An op that has kernels there, but none for this call, raises.
 """
 
 from __future__ import annotations
@@ -29,6 +33,8 @@ from torch.compiler import is_compiling
 
 BACKENDS = ("eager", "cpu", "triton", "cuda")
 PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
+BEHIND = {name: order[i + 1 :] for order in PREFERENCE.values() for i, name in enumerate(order)}
+"""For each backend, those behind it in `PREFERENCE`."""
 
 
 class BackendError(RuntimeError):
@@ -62,6 +68,8 @@ _latest: str | None = None  # what the context asks for that entered or left a b
 @contextmanager
 def use_backend(request: str) -> Iterator[None]:
     """Within the block every op runs on the backend asked for, or raises `BackendError` where it cannot.
+
+    An op that has no kernels there at all runs on the next in `PREFERENCE`, so that a whole model runs by one name.
 
     The choice belongs to the context (`contextvars`): to this thread, or to this asyncio task and those that it starts.
     A block that ends takes its own choice away, whichever began last. A backward pass keeps the backend of its forward.

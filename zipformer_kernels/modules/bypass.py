@@ -7,7 +7,6 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.backend import requested
 from zipformer_kernels.module import Module
 from zipformer_kernels.modules.inference import only_computes
 from zipformer_kernels.modules.plain import made_of
@@ -51,7 +50,7 @@ class BypassModule(Module):
         """Both inputs and the result are (T, batch, embed_dim)."""
         if not self.training and only_computes(src, src_orig, self.bypass_scale):
             return torch.lerp(src_orig, src, self.bypass_scale)  # one pass in place of three
-        return bypass(src_orig, src, self._scale(src.shape[1]), backend=_backend())
+        return bypass(src_orig, src, self._scale(src.shape[1]))
 
     def write_over(self, src_orig: Tensor, src: Tensor) -> Tensor:
         """self(src_orig, src) in inference, in the place of src."""
@@ -72,9 +71,3 @@ class BypassModule(Module):
             straight = torch.rand((batch, 1), device=scale.device) < straight_through_rate
             scale = torch.maximum(scale, straight.to(scale.dtype))
         return scale
-
-
-def _backend() -> str:
-    """What is asked for, and eager where that has no bypass: a model runs on any backend by its name alone."""
-    request = requested()
-    return request if request == "auto" else f"{request},eager"

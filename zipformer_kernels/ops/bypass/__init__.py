@@ -37,8 +37,8 @@ def bypass(src_orig: Tensor, src: Tensor, scale: Tensor, *, backend: str | None 
         scale: (C,), or (B, C) with a scale for each sequence; of any floating-point dtype.
         backend: which backend to use; see `zipformer_kernels.backend`.
     Returns:
-        A tensor of the shape of src_orig and of the dtype that the three promote to. ``cpu`` takes tensors of one dtype
-        and computes half precision in float32; ``eager`` rounds after each operation.
+        A tensor of the shape of src_orig and of the dtype that the three promote to. ``cpu`` computes
+        half precision in float32; ``eager`` rounds after each operation.
     Raises:
         TypeError: an argument is not a floating-point tensor.
         ValueError: a shape or device does not fit.

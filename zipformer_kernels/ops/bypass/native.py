@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import reduce
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,7 @@ from zipformer_kernels.launch import (
     call_cpu,
     contiguous,
     pointer,
-    unsupported_dtypes,
+    unsupported_dtype,
 )
 from zipformer_kernels.library import Launchers
 
@@ -23,7 +25,7 @@ SHORTEST = 16
 
 
 def _forward(src_orig: Tensor, src: Tensor, scale: Tensor) -> tuple[Tensor]:
-    a, b, c = contiguous(src_orig, src, scale)
+    a, b, c = _alike(src_orig, src, scale)
     y = torch.empty_like(a)
     if y.numel() > 0:
         channels = c.numel()
@@ -35,8 +37,8 @@ def _forward(src_orig: Tensor, src: Tensor, scale: Tensor) -> tuple[Tensor]:
 def _backward(
     needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[()], src_orig: Tensor, src: Tensor, scale: Tensor
 ) -> tuple[Tensor | None, ...]:
-    g, c = contiguous(grads[0], scale)
-    a, b = contiguous(src_orig, src) if needs[2] else (None, None)
+    g, c = _alike(grads[0], scale)  # of the dtype that all promote to, which y has
+    a, b = (x.to(g.dtype) for x in contiguous(src_orig, src)) if needs[2] else (None, None)
     empty = g.numel() == 0
     da, db = (torch.empty_like(g) if need else None for need in needs[:2])
     dc = (torch.zeros_like if empty else torch.empty_like)(c) if needs[2] else None
@@ -49,9 +51,19 @@ def _backward(
         tensors = map(pointer, (g, a, b, c, da, db, dc, partials))
         call_cpu("bypass_backward", g, *tensors, rows, channels, parts, DTYPE_CODES[g.dtype])
     return tuple(
-        None if gradient is None else as_empty_like(gradient, x)
+        None if gradient is None else as_empty_like(gradient.to(x.dtype), x)
         for gradient, x in ((da, src_orig), (db, src), (dc, scale))
     )
 
 
-cpu = Launchers(lambda *tensors: unsupported_dtypes(tensors, CPU_DTYPES), _forward, _backward)
+def _alike(*tensors: Tensor) -> list[Tensor]:
+    """The tensors contiguous and in the dtype that they promote to: under autocast src is narrower than src_orig."""
+    dtype = reduce(torch.promote_types, (x.dtype for x in tensors))
+    return [x.to(dtype).contiguous() for x in tensors]
+
+
+def _unsupported(*tensors: Tensor) -> str | None:
+    return next(filter(None, (unsupported_dtype(x, CPU_DTYPES) for x in tensors)), None)
+
+
+cpu = Launchers(_unsupported, _forward, _backward)
