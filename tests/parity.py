@@ -55,7 +55,7 @@ def run(module, seed, args, kwargs=None):
 
     Returns:
         Everything to compare, by name: outputs, gradients of float inputs, gradients of parameters; and the
-        states of both random generators afterwards.
+        states of all random generators afterwards.
     """
     args = [a.detach().clone().requires_grad_() if torch.is_tensor(a) and a.is_floating_point() else a for a in args]
     seed_all(seed)
@@ -65,13 +65,20 @@ def run(module, seed, args, kwargs=None):
     outputs = [out.materialize() if isinstance(out, AttentionWeights) else out for out in outputs]
     floats = [out for out in outputs if out.is_floating_point() and out.requires_grad]
     generator = torch.Generator().manual_seed(seed)
-    grads = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype) for out in floats]
+    grads = [torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out) for out in floats]
     if floats:
         torch.autograd.backward(floats, grads)
     results = {f"output {i}": out.detach() for i, out in enumerate(outputs)}
     results |= {f"gradient of input {i}": a.grad for i, a in enumerate(args) if torch.is_tensor(a)}
     results |= {f"gradient of {name}": p.grad for name, p in module.named_parameters()}
-    return results, random.getstate(), torch.get_rng_state()
+    return results, generators()
+
+
+def generators():
+    """The states of all random generators: Python's, torch's, and each GPU's."""
+    states = {"Python's random": random.getstate(), "torch's generator": torch.get_rng_state().tolist()}
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return states | {f"GPU {i}'s generator": state.tolist() for i, state in enumerate(gpus)}
 
 
 def assert_same_run(ours, theirs, args, kwargs=None, *, seed=1, tolerance=None):
@@ -79,10 +86,10 @@ def assert_same_run(ours, theirs, args, kwargs=None, *, seed=1, tolerance=None):
     dtype = next(a.dtype for a in args if torch.is_tensor(a) and a.is_floating_point())
     tolerance = tolerance or PARITY[dtype]
     with upstream.wide() if dtype == torch.float64 else contextlib.nullcontext():
-        expected, their_random, their_torch = run(theirs, seed, args, kwargs)
-    actual, our_random, our_torch = run(ours, seed, args, kwargs)
+        expected, their_draws = run(theirs, seed, args, kwargs)
+    actual, our_draws = run(ours, seed, args, kwargs)
     assert actual.keys() == expected.keys()
     for name in expected:
         assert_parity(actual[name], expected[name], tolerance, name)
-    assert our_random == their_random, "Python's random was drawn from differently"
-    assert torch.equal(our_torch, their_torch), "torch's generator was drawn from differently"
+    for name, state in their_draws.items():
+        assert our_draws[name] == state, f"{name} was drawn from differently"

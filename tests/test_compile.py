@@ -5,12 +5,12 @@ import torch
 from parity import set_batch_count
 from small_layer import (  # noqa: F401
     CHANNELS,
-    PADDING,
     assert_close,
     compiled_lanes,
     fixture_of_inputs,
     fixture_of_layer,
     on_lane,
+    padding,
     run,
 )
 from tolerances import relative_error, rounding
@@ -25,8 +25,8 @@ def test_compile_in_eval(lane, layer, inputs):
     layer.eval()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        expected = layer(*inputs, src_key_padding_mask=PADDING)
-        assert_close({"output": compiled(*inputs, src_key_padding_mask=PADDING)}, {"output": expected})
+        expected = layer(*inputs, src_key_padding_mask=padding(inputs[0]))
+        assert_close({"output": compiled(*inputs, src_key_padding_mask=padding(inputs[0]))}, {"output": expected})
 
 
 @compiled_lanes
@@ -38,7 +38,7 @@ def test_compile_in_training(lane, layer, inputs):
             actual, expected = (run(f, layer, inputs, seed) for f in (compiled, layer))
             assert_close(actual[0], expected[0])
             assert actual[1] == expected[1]
-    assert not torch.equal(expected[0]["output"], layer.eval()(*inputs, src_key_padding_mask=PADDING))
+    assert not torch.equal(expected[0]["output"], layer.eval()(*inputs, src_key_padding_mask=padding(inputs[0])))
 
 
 @pytest.mark.parametrize("lane", ["cpu"])

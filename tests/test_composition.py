@@ -7,13 +7,13 @@ import torch
 from parity import seed_all
 from small_layer import (  # noqa: F401
     CHANNELS,
-    PADDING,
     all_lanes,
     assert_close,
     compiled_lanes,
     fixture_of_inputs,
     fixture_of_layer,
     on_lane,
+    padding,
     run,
 )
 from tolerances import assert_agrees, rounding
@@ -91,7 +91,7 @@ def test_checkpointing_needs_the_contexts(layer, inputs):
 def test_backward_twice(lane, layer, inputs):
     x = inputs[0].clone().requires_grad_()
     seed_all(0)
-    y = layer(x, inputs[1], src_key_padding_mask=PADDING)
+    y = layer(x, inputs[1], src_key_padding_mask=padding(inputs[0]))
     grad = torch.randn_like(y)
     y.backward(grad, retain_graph=True)
     once = {name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None}
@@ -109,7 +109,7 @@ def test_output_used_twice(lane, layer, inputs):
         grads = []
         for loss in (lambda y: y.sum() + y.square().sum(), lambda y: (y + y.square()).sum()):
             layer.zero_grad()
-            loss(layer(*inputs, src_key_padding_mask=PADDING)).backward()
+            loss(layer(*inputs, src_key_padding_mask=padding(inputs[0]))).backward()
             grads.append({name: p.grad.clone() for name, p in layer.named_parameters() if p.grad is not None})
     assert_close(grads[0], grads[1])
 
