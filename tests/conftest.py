@@ -1,4 +1,8 @@
-"""Settings of the whole test run: Triton interpreted where there is no GPU, and reproducible generated tests."""
+"""Settings of the whole test run: Triton interpreted where there is no GPU, and reproducible generated tests.
+
+``pytest --gpu`` runs only what uses a GPU: tests on lanes ``triton`` and ``cuda``, and those marked ``gpu``. Of them
+the group ``large`` takes tens of gigabytes each: with several workers, ``--dist loadgroup`` runs them one by one.
+"""
 
 import os
 import random
@@ -8,9 +12,12 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the package is imported
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mode asks for it; read when CUDA starts
 
 from hypothesis import settings
 from interpreter import mend_bfloat16_dot, mend_bfloat16_rounding, quicken
+
+torch.backends.cudnn.allow_tf32 = False  # what ours is compared with is float32
 
 settings.register_profile("project", deadline=None, derandomize=True, max_examples=25, print_blob=True)
 settings.load_profile("project")
@@ -37,7 +44,26 @@ def isa(request):
     native.set_isa(before)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--gpu", action="store_true", help="only the tests that use a GPU")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--gpu"):
+        config.hook.pytest_deselected(items=[item for item in items if not uses_gpu(item)])
+        items[:] = filter(uses_gpu, items)
+
+
+def uses_gpu(item):
+    """Whether a test runs on a GPU where there is one."""
+    lane = item.callspec.params.get("lane") if hasattr(item, "callspec") else None
+    return getattr(lane, "backend", lane) in ("triton", "cuda") or item.get_closest_marker("gpu") is not None
+
+
 def pytest_runtest_setup(item):
     """A test draws the same numbers alone and among others."""
+    marker = item.get_closest_marker("gpu")
+    if marker is not None and not torch.cuda.is_available():
+        pytest.skip(f"a GPU would run this: {marker.args[0]}")
     random.seed(0)
     torch.manual_seed(0)

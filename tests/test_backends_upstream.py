@@ -10,6 +10,7 @@ from lanes import Lane
 from parity import build_pair, run, seed_all, set_batch_count
 from tolerances import relative_error
 
+from zipformer_kernels import backend
 from zipformer_kernels.encoder import Zipformer
 
 CONFIG = {
@@ -34,10 +35,9 @@ TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 5e-4
 
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("options", [{}, CAUSAL], ids=["offline", "chunks"])
-@pytest.mark.parametrize("name", ["eager", "cpu", "triton", "cuda"])
-def test_encoder(name, options, mode):
+@pytest.mark.parametrize("lane", list(map(Lane, backend.BACKENDS)), ids=lambda lane: lane.backend)
+def test_encoder(lane, options, mode):
     ours, theirs = build_pair(Zipformer, upstream.zipformer.Zipformer, **CONFIG, **options, dtype=torch.float32)
-    lane = Lane(name)
     lengths = torch.tensor([21, 14], device=lane.device)
     padding = torch.arange(21, device=lane.device) >= lengths.unsqueeze(1)
     seed_all(3)

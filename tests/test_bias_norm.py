@@ -334,7 +334,8 @@ def test_bad_input_is_named():
         bias_norm(x, torch.ones(4, device="meta"), scale)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: 2^31 elements and more")
+@pytest.mark.gpu("2^31 elements and more")
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 @pytest.mark.parametrize("channels", [512, 8192])
 def test_more_elements_than_32_bits_count(name, channels):

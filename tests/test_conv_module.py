@@ -425,7 +425,8 @@ def test_bad_input_is_named():
     raises(ValueError, "bias must be on the device of a, cpu, got meta", bias=bias.to("meta"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: 2^31 elements and more")
+@pytest.mark.gpu("2^31 elements and more")
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_more_elements_than_32_bits_count(name):
     frames = 2**31 // 512 + 200

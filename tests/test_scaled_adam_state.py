@@ -103,7 +103,7 @@ def test_a_step_depends_on_no_value():
         optimizer.diagnostics()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu("a captured step")
 def test_replays_of_a_captured_step_equal_steps():
     lr = torch.tensor(0.03, device="cuda")
     captured, stepped = ([torch.nn.Parameter(p.detach().cuda()) for p in make_params()] for _ in range(2))

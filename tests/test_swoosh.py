@@ -217,7 +217,7 @@ def test_bad_input_is_named():
         swoosh_r(torch.ones(3, dtype=torch.int64))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: launches on a side stream")
+@pytest.mark.gpu("launches on a side stream")
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_launches_on_the_current_stream(name):
     side = torch.cuda.Stream()

@@ -353,7 +353,8 @@ def test_bad_input_is_named():
     raises(ValueError, "bias must be on the device of x, cpu, got meta", bias=torch.ones(2, device="meta"))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: 2^31 elements and more")
+@pytest.mark.gpu("2^31 elements and more")
+@pytest.mark.xdist_group("large")
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_more_elements_than_32_bits_count(name):
     rows = 2**31 // 512 + 100
