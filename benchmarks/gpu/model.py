@@ -1,0 +1,201 @@
+"""A whole encoder on the device, in bfloat16 by autocast: whether it is right, and where its time and memory go.
+
+``python model.py OUT.json STAGE``, where a stage is
+
+    right    outputs and all gradients, on each backend, against upstream in float64 (and what rounding explains)
+    train    a training step, ours and upstream's: milliseconds, peak memory, the kernels that take longest
+    infer    the same of inference
+    latency  one recording at a time, called and as the replay of a CUDA graph
+    adam     the optimizer's step over all parameters
+
+On a GPU preset L on 30 x 30 s; without one preset S on a second or two, to try the stages themselves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from found import Found
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from zipformer_kernels import backend, use_backend
+from zipformer_kernels.bench import models, optimizer
+from zipformer_kernels.bench.check import FACTOR, Errors, Results, boost, errors
+from zipformer_kernels.bench.machine import DEVICE, synchronize
+from zipformer_kernels.bench.memory import peak_bytes
+from zipformer_kernels.bench.peers import attempt
+from zipformer_kernels.bench.timing import captured
+
+ON_GPU = DEVICE.type == "cuda"
+NAME, BATCH, SECONDS = ("L", 30, 30) if ON_GPU else ("S", 1, 2)
+CHECKED = {"batch": 3, "seconds": 8} if ON_GPU else {"batch": 2, "seconds": 1}
+DTYPE = torch.bfloat16
+PEERS = ("ours", "upstream")
+ROUNDS = {"train": 3, "infer": 5, "latency": 20, "adam": 20}
+LONGEST = 10  # kernels that are printed; the file has all
+
+Run = Callable[[], Any]
+
+
+def main() -> int:
+    """Runs a stage; 1 if anything in it failed or was wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("output", type=Path)
+    parser.add_argument("stage", choices=STAGES)
+    arguments = parser.parse_args()
+    found = Found(arguments.output, arguments.stage)
+    STAGES[arguments.stage](found)
+    return int(any("failed" in row or row.get("ok") is False for row in found.rows))
+
+
+# ---- right ----
+
+
+def encoder(peer: str) -> models.Encoder:
+    """A peer's encoder on the device, its attention boosted so that it counts."""
+    return boost(models.Encoder(models.encoder(peer, NAME)).to(DEVICE))
+
+
+def results(peer: str, where: str, dtype: torch.dtype) -> Results:
+    """The output in eval mode, and output and gradients of a training step, of a peer's encoder on a backend."""
+    x = partial(models.frames, NAME, CHECKED["batch"], CHECKED["seconds"])
+    module = encoder(peer)
+    module = module.double() if dtype == torch.float64 else module
+    with use_backend(where):
+        evaluated = models.evaluated(x, module, dtype)["output"]
+        return {"evaluated": evaluated} | models.trained(x, module, dtype)
+
+
+def apart(one: Results, exact: Results) -> tuple[float, Errors]:
+    """How far results are from exact ones: in eval mode, and in training."""
+    one, exact = dict(one), dict(exact)
+    evaluated = errors({"output": one.pop("evaluated")}, {"output": exact.pop("evaluated")}).output
+    return evaluated, errors(one, exact)
+
+
+def right(found: Found) -> None:
+    """Our encoder on each backend, held to `FACTOR` times what our reference in that dtype is off by rounding alone."""
+    exact = results("upstream", "eager", torch.float64)
+    for dtype in (torch.float32, DTYPE):
+        short = str(dtype).removeprefix("torch.")
+        rounding, trained = apart(results("ours", "eager", dtype), exact)
+        allowed = {"evaluated": rounding, "output": trained.output, "gradients": trained.gradients}
+        for where in ("triton", "cuda", "auto") if ON_GPU else ("auto",):
+            if backend.missing.get(where):
+                found.add(f"BAD  {short} {where}: {backend.missing[where]}", backend=where, dtype=short, ok=False)
+                continue
+            got, reason = attempt(lambda where=where, dtype=dtype: apart(results("ours", where, dtype), exact))
+            if reason is not None:
+                found.add(f"BAD  {short} {where}: {reason}", backend=where, dtype=short, ok=False, failed=reason)
+                continue
+            evaluated, trained = got
+            off = {"evaluated": evaluated, "output": trained.output, "gradients": trained.gradients}
+            share = {name: off[name] / (FACTOR * allowed[name]) for name in off}
+            worst = sorted(trained.parameters.items(), key=lambda item: -item[1])[:4]
+            ok = all(x <= 1 for x in share.values())
+            text = ", ".join(f"{name} {off[name]:.1e} ({share[name]:.2f} of allowed)" for name in off)
+            found.add(
+                f"{'ok ' if ok else 'BAD'}  {short} {where}: {text}; worst gradient {worst[0][0]} {worst[0][1]:.1e}",
+                **{"backend": where, "dtype": short, "ok": ok, "off": off, "of_allowed": share, "worst": worst},
+            )
+
+
+# ---- time, memory, kernels ----
+
+
+def timed(found: Found, name: str, make: Callable[[], Run], rounds: int, kernels: bool = True) -> None:
+    """Adds a row of a function: its first call, which compiles, the next ones, its peak of memory and its kernels."""
+    row, reason = attempt(measured, make, rounds, kernels)
+    if reason is not None:
+        found.add(f"{name}: {reason}", name=name, failed=reason)
+        return
+    listed = row.get("kernels", [])
+    line = f"{name}: {min(row['ms']):.2f} ms ({', '.join(f'{ms:.1f}' for ms in row['ms'][:6])}), first call "
+    line += f"{row['first_s']:.1f} s, peak {row['peak_bytes'] / 1e9:.2f} GB"
+    if listed:
+        line += f", {sum(kernel['count'] for kernel in listed)} kernels in {sum(k['ms'] for k in listed):.2f} ms"
+    longest = (f"\n    {k['ms']:8.2f} ms {k['count']:5d} x {k['name'][:90]}" for k in listed[:LONGEST])
+    found.add(line + "".join(longest), name=name, **row)
+
+
+def measured(make: Callable[[], Run], rounds: int, kernels: bool) -> dict[str, Any]:
+    """The numbers of a row."""
+    run = make()
+    first = seconds(run)
+    run()
+    synchronize()
+    row = {"first_s": first, "ms": [1e3 * seconds(run) for _ in range(rounds)], "peak_bytes": peak_bytes(run)}
+    return row | ({"kernels": kernels_of(run)} if kernels else {})
+
+
+def seconds(run: Run) -> float:
+    """Of one call, from an idle device to an idle device."""
+    synchronize()
+    began = time.perf_counter()
+    run()
+    synchronize()
+    return time.perf_counter() - began
+
+
+def kernels_of(run: Run) -> list[dict[str, Any]]:
+    """What runs on the device in one call, longest first: on a CPU torch's operations."""
+    with profile(activities=[ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU]) as recorded:
+        run()
+        synchronize()
+    time_of = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
+    events = sorted(recorded.key_averages(), key=lambda event: -getattr(event, time_of))
+    return [{"name": event.key, "count": event.count, "ms": getattr(event, time_of) / 1e3} for event in events]
+
+
+def train(found: Found) -> None:
+    """A training step: forward and backward of the encoder."""
+    x = partial(models.frames, NAME, BATCH, SECONDS)
+    for peer in PEERS:
+        timed(found, f"train {peer}", partial(_run, peer, partial(models.training, x, DTYPE)), ROUNDS["train"])
+
+
+def infer(found: Found) -> None:
+    """The encoder in eval mode, without gradients."""
+    x = partial(models.frames, NAME, BATCH, SECONDS)
+    for peer in PEERS:
+        timed(found, f"infer {peer}", partial(_run, peer, partial(models.inference, x, DTYPE)), ROUNDS["infer"])
+
+
+def latency(found: Found) -> None:
+    """One recording; on a GPU also without Python between the kernels."""
+    x = partial(models.frames, NAME, 1, SECONDS)
+    for peer in PEERS:
+        make = partial(_run, peer, partial(models.inference, x, DTYPE))
+        timed(found, f"latency {peer}", make, ROUNDS["latency"], kernels=False)
+        if ON_GPU:
+            timed(found, f"latency {peer}, graph", lambda make=make: captured(make()), ROUNDS["latency"], kernels=False)
+
+
+def adam(found: Found) -> None:
+    """The optimizer's step over all parameters of the preset."""
+    for peer in ("cuda", "triton", "upstream", optimizer.ADAMW) if ON_GPU else ("cpu", "upstream"):
+        timed(found, f"adam {peer}", partial(_step, peer), ROUNDS["adam"], kernels=peer in backend.BACKENDS)
+
+
+def _run(peer: str, make_run: Callable[[nn.Module], Callable[[], Tensor]]) -> Run:
+    return make_run(models.Encoder(models.encoder(peer, NAME)).to(DEVICE))
+
+
+def _step(peer: str) -> Run:
+    return optimizer.step(peer, optimizer.parameters(NAME))
+
+
+STAGES = {"right": right, "train": train, "infer": infer, "latency": latency, "adam": adam}
+
+if __name__ == "__main__":
+    sys.exit(main())
