@@ -1,8 +1,9 @@
 """Compiles every Triton kernel that an op's launchers launch, ahead of time and without a GPU.
 
-``python tests/aot.py OP [TARGET ...]`` runs the op's launchers, forward and backward, on CPU tensors of the op's small cases, for
-each dtype and target, with a driver that reports the target and compiles instead of launching. So kernels are compiled
-with just the specialisations that a launch would give them. An optimizer step is run in place of forward and backward.
+``python tests/aot.py OP [TARGET ...]`` runs the op's launchers, forward and backward, on CPU tensors of the op's small
+cases, for each dtype and target, with a driver that reports the target and compiles instead of launching. So kernels
+are compiled with just the specialisations that a launch would give them. An optimizer step is run in place of forward
+and backward.
 Prints one JSON line per compiled kernel: name, target, registers and spills, as read from the binary.
 """
 

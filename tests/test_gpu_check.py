@@ -1,40 +1,65 @@
-"""benchmarks/gpu_check.sh as far as it goes without a GPU: help, wrong calls, and its account of parts that fail."""
+"""benchmarks/gpu_check.sh as far as it goes without a GPU: its calls, its files whatever happens, its stages' code."""
 
+import dataclasses
+import math
 import os
+import signal
 import subprocess
 import sys
+import tarfile
+import time
 
 import pytest
 import torch
 
 from zipformer_kernels.bench.machine import ROOT
+from zipformer_kernels.ops import swoosh
 
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
+STAGES = ROOT / "benchmarks" / "gpu"
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch):
+    """The folder of the stages can be imported from."""
+    monkeypatch.syspath_prepend(str(STAGES))
+
+
+def environment(*path, **variables):
+    joined = os.pathsep.join(map(str, (*path, ROOT, ROOT / "tests")))
+    return {**os.environ, "PYTHONPATH": joined, "PYTHONUNBUFFERED": "1", **variables}
 
 
 @pytest.fixture
 def check(tmp_path):
     def run(*arguments, python=sys.executable, **variables):
         command = ["bash", str(SCRIPT), *map(str, arguments)]
-        environment = {**os.environ, "PYTHON": str(python), "OUT": str(tmp_path / "out"), **variables}
-        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        variables = environment(PYTHON=str(python), OUT=str(tmp_path / "out"), **variables)
+        return subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
 
     return run
 
 
-def test_help_names_every_part(check):
+# ---- calls ----
+
+
+def test_help_names_every_stage_and_group(check):
+    import stages
+
     result = check("--help")
     assert (result.returncode, result.stderr) == (0, "")
-    assert "[build] [test] [sanitize] [bench]" in result.stdout
+    assert all(name in result.stdout for name in (*stages.STAGES, *stages.GROUPS))
+    assert sum(stages.STAGES[name].seconds for name in stages.GROUPS["quick"]) < 1.5 * stages.QUICK
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["tests"], "'tests'"),
-        (["--fast"], "'--fast'"),
-        (["--out"], "--out wants a folder"),
-        (["--wheels", "nowhere"], "no folder nowhere"),
+        (["test"], "wanted any of quick, sanitize, all, build, check, "),
+        (["--fast"], "--fast"),
+        (["--out"], "--out"),
+        (["--limit", "soon"], "--limit"),
+        (["--prepared", "nowhere"], "--prepared: no folder nowhere"),
     ],
 )
 def test_wrong_calls_are_told_in_one_line(check, tmp_path, arguments, message):
@@ -45,37 +70,219 @@ def test_wrong_calls_are_told_in_one_line(check, tmp_path, arguments, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_python_without_torch_is_told(check, tmp_path):
-    result = check(python=tmp_path / "no-python")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU would run this")
+def test_a_machine_without_a_gpu_is_told_in_the_files_too(check, tmp_path):
+    result = check("quick")
     assert result.returncode == 2
-    assert "has no torch" in result.stderr
+    assert result.stderr.startswith("gpu_check: torch sees no CUDA device")
+    assert "torch sees no CUDA device" in (tmp_path / "out/summary.txt").read_text()
+    assert "check      not reached" in read_archive(tmp_path / "out", "summary.txt")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_machine_without_a_gpu_is_told(check, tmp_path):
-    result = check()
-    assert (result.returncode, result.stderr) == (2, "gpu_check: torch sees no CUDA device\n")
-    assert not (tmp_path / "out").exists()
+def test_an_output_that_cannot_be_made_is_told(check, tmp_path):
+    (tmp_path / "file").write_text("")
+    result = check("--out", tmp_path / "file", "quick")
+    assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
+    assert str(tmp_path / "file") in result.stderr
 
 
-def test_the_table_comes_last_and_counts_what_failed(check, tmp_path):
-    """With a Python that finds a GPU, passes tests and fails to measure."""
-    python = tmp_path / "python"
-    python.write_text(
-        """#!/bin/sh
-case "$*" in
-  *get_device_capability*) echo 9.0 ;;
-  "-m pytest"*) echo "7 passed" ;;
-  "-m zipformer_kernels.cli"*) echo "no luck"; exit 3 ;;
-esac
+# ---- whatever happens, the files are there and say so ----
+
+# A run of stages like the real ones: what each does is its program.
+TOY = """
+import json, sys
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+import run, stages
+toys = [stages.Stage(name, seconds, (sys.executable, "-c", program), 9) for name, seconds, program in {toys!r}]
+run.expand = lambda names: toys
+run.device = lambda rehearse: "a toy"
+sys.argv = ["run.py", "--limit", "60"]
+sys.exit(run.main())
 """
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """Starts a run of toy stages, (name, seconds, program)."""
+
+    def start(*toys):
+        program = TOY.format(folder=str(STAGES), toys=toys)
+        variables = environment(OUT=str(tmp_path / "out"))
+        return subprocess.Popen(
+            [sys.executable, "-c", program], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    return start
+
+
+def read_archive(out, name):
+    with tarfile.open(out / "results.tgz") as archive:
+        return archive.extractfile(name).read().decode()
+
+
+def states(out):
+    """Stage and state of each row of the summary."""
+    lines = (out / "summary.txt").read_text().splitlines()
+    return [line[:33].strip().split(None, 1) for line in lines[2 : lines.index("", 2)]]
+
+
+GOOD = ("good", 30, "print('one'); print('two')")
+BUILD = ("build", 30, "import sys; print('error: no such type'); sys.exit(1)")
+DIES = ("dies", 30, "import os; print('first', flush=True); os.kill(os.getpid(), 9)")
+SLOW = (
+    "slow",
+    6,
+    "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('so far: 3')",
+)
+STUBBORN = (
+    "stubborn",
+    5,
+    "import signal, time; signal.signal(2, 1); print('deaf'); time.sleep(60)",
+)
+HANGS = ("hangs", 60, "import time; print('known', flush=True); time.sleep(60)")
+
+
+def test_a_stage_that_fails_is_told_and_the_others_run(toy, tmp_path):
+    process = toy(BUILD, DIES, GOOD, ("none", 9, "print('never')"))
+    output, errors = process.communicate(timeout=100)
+    assert (process.returncode, errors) == (1, "")
+    out = tmp_path / "out"
+    assert states(out)[:3] == [["build", "FAILED: code 1"], ["dies", "FAILED: code -9"], ["good", "ok"]]
+    assert output == (out / "summary.txt").read_text()
+    for text in ("error: no such type", "first", "one\ntwo"):
+        assert text in output
+    assert read_archive(out, "good.log") == "one\ntwo\n"
+    assert read_archive(out, "build.log") == "error: no such type\n"
+
+
+def test_a_stage_that_takes_too_long_is_asked_first(toy, tmp_path):
+    process = toy(SLOW, STUBBORN, GOOD)
+    process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert states(tmp_path / "out") == [
+        ["slow", "FAILED: over 6 s"],
+        ["stubborn", "FAILED: over 5 s"],
+        ["good", "ok"],
+    ]
+    summary = (tmp_path / "out/summary.txt").read_text()
+    assert "so far: 3" in summary
+    assert "deaf" in summary
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda number: number.name)
+def test_a_run_that_is_cut_off_has_told_what_it_knew(toy, tmp_path, number):
+    process, out = toy(GOOD, HANGS, ("after", 30, "print('never')")), tmp_path / "out"
+    deadline = time.monotonic() + 60
+    while not ((out / "summary.txt").exists() and "known" in (out / "summary.txt").read_text()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    killed = number == signal.SIGKILL
+    assert process.returncode == (-number if killed else 130)
+    assert states(out) == [["good", "ok"], ["hangs", "runs" if killed else "interrupted"], ["after", "not reached"]]
+    assert "known" in (out / "summary.txt").read_text()
+    assert read_archive(out, "good.log") == "one\ntwo\n"
+    assert "good       ok" in read_archive(out, "summary.txt")
+
+
+def test_a_stage_that_cannot_begin_is_told(tmp_path):
+    import run
+    import stages
+
+    one = run.Run([stages.Stage("tool", 9, ("no-such-program",))], tmp_path / "other", 60, "")
+    assert not one.perform({}, {})
+    assert one.states == {"tool": "FAILED: no no-such-program"}
+    late = run.Run([stages.STAGES["check"]], tmp_path / "late", 1, "")
+    assert not late.perform({}, {})
+    assert late.states == {"check": "no time was left"}
+
+
+# ---- the stages' own code, on the CPU ----
+
+
+def broken(monkeypatch, forward):
+    """The row of swoosh on the CPU, with another forward kernel."""
+    from check import check
+
+    launchers = swoosh._op.backends["cpu"]
+    monkeypatch.setitem(swoosh._op.backends, "cpu", dataclasses.replace(launchers, forward=forward))
+    return check("swoosh", "cpu", "bfloat16")
+
+
+def test_a_right_kernel_passes_the_check(monkeypatch):
+    row = broken(monkeypatch, swoosh._op.backends["cpu"].forward)
+    assert row["ok"], row["at"]
+    assert row["cases"] >= 2
+    assert 0 < row["worst"] < 1
+
+
+def test_a_wrong_kernel_fails_the_check(monkeypatch):
+    right = swoosh._op.backends["cpu"].forward
+    assert not broken(monkeypatch, lambda *args: (right(*args)[0] * 1.05,))["ok"]
+    assert broken(monkeypatch, lambda *args: (right(*args)[0] * math.nan,))["worst"] == math.inf
+
+
+def test_a_kernel_that_raises_is_told_in_its_row(monkeypatch):
+    def breaks(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nfurther lines")
+
+    row = broken(monkeypatch, breaks)
+    assert not row["ok"]
+    assert row["at"] == "after 0 cases: RuntimeError: CUDA error: an illegal memory access was encountered"
+
+
+def test_a_kernel_that_ends_its_process_is_told_in_its_row(tmp_path, monkeypatch):
+    from check import in_a_process
+
+    (tmp_path / "sitecustomize.py").write_text("import os; os.kill(os.getpid(), 11)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    row = in_a_process("swoosh", "cpu", "bfloat16")
+    assert not row["ok"]
+    assert row["at"] == "the process ended with -11: no message"
+
+
+def test_a_build_that_fails_is_told(tmp_path):
+    """With a compiler that is none, and a module that cannot be imported."""
+    hidden = "raise ImportError('built for another machine')"
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.abc, sys\n"
+        "class Hidden(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'zipformer_kernels._native':\n"
+        f"            {hidden}\n"
+        "sys.meta_path.insert(0, Hidden())\n"
     )
-    python.chmod(0o755)
-    result = check("test", "bench", python=python)
-    assert result.returncode == 1
-    lines = [line.split() for line in result.stdout.splitlines()]
-    assert [line[:2] for line in lines] == [["test", "ok"], ["bench", "FAILED"]]
-    assert result.stdout == (tmp_path / "out" / "summary.txt").read_text()
-    assert "7 passed" in result.stdout
-    assert "no luck" in result.stdout
-    assert check("test", python=python).returncode == 0
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "zipformer_kernels").glob("_*")}
+    result = subprocess.run(
+        [sys.executable, str(STAGES / "prepared.py"), "use", str(tmp_path / "nothing")],
+        env=environment(tmp_path, CXX="no-such-compiler", TORCH_CUDA_ARCH_LIST=""),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "compiling for" in result.stdout
+    assert before == {path: path.stat().st_mtime_ns for path in (ROOT / "zipformer_kernels").glob("_*")}
+
+
+def test_what_was_prepared_for_something_else_does_not_fit(tmp_path):
+    code = f"""
+import json, prepared, pathlib
+folder = pathlib.Path({str(tmp_path)!r})
+for change in ("", "python", "target"):
+    made = prepared.manifest(("9.0",))
+    if change == "python":
+        made["module"][0] = made["triton"][0] = ".cpython-27.so"
+    (folder / prepared.MANIFEST).write_text(json.dumps(made))
+    targets = ("8.0",) if change == "target" else ("9.0",)
+    print(change, *(prepared.fits(folder, part, targets) for part in ("module", "triton")))
+print(prepared.fits(folder / "nothing", "module", ("9.0",)))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=environment(STAGES), capture_output=True, text=True, check=False
+    )
+    assert result.stdout.splitlines() == [" True True", "python False False", "target False False", "False"], (
+        result.stderr
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ class Found:
     def rows(self) -> list[dict[str, Any]]:
         """What was found so far."""
         return self.content["rows"]
+
+
+def ends(main: Callable[[], int]) -> int:
+    """The code of a stage's main function; an interrupt, which ends a stage that takes too long, is told in a line."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        print("interrupted", flush=True)
+        return 130
 
 
 def told(error: BaseException) -> str:

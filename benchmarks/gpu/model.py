@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from found import Found
+from found import Found, ends
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+from zipformer_kernels.bench.check import FACTOR, Errors, Results, boost, errors
+from zipformer_kernels.bench.peers import attempt
 
 from zipformer_kernels import backend, use_backend
 from zipformer_kernels.bench import models, optimizer
-from zipformer_kernels.bench.check import FACTOR, Errors, Results, boost, errors
 from zipformer_kernels.bench.machine import DEVICE, synchronize
 from zipformer_kernels.bench.memory import peak_bytes
-from zipformer_kernels.bench.peers import attempt
 from zipformer_kernels.bench.timing import captured
 
 ON_GPU = DEVICE.type == "cuda"
@@ -198,4 +198,4 @@ def _step(peer: str) -> Run:
 STAGES = {"right": right, "train": train, "infer": infer, "latency": latency, "adam": adam}
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ends(main))

@@ -1,8 +1,8 @@
 """What a run on a GPU machine need not make there: the compiled module, Triton's kernels, and wheels.
 
-``python prepared.py make FOLDER --capability 9.0`` makes them on any machine with nvcc, for the Python and the Triton that
-run it: 20 to 30 MB. ``python prepared.py use FOLDER`` takes what fits, on the GPU machine, and compiles the module there
-where it does not fit or there is no such folder. Triton compiles what it does not find in its cache.
+``python prepared.py make FOLDER --capability 9.0`` makes them on any machine with nvcc, for the Python and the Triton
+that run it. ``python prepared.py use FOLDER`` takes what fits, on the GPU machine, and compiles the module there where
+it does not fit or there is no such folder. Triton compiles what it does not find in its cache.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def main() -> int:
         part = parts.add_parser(name, help=text, description=text)
         part.add_argument("folder", type=Path)
         if name == "make":
-            part.add_argument("--capability", default="9.0", help="of the GPU they are for; 9.0 (H100, H200) by default")
+            part.add_argument("--capability", default="9.0", help="of the GPU; 9.0 (H100, H200) by default")
     arguments = parser.parse_args()
     return make(arguments.folder, arguments.capability) if arguments.part == "make" else use(arguments.folder)
 

@@ -1,8 +1,8 @@
 """Runs the stages of `stages.py` one after the other, and has told what it knows at every moment.
 
 After every line that a stage prints, ``summary.txt`` is written anew: what is done, what runs, and the last lines of
-each stage. ``results.tgz`` holds the logs and files of all stages, and is at most a second older. So a run that is cut off
-at any moment, even killed, has left both.
+each stage. ``results.tgz`` holds the logs and files of all stages, and is at most a second older. So a run that is cut
+off at any moment, even killed, has left both.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from stages import ALL, GROUPS, QUICK, ROOT, STAGES, Stage, expand
 
 GRACE = 5  # seconds between the interrupt that ends a stage and the end of it by force
 LEAST = 5  # seconds in which it is worth while to begin a stage
-DESCRIPTION = """Checks and measures the kernels on a machine with an NVIDIA GPU, without a network: what is worth most comes first.
+DESCRIPTION = """Checks and measures the kernels on a machine with an NVIDIA GPU, what is worth most first.
 
 stages: {stages}
 groups: {groups}
@@ -148,10 +148,8 @@ def end(process: subprocess.Popen) -> None:
     """Interrupts a stage with all that it started, so that it can say what it has; then ends it by force."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGINT)
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
-        except subprocess.TimeoutExpired:
-            pass
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 

@@ -75,7 +75,10 @@ STAGES = {
         Stage("sweep", 90, _script("sweep.py", "{out}/sweep.json"), 30),
         Stage("ncu", 90, (*NCU, *(f"--section={s}" for s in SECTIONS), *_script("once.py")), 4),
         Stage(
-            "bench", 570, _python("-m", "zipformer_kernels.cli", "bench", "--no-compiled", "--output", "{out}/bench"), 40
+            "bench",
+            570,
+            _python("-m", "zipformer_kernels.cli", "bench", "--no-compiled", "--output", "{out}/bench"),
+            40,
         ),
     )
 }

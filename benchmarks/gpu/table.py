@@ -1,8 +1,8 @@
 """Each kernel at preset L's four shapes, 30 x 30 s, in the model's dtype: microseconds, and the share of the copy rate.
 
-``python table.py OUT.json [--seconds N] [OP ...]``. Ops run as CUDA graphs, so that no Python stands between kernels, each
-run after the L2 cache was overwritten. ``both`` is forward and backward. Two rows come first that the others are read
-against: a copy, and a product of large matrices. Without a GPU small cases are timed, to try the stage itself.
+``python table.py OUT.json [--seconds N] [OP ...]``. Ops run as CUDA graphs, so that no Python stands between kernels,
+each run after the L2 cache was overwritten. ``both`` is forward and backward. Two rows come first that the others are
+read against: a copy, and a product of large matrices. Without a GPU small cases are timed, to try the stage itself.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from found import Found
+from found import Found, ends
+from zipformer_kernels.bench.peers import attempt
 
 from zipformer_kernels import backend, ops
 from zipformer_kernels.bench import statistics
 from zipformer_kernels.bench.machine import DEVICE
 from zipformer_kernels.bench.op_jobs import Passes
-from zipformer_kernels.bench.peers import attempt
 from zipformer_kernels.bench.timing import captured, take_turns
 from zipformer_kernels.ops.cases import Case
 
@@ -115,9 +115,7 @@ def add_time(found: Found, key: dict[str, Any], run: Any) -> None:
     median = statistics.median(samples)
     key |= {"median_us": 1e6 * median, "interval_us": [1e6 * t for t in statistics.median_interval(samples)]}
     key |= {"tb_s": key.get("bytes", 0) / median / 1e12, "tflop_s": key.get("flops", 0) / median / 1e12}
-    found.add(
-        f"{title(key)} {key['median_us']:10.1f} us {key['tb_s']:7.3f} TB/s {key['tflop_s']:8.2f} TFLOP/s", **key
-    )
+    found.add(f"{title(key)} {key['median_us']:10.1f} us {key['tb_s']:7.3f} TB/s {key['tflop_s']:8.2f} TFLOP/s", **key)
 
 
 def sample(run: Any) -> list[float]:
@@ -131,4 +129,4 @@ def title(key: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ends(main))
