@@ -11,8 +11,8 @@
 
 namespace zk {
 
-// exp(u) for u <= 0. NaN stays NaN. On the host within 2.1e-7 relative; below -87 it stays at exp(-87) = 1.6e-38. On the
-// device within 3e-7 absolute and (2.5 + 0.7 |u|) 1.2e-7 relative; below -87.3 it is 0.
+// exp(u) for u <= 0. NaN stays NaN. On the host within 2.1e-7 relative; below -87 it stays at exp(-87) = 1.6e-38. On
+// the device within 3e-7 absolute and (2.5 + 0.7 |u|) 1.2e-7 relative; below -87.3 it is 0.
 ZK_HD float exp_nonpositive(float u) {
 #if defined(__CUDA_ARCH__)
   float power;
@@ -37,8 +37,8 @@ ZK_HD float exp_nonpositive(float u) {
 
 ZK_HD double exp_nonpositive(double u) { return exp(u); }
 
-// a / b. On the device within 3e-7 relative where both b and 1 / b are normal numbers; a smaller b counts as 0, a larger
-// one as infinite.
+// a / b. On the device within 3e-7 relative where both b and 1 / b are normal numbers; a smaller b counts as 0, a
+// larger one as infinite.
 ZK_HD float ratio(float a, float b) {
 #if defined(__CUDA_ARCH__)
   float reciprocal;
