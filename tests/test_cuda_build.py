@@ -1,4 +1,4 @@
-"""The CUDA build: for which GPUs it is made; it imports without a driver, holds every target, and no kernel spills."""
+"""The CUDA build: for which GPUs it is made; it imports without a driver and holds every target; its machine code."""
 
 import json
 import os
@@ -176,3 +176,59 @@ def test_the_newest_target_carries_ptx_for_gpus_to_come(every_target):
     module, targets = every_target
     ptx = set(re.findall(r"sm_(\d+)\.ptx", cuobjdump(module, "--list-ptx")))
     assert ptx == {t.removesuffix("+PTX").replace(".", "") for t in targets if t.endswith("+PTX")}
+
+
+# ---- machine code ----
+
+
+@pytest.fixture(scope="module")
+def kernels(every_target):
+    """The instructions of every kernel for one target, by the kernel's name in C++."""
+    module, targets = every_target
+    target = next((t for t in targets if t.startswith("9.0")), targets[0]).removesuffix("+PTX").replace(".", "")
+    code = cuobjdump(module, "-sass", "-arch", f"sm_{target}")
+    code = subprocess.run(["c++filt"], input=code, capture_output=True, text=True, check=True).stdout
+    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)")
+    kernels = {}
+    for line in code.splitlines():
+        if name := re.match(r"\s*Function : (.*)", line):
+            body = kernels[name[1].replace("zk::", "")] = []
+        elif found := instruction.match(line):
+            body.append(found[1])
+    return kernels
+
+
+def matching(kernels, pattern):
+    found = {name: body for name, body in kernels.items() if re.search(pattern, name)}
+    assert found, f"no kernel is named like {pattern}"
+    return found
+
+
+def accesses(body, *names):
+    """The widths, as machine code writes them, of the instructions called `names`: loads or stores of global memory."""
+    split = [op.split(".") for op in body]
+    return [next((part for part in op if part in ("U8", "U16", "64", "128")), "32") for op in split if op[0] in names]
+
+
+def test_packs_are_loaded_and_stored_16_bytes_at_a_time(kernels):
+    """Of Swoosh and swoosh_linear, whose kernels have the elements of a pack as their last parameter."""
+    for name, body in matching(kernels, r"<\(SwooshKind\)\d, .*\b[48]>\(").items():
+        assert set(accesses(body, "LDG", "LD")) == {"128"}, name
+        assert set(accesses(body, "STG", "ST")) == {"128"}, name
+
+
+def test_rows_of_bias_norm_are_loaded_and_stored_16_bytes_at_a_time(kernels):
+    """One store of 4 bytes is for the row's 1 / rms; the sums that backward leaves are single floats too."""
+    for name, body in matching(kernels, r"forward_in_(registers|blocks)<\w+, \w+, [48]\b").items():
+        assert accesses(body, "STG", "ST").count("32") == 1, name
+    for name, body in matching(kernels, r"_in_(registers|blocks)<\w+, \w+, [48]\b").items():
+        assert "128" in accesses(body, "STG", "ST"), name
+        assert "U16" not in accesses(body, "STG", "ST", "LDG", "LD"), name
+
+
+def test_no_element_waits_for_an_ieee_division(kernels):
+    """It tests its operands (FCHK) and may call a subroutine. A row's, a tensor's or a block's division may."""
+    for name, body in matching(kernels, r"SwooshKind|ConvModule|update_kernel").items():
+        assert "FCHK" not in body, name
+        if "backward_parameters" not in name:  # a block divides in 64 bits, to find its share
+            assert not [op for op in body if op.startswith("CALL")], name

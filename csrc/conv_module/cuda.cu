@@ -41,10 +41,10 @@ struct Place {
 struct Tile {
   int64_t b, t0;
 
-  __device__ Tile(const ConvModuleShape& n, int64_t i) {
-    int64_t across = (n.frames + tile - 1) / tile;
+  __device__ Tile(const ConvModuleShape& n, unsigned i) {
+    unsigned across = unsigned((n.frames + tile - 1) / tile);
     b = i / across;
-    t0 = i % across * tile;
+    t0 = int64_t(i % across) * tile;
   }
 };
 
@@ -98,11 +98,16 @@ __device__ __forceinline__ float value_of(const void* parameter, Place at) {
   return parameter && at.inside ? static_cast<const float*>(parameter)[at.channel] : 0.0f;
 }
 
+// Where frame t stands in its chunk. Frames are counted in 32 bits: a division of 64 is a call.
+__device__ __forceinline__ int position_of(const ConvModuleShape& n, int64_t t) {
+  return int(unsigned(t) % unsigned(n.chunk));
+}
+
 // e_p of frame t.
 __device__ __forceinline__ float factor_of(const ConvModuleInputs& in, int64_t t, Place at) {
   const ConvModuleShape& n = in.shape;
   auto left = static_cast<const float*>(in.edge_scale) + int64_t(at.channel) * n.kernel;
-  return edge_factor(left, left + n.channels * n.kernel, t % n.chunk, n.chunk, n.kernel);
+  return edge_factor(left, left + n.channels * n.kernel, position_of(n, t), n.chunk, n.kernel);
 }
 
 // Everything, or, where sums[i] belongs to a frame at position[i] of its chunk, only what lies in that chunk.
@@ -114,8 +119,8 @@ struct SameChunk {
   int position[group];  // of 16 frames in their chunks
   int chunk;
 
-  __device__ SameChunk(int64_t t, int64_t frames_of_chunk) : chunk(int(frames_of_chunk)) {
-    int p = int(t % frames_of_chunk);
+  __device__ SameChunk(const ConvModuleShape& n, int64_t t) : chunk(int(n.chunk)) {
+    int p = position_of(n, t);
 #pragma unroll
     for (int i = 0; i < group; ++i) {
       position[i] = p;
@@ -159,8 +164,9 @@ __device__ __forceinline__ void convolve(const float* rows, const float* taps, i
 
 // ---- forward ----
 
+// With as many blocks on a multiprocessor as fit without spilling; ptxas would keep chunks in more registers.
 template <class X, class Y, bool chunked>
-__global__ void __launch_bounds__(warps* lanes) forward(ConvModuleInputs in, Y* y) {
+__global__ void __launch_bounds__(warps* lanes, chunked ? 3 : 5) forward(ConvModuleInputs in, Y* y) {
   const ConvModuleShape& n = in.shape;
   Place at(n, blockIdx.y);
   Tile here(n, blockIdx.x);
@@ -179,7 +185,7 @@ __global__ void __launch_bounds__(warps* lanes) forward(ConvModuleInputs in, Y* 
 #pragma unroll
   for (int i = 0; i < group; ++i) sums[i] = bias;
   if (chunked) {
-    convolve(mine, weight + at.lane, kernel, half, SameChunk(here.t0 + first, n.chunk), sums);
+    convolve(mine, weight + at.lane, kernel, half, SameChunk(n, here.t0 + first), sums);
     float causal_bias = value_of(in.causal_bias, at);
 #pragma unroll
     for (int i = 0; i < group; ++i) {
@@ -228,7 +234,7 @@ __global__ void __launch_bounds__(warps* lanes) backward(ConvModuleInputs in, co
   int first = at.warp * group, mine = first * lanes + at.lane;
   float sums[group] = {};
   if (chunked) {
-    convolve(scaled + mine, weight + at.lane, kernel, half, SameChunk(here.t0 + first, n.chunk), sums);
+    convolve(scaled + mine, weight + at.lane, kernel, half, SameChunk(n, here.t0 + first), sums);
     convolve(gradient + mine + half * lanes, causal + at.lane, half + 1, 0, Anywhere{}, sums);
   } else {
     convolve(gradient + mine, weight + at.lane, kernel, half, Anywhere{}, sums);
@@ -327,7 +333,7 @@ __global__ void __launch_bounds__(warps* lanes)
   int64_t tiles = n.batch * ((n.frames + tile - 1) / tile);
   int64_t end = tiles * (blockIdx.x + 1) / parts;
   for (int64_t i = tiles * blockIdx.x / parts; i < end; ++i) {
-    Tile here(n, i);
+    Tile here(n, unsigned(i));
     fill_gated<X>(x, strip_rows(kernel), here.t0 - half, in, here.b, at);
     fill_gradients<Y, chunked>(gradient, scaled, tile, here.t0, in, dy, here.b, at);
     __syncthreads();
@@ -336,7 +342,7 @@ __global__ void __launch_bounds__(warps* lanes)
       add_bias(gradient + mine, scratch, totals + row.bias * lanes, at);
       continue;
     }
-    SameChunk inside(here.t0 + first, n.chunk);
+    SameChunk inside(n, here.t0 + first);
     add_taps(x + mine, scaled + mine, kernel, half, inside, scratch, totals, at);
     add_bias(scaled + mine, scratch, totals + row.bias * lanes, at);
     add_taps(x + mine, gradient + mine, half + 1, half, Anywhere{}, scratch, totals + row.causal * lanes, at);
@@ -350,7 +356,7 @@ __global__ void __launch_bounds__(warps* lanes)
 #pragma unroll
     for (int j = 0; j < group; ++j) scratch[mine + j * lanes] = sums[j] * gradient[mine + j * lanes];
     __syncthreads();
-    int64_t start = here.t0 % n.chunk;
+    int64_t start = position_of(n, here.t0);
     for (int e = at.warp; e < 2 * kernel; e += warps) {
       int64_t p = e < kernel ? e : n.chunk - 2 * kernel + e;
       if (p < 0 || p >= n.chunk) continue;
@@ -389,6 +395,7 @@ void with_types(const ConvModuleInputs& in, F f) {
 }
 
 dim3 grid(const ConvModuleShape& n, int64_t blocks) {
+  if (n.frames > 0x7fffffff) throw std::runtime_error("conv_module: more frames than 32 bits count");
   return dim3(grid_size(blocks), unsigned(ceil_div(n.channels, lanes)));
 }
 

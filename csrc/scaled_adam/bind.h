@@ -45,10 +45,6 @@ inline void bind_scaled_adam(pybind11::module_& m) {
   };
   cpu("scaled_adam_partials_cpu", scaled_adam_partials_cpu);
   cpu("scaled_adam_sums_cpu", scaled_adam_sums_cpu);
-  cpu("scaled_adam_sums_and_plan_cpu", [](const AdamStep<double>& args) {
-    scaled_adam_sums_cpu(args);
-    scaled_adam_plan_cpu(args);
-  });
   cpu("scaled_adam_plan_cpu", scaled_adam_plan_cpu);
   cpu("scaled_adam_update_cpu", scaled_adam_update_cpu);
 #if ZK_WITH_CUDA
@@ -62,12 +58,8 @@ inline void bind_scaled_adam(pybind11::module_& m) {
     });
   };
   cuda("scaled_adam_partials_cuda", scaled_adam_partials_cuda);
-  cuda("scaled_adam_sums_cuda",
-       [](const AdamStep<float>& args, void* stream) { scaled_adam_plan_cuda(args, true, false, stream); });
-  cuda("scaled_adam_plan_cuda",
-       [](const AdamStep<float>& args, void* stream) { scaled_adam_plan_cuda(args, false, true, stream); });
-  cuda("scaled_adam_sums_and_plan_cuda",
-       [](const AdamStep<float>& args, void* stream) { scaled_adam_plan_cuda(args, true, true, stream); });
+  cuda("scaled_adam_sums_cuda", scaled_adam_sums_cuda);
+  cuda("scaled_adam_plan_cuda", scaled_adam_plan_cuda);
   cuda("scaled_adam_update_cuda", scaled_adam_update_cuda);
 #endif
 }

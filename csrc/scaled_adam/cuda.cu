@@ -1,5 +1,5 @@
-// ScaledAdam on the GPU: three launches for any number of tensors. Blocks find their chunk in a table on the device;
-// one block plans the step; nothing is added up in an order that could change.
+// ScaledAdam on the GPU: four launches for any number of tensors. Blocks find their chunk in a table on the device; one
+// block plans the step, from sums that many have taken; nothing is added up in an order that could change.
 #include <cmath>
 
 #include "common/reduce.h"
@@ -73,19 +73,17 @@ __global__ void __launch_bounds__(threads) partials_kernel(const AdamStep<float>
   }
 }
 
-// Adds up the partial sums of each tensor, a warp at a time.
-__device__ void sum_partials(const AdamStep<float>& args) {
-  int lane = threadIdx.x % 32;
-  for (int64_t i = threadIdx.x / 32; i < args.tensor_count; i += plan_threads / 32) {
-    int64_t begin = args.tensors[i].first_chunk;
-    int64_t end = i + 1 < args.tensor_count ? args.tensors[i + 1].first_chunk : args.chunks;
-    for (int k = 0; k < 3; ++k) {
-      double sum = 0;
-      for (int64_t c = begin + lane; c < end; c += 32) sum += args.partials[k * args.chunks + c];
-      sum = warp_sum(sum);
-      if (lane == 0) args.sums[k * args.tensor_count + i] = float(sum);
-    }
-  }
+// The sums of each tensor over its chunks, p^2, p g and g^2 by blockIdx.y, a warp for each: the loads of all are in
+// flight at once.
+__global__ void __launch_bounds__(threads) sums_kernel(const AdamStep<float> args) {
+  int64_t i = int64_t(blockIdx.x) * (threads / 32) + threadIdx.x / 32, k = blockIdx.y;
+  if (i >= args.tensor_count) return;
+  int64_t begin = args.tensors[i].first_chunk;
+  int64_t end = i + 1 < args.tensor_count ? args.tensors[i + 1].first_chunk : args.chunks;
+  double sum = 0;
+  for (int64_t c = begin + threadIdx.x % 32; c < end; c += 32) sum += args.partials[k * args.chunks + c];
+  sum = warp_sum(sum);
+  if (threadIdx.x % 32 == 0) args.sums[k * args.tensor_count + i] = float(sum);
 }
 
 // The group's gradient norm, the same in every thread.
@@ -142,13 +140,8 @@ __device__ void plan_group(const AdamStep<float>& args, const AdamGroup& group, 
 }
 
 // One block.
-__global__ void __launch_bounds__(plan_threads) plan_kernel(const AdamStep<float> args, bool sum, bool plan) {
+__global__ void __launch_bounds__(plan_threads) plan_kernel(const AdamStep<float> args) {
   __shared__ double scratch[plan_threads / 32];
-  if (sum) {
-    sum_partials(args);
-    __syncthreads();
-  }
-  if (!plan) return;
   float inverse_loss_scale = args.loss_scale ? 1.0f / *args.loss_scale : 1.0f;
   bool ok = args.found_inf == nullptr || *args.found_inf == 0.0f;
   for (int64_t k = 0; k < args.group_count; ++k) {
@@ -205,8 +198,13 @@ void scaled_adam_partials_cuda(const AdamStep<float>& args, void* stream) {
   launch("scaled_adam partials", partials_kernel, grid_size(args.chunks), threads, 0, stream, args);
 }
 
-void scaled_adam_plan_cuda(const AdamStep<float>& args, bool sum, bool plan, void* stream) {
-  launch("scaled_adam plan", plan_kernel, 1, plan_threads, 0, stream, args, sum, plan);
+void scaled_adam_sums_cuda(const AdamStep<float>& args, void* stream) {
+  dim3 blocks(grid_size(ceil_div(args.tensor_count, threads / 32)), 3);
+  launch("scaled_adam sums", sums_kernel, blocks, threads, 0, stream, args);
+}
+
+void scaled_adam_plan_cuda(const AdamStep<float>& args, void* stream) {
+  launch("scaled_adam plan", plan_kernel, 1, plan_threads, 0, stream, args);
 }
 
 void scaled_adam_update_cuda(const AdamStep<float>& args, void* stream) {

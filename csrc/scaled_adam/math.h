@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "common/math.h"
 #include "scaled_adam/scaled_adam.h"
 
 namespace zk {
@@ -136,7 +137,7 @@ struct AdamUpdate {
   ZK_HD void operator()(W& p, W g, W& v, W& m) const {
     g *= grad_scale;
     v = beta2 * v + new2 * (g * g);
-    W d = step_size * (g / (adam_sqrt(variance_scale * v) + eps)) + scale_move * p;
+    W d = step_size * ratio(g, root(variance_scale * v) + eps) + scale_move * p;
     m = beta1 * m + new1 * d;
     p = p + m;
     p = p > bound ? bound : p;

@@ -115,10 +115,10 @@ ZK_DECLARE_CPU(scaled_adam_sums, AdamStep<double>)      // its sums over tensors
 ZK_DECLARE_CPU(scaled_adam_plan, AdamStep<double>)      // pass 2
 ZK_DECLARE_CPU(scaled_adam_update, AdamStep<double>)    // pass 3
 
-// One launch each; `stream` is a cudaStream_t. scaled_adam_plan_cuda adds up the partial sums where `sum`, and goes on
-// to plan where `plan`.
+// The same, one launch each; `stream` is a cudaStream_t.
 void scaled_adam_partials_cuda(const AdamStep<float>& args, void* stream);
-void scaled_adam_plan_cuda(const AdamStep<float>& args, bool sum, bool plan, void* stream);
+void scaled_adam_sums_cuda(const AdamStep<float>& args, void* stream);
+void scaled_adam_plan_cuda(const AdamStep<float>& args, void* stream);
 void scaled_adam_update_cuda(const AdamStep<float>& args, void* stream);
 
 }  // namespace zk

@@ -1,8 +1,8 @@
 """One ScaledAdam step over lists of tensors, in place: two passes over memory, and no waiting for the device.
 
 The mathematics and the state are specified in `reference`. The other backends read p and g once for the sums of
-pass 1, plan pass 2 where the sums lie, and read p, g, v, m and write p, v, m once in pass 3; on a GPU that is three
-launches for any number of tensors and groups.
+pass 1, plan pass 2 where the sums lie, and read p, g, v, m and write p, v, m once in pass 3; on a GPU that is four
+launches for any number of tensors and groups: sums over chunks, over tensors, the plan, the update.
 
 The backend is chosen at each step, as everywhere: `zipformer_kernels.use_backend`, the environment variable, or the
 best one that serves the device.

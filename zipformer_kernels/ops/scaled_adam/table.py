@@ -213,7 +213,7 @@ def run(
         tables: tables of earlier steps, by `chunk_elements` and `real`; kept up to date.
         chunk_elements, real: see `Table`.
         launch: ``(pass, table, loss_scale, found_inf)`` launches one pass: ``partials`` (sums over chunks),
-            ``sums`` (of those, over tensors), ``plan``, ``sums_and_plan`` (both in one), ``update``.
+            ``sums`` (of those, over tensors), ``plan``, ``update``.
     """
     table = tables.get((chunk_elements, real))
     if table is None or not table.fits(groups):
@@ -223,12 +223,12 @@ def run(
         None if x is None else x.reshape(()).to(table.device, torch.float32, non_blocking=True)
         for x in (loss_scale, found_inf)
     )
-    passes = ("partials", "sums_and_plan") if reduce is None else ("partials", "sums", "reduce", "plan")
-    for name in (*passes, "update"):
-        if name == "reduce":
-            reduce(table.sums)
-        else:
-            launch(name, table, loss_scale, found_inf)
+    for name in ("partials", "sums"):
+        launch(name, table, loss_scale, found_inf)
+    if reduce is not None:
+        reduce(table.sums)
+    for name in ("plan", "update"):
+        launch(name, table, loss_scale, found_inf)
     for p, copy in copies:
         p.copy_(copy)
     torch.autograd.graph.increment_version([p for group in groups for p in group.params])

@@ -1,4 +1,4 @@
-"""ScaledAdam in Triton: three launches for any number of tensors, over the same table as the CUDA kernels.
+"""ScaledAdam in Triton: four launches for any number of tensors, over the same table as the CUDA kernels.
 
 Kernels get the table as a tensor of 64-bit words, and turn words into pointers and numbers as they need them. See
 `reference` for the formulas; the names are its.
@@ -18,7 +18,9 @@ from zipformer_kernels.ops.scaled_adam.table import GROUP_COLUMNS, GROUP_PLAN, T
 
 CHUNK_ELEMENTS = 2**15
 BLOCK = 1024  # elements of a chunk at a time
-LANES = 256  # tensors planned at a time
+LANES = 512  # tensors planned at a time
+PLAN_WARPS = 8
+SUM_LANES = 32  # partial sums added at a time
 WARPS = 4
 
 F16 = tl.constexpr(DTYPE_CODES[torch.float16])
@@ -145,19 +147,25 @@ def partials_kernel(words, partials_ptr, tensors, chunks, CHUNK: tl.constexpr, B
     tl.store(out + 2 * chunks, tl.sum(gg))
 
 
-@triton.jit
-def sum_partials(words, partials_ptr, sums_ptr, tensors, chunks, LANES: tl.constexpr):
-    for first in range(0, tensors, LANES):
-        i = first + tl.arange(0, LANES).to(tl.int64)
-        inside = i < tensors
-        begin = tl.load(words + i * ROW + FIRST_CHUNK, inside, other=0)
-        end = tl.load(words + (i + 1) * ROW + FIRST_CHUNK, i + 1 < tensors, other=0)
-        end = tl.where(i + 1 < tensors, end, tl.where(inside, chunks, 0))
-        for k in range(3):
-            total = tl.zeros((LANES,), tl.float64)
-            for c in range(0, tl.max(end - begin)):
-                total += tl.load(partials_ptr + k * chunks + begin + c, begin + c < end, other=0.0).to(tl.float64)
-            tl.store(sums_ptr + k * tensors + i, total.to(tl.float32), inside)
+@triton.jit(do_not_specialize=["tensors", "chunks"])
+def sums_kernel(words, partials_ptr, sums_ptr, tensors, chunks, LANES: tl.constexpr):
+    """Adds up the partial sums of one tensor."""
+    i = tl.program_id(0).to(tl.int64)
+    row = words + i * ROW
+    begin = tl.load(row + FIRST_CHUNK)
+    end = tl.load(row + ROW + FIRST_CHUNK, i + 1 < tensors, other=chunks)
+    pp = tl.zeros((LANES,), tl.float64)
+    pg = tl.zeros((LANES,), tl.float64)
+    gg = tl.zeros((LANES,), tl.float64)
+    for first in range(begin, end, LANES):
+        c = first + tl.arange(0, LANES)
+        inside = c < end
+        pp += tl.load(partials_ptr + c, inside, other=0.0).to(tl.float64)
+        pg += tl.load(partials_ptr + chunks + c, inside, other=0.0).to(tl.float64)
+        gg += tl.load(partials_ptr + 2 * chunks + c, inside, other=0.0).to(tl.float64)
+    tl.store(sums_ptr + i, tl.sum(pp).to(tl.float32))
+    tl.store(sums_ptr + tensors + i, tl.sum(pg).to(tl.float32))
+    tl.store(sums_ptr + 2 * tensors + i, tl.sum(gg).to(tl.float32))
 
 
 @triton.jit
@@ -268,60 +276,43 @@ def plan_tensors(group, sums_ptr, plans_ptr, tensors, t, grad_scale, LANES: tl.c
         tl.store(plans_ptr + i * PLAN + 1, move, inside)
 
 
-@triton.jit(do_not_specialize=["tensors", "groups", "chunks"])
-def plan_kernel(
-    words,
-    partials_ptr,
-    sums_ptr,
-    plans_ptr,
-    loss_scale_ptr,
-    found_inf_ptr,
-    tensors,
-    groups,
-    chunks,
-    SUM: tl.constexpr,
-    PLAN_TOO: tl.constexpr,
-    LANES: tl.constexpr,
-):
-    """One program: adds up the partial sums where `SUM`, and goes on to plan where `PLAN_TOO`."""
-    if SUM:
-        sum_partials(words, partials_ptr, sums_ptr, tensors, chunks, LANES)
-        tl.debug_barrier()
-    if PLAN_TOO:
-        group_rows = words + tensors * ROW
-        group_plans = plans_ptr + tensors * PLAN
-        inverse_loss_scale = tl.full((), 1.0, tl.float32)
-        if loss_scale_ptr is not None:
-            inverse_loss_scale = 1.0 / tl.load(loss_scale_ptr)
-        failures = tl.full((), 0, tl.int32)
-        if found_inf_ptr is not None:
-            failures += (tl.load(found_inf_ptr) != 0).to(tl.int32)
-        for k in range(0, groups):
-            group = group_rows + k * GROUP_ROW
-            norm = measure(group, sums_ptr + 2 * tensors + tl.load(group + FIRST_TENSOR), inverse_loss_scale, LANES)
-            finite = norm <= LARGEST  # false for NaN
-            failures += tl.where(finite, 0, 1)
-            tl.store(group_plans + k * PLAN_OF_GROUP + 1, norm)  # until its plan takes the place
-        tl.debug_barrier()
-        for k in range(0, groups):
-            group = group_rows + k * GROUP_ROW
-            plan_ptr = group_plans + k * PLAN_OF_GROUP
-            if failures == 0:
-                first = tl.load(group + FIRST_TENSOR)
-                t = tl.load(counter(group, STEP))
-                grad_scale = clip(group, t, tl.load(plan_ptr + 1), LANES) * inverse_loss_scale
-                plan_tensors(group, sums_ptr + first, plans_ptr + first * PLAN, tensors, t, grad_scale, LANES)
-                bias = one_minus_power(double(group, BETA2), t + 1)
-                tl.debug_barrier()
-                tl.store(plan_ptr, 1.0)
-                tl.store(plan_ptr + 1, grad_scale)
-                tl.store(plan_ptr + 2, tl.where(bias < CORRECTED_BELOW, 1.0 / bias, 1.0))
-                tl.store(counter(group, STEP), t + 1)
-            else:
-                skipped = tl.load(counter(group, SKIPPED))
-                tl.debug_barrier()
-                tl.store(counter(group, SKIPPED), skipped + 1)
-                tl.store(plan_ptr, 0.0)
+@triton.jit(do_not_specialize=["tensors", "groups"])
+def plan_kernel(words, sums_ptr, plans_ptr, loss_scale_ptr, found_inf_ptr, tensors, groups, LANES: tl.constexpr):
+    """One program: measures the gradients, and plans the updates."""
+    group_rows = words + tensors * ROW
+    group_plans = plans_ptr + tensors * PLAN
+    inverse_loss_scale = tl.full((), 1.0, tl.float32)
+    if loss_scale_ptr is not None:
+        inverse_loss_scale = 1.0 / tl.load(loss_scale_ptr)
+    failures = tl.full((), 0, tl.int32)
+    if found_inf_ptr is not None:
+        failures += (tl.load(found_inf_ptr) != 0).to(tl.int32)
+    for k in range(0, groups):
+        group = group_rows + k * GROUP_ROW
+        norm = measure(group, sums_ptr + 2 * tensors + tl.load(group + FIRST_TENSOR), inverse_loss_scale, LANES)
+        finite = norm <= LARGEST  # false for NaN
+        failures += tl.where(finite, 0, 1)
+        tl.store(group_plans + k * PLAN_OF_GROUP + 1, norm)  # until its plan takes the place
+    tl.debug_barrier()
+    for k in range(0, groups):
+        group = group_rows + k * GROUP_ROW
+        plan_ptr = group_plans + k * PLAN_OF_GROUP
+        if failures == 0:
+            first = tl.load(group + FIRST_TENSOR)
+            t = tl.load(counter(group, STEP))
+            grad_scale = clip(group, t, tl.load(plan_ptr + 1), LANES) * inverse_loss_scale
+            plan_tensors(group, sums_ptr + first, plans_ptr + first * PLAN, tensors, t, grad_scale, LANES)
+            bias = one_minus_power(double(group, BETA2), t + 1)
+            tl.debug_barrier()
+            tl.store(plan_ptr, 1.0)
+            tl.store(plan_ptr + 1, grad_scale)
+            tl.store(plan_ptr + 2, tl.where(bias < CORRECTED_BELOW, 1.0 / bias, 1.0))
+            tl.store(counter(group, STEP), t + 1)
+        else:
+            skipped = tl.load(counter(group, SKIPPED))
+            tl.debug_barrier()
+            tl.store(counter(group, SKIPPED), skipped + 1)
+            tl.store(plan_ptr, 0.0)
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -365,32 +356,28 @@ def update_kernel(words, plans_ptr, tensors, CHUNK: tl.constexpr, BLOCK: tl.cons
 
 
 def _launch(name: str, table: Table, loss_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    words = table.words()
+    words, tensors, chunks = table.words(), table.tensors, table.chunks
     with on_device(table.sums):
-        if name in ("sums", "plan", "sums_and_plan"):
+        if name == "sums":
+            sums_kernel[(tensors,)](words, table.partials, table.sums, tensors, chunks, SUM_LANES, num_warps=1)
+        elif name == "plan":
             plan_kernel[(1,)](
                 words,
-                table.partials,
                 table.sums,
                 table.plans,
                 loss_scale,
                 found_inf,
-                table.tensors,
+                tensors,
                 table.groups,
-                table.chunks,
-                SUM=name != "plan",
-                PLAN_TOO=name != "sums",
-                LANES=LANES,
-                num_warps=WARPS,
+                LANES,
+                num_warps=PLAN_WARPS,
             )
-        elif table.chunks == 0:
+        elif chunks == 0:
             return
         elif name == "partials":
-            partials_kernel[(table.chunks,)](
-                words, table.partials, table.tensors, table.chunks, CHUNK_ELEMENTS, BLOCK, num_warps=WARPS
-            )
+            partials_kernel[(chunks,)](words, table.partials, tensors, chunks, CHUNK_ELEMENTS, BLOCK, num_warps=WARPS)
         else:
-            update_kernel[(table.chunks,)](words, table.plans, table.tensors, CHUNK_ELEMENTS, BLOCK, num_warps=WARPS)
+            update_kernel[(chunks,)](words, table.plans, tensors, CHUNK_ELEMENTS, BLOCK, num_warps=WARPS)
 
 
 def _step(groups, loss_scale, found_inf, reduce, tables):

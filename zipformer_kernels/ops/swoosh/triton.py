@@ -16,9 +16,34 @@ WARPS = 4
 
 
 @triton.jit
+def log1p_unit(z):
+    """log(1 + z) for 0 <= z <= 1, within 2.3e-7 relative, by the polynomial of csrc/common/math.h.
+
+    The logarithm of 1 + z would take four times as many instructions by CUDA's library, and by the hardware's log2 have
+    an absolute error of 1.7e-7, however small z is.
+    """
+    q = 5.126102362e-3 * z - 2.907406539e-2
+    q = q * z + 7.751608640e-2
+    q = q * z - 1.360224783e-1
+    q = q * z + 1.907688081e-1
+    q = q * z - 2.483539879e-1
+    q = q * z + 3.331812024e-1
+    q = q * z - 4.999944568e-1
+    q = q * z + 0.9999999404
+    return q * z
+
+
+@triton.jit
 def softplus(u):
     """log(1 + exp(u)) in float32, finite for every finite u."""
-    return tl.maximum(u, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(u)))
+    return tl.maximum(u, 0.0) + log1p_unit(tl.exp(-tl.abs(u)))
+
+
+@triton.jit
+def sigmoid(u):
+    """1 / (1 + exp(-u)) in float32, from the same exponential as `softplus`, so that both take it once."""
+    z = tl.exp(-tl.abs(u))
+    return tl.where(u > 0.0, 1.0, z) / (1.0 + z)
 
 
 @triton.jit
@@ -30,7 +55,7 @@ def swoosh_value(x, SHIFT: tl.constexpr, OFFSET: tl.constexpr):
 @triton.jit
 def swoosh_derivative(x, SHIFT: tl.constexpr):
     """sigmoid(x - shift) - 0.08, for x in float32."""
-    return tl.sigmoid(x - SHIFT) - 0.08
+    return sigmoid(x - SHIFT) - 0.08
 
 
 @triton.jit
