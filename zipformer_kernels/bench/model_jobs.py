@@ -11,11 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.bench import models
+from zipformer_kernels.bench import models, peers
 from zipformer_kernels.bench.conformer import conformer_l
-from zipformer_kernels.bench.job import Job, Prepared
+from zipformer_kernels.bench.job import Job
 from zipformer_kernels.bench.machine import DEVICE
 from zipformer_kernels.bench.models import PEERS
+from zipformer_kernels.bench.peers import Prepared, Run
 from zipformer_kernels.presets import preset
 
 ON_GPU = DEVICE.type == "cuda"
@@ -135,8 +136,10 @@ def _stream(name: str, module: nn.Module) -> Callable[[], Tensor]:
 
 
 def _conformer(name: str, make_run: Callable[[nn.Module], Callable[[], Tensor]], wanted: Sequence[str]) -> Prepared:
-    prepared = Prepared()
-    for peer in wanted:
+    def make(peer: str) -> Run:
         made = models.model("ours", name) if peer == "ours" else conformer_l()
-        prepared.runs[peer] = make_run(made.to(DEVICE))
+        return make_run(made.to(DEVICE))
+
+    prepared = peers.prepare(wanted, make)
+    prepared.unchecked = dict.fromkeys(prepared.runs, "the other is another model")
     return prepared

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.bench import upstream
-from zipformer_kernels.bench.job import Prepared, off_by
+from zipformer_kernels.bench import peers, upstream
+from zipformer_kernels.bench.job import off_by
 from zipformer_kernels.bench.machine import DEVICE
 from zipformer_kernels.bench.op_jobs import no_compiler
+from zipformer_kernels.bench.peers import Agreement, Prepared, Run, Unserved
 from zipformer_kernels.bench.timing import captured
 from zipformer_kernels.encoder import Zipformer
 from zipformer_kernels.modules.subsampling import Conv2dSubsampling
@@ -162,29 +163,21 @@ def prepare(
         dtype: what is computed in, by autocast where it is half.
         wanted: the peers.
     """
-    prepared, expected = Prepared(), None
-    for peer in wanted:
+    agreement = Agreement(off_by, CHECKED_TO[dtype], "upstream")
+
+    def make(peer: str) -> Run:
         reason = unserved(peer)
         if reason is not None:
-            prepared.skipped[peer] = reason
-            continue
+            raise Unserved(reason)
         made = build(peer).to(DEVICE)
         if peer == "upstream compiled":
             torch.compiler.reset()
             made = torch.compile(made)
         run = captured(make_run(made)) if peer == OURS_AS_GRAPH else make_run(made)
-        try:
-            result = run().detach()
-        except torch.cuda.OutOfMemoryError:
-            prepared.skipped[peer] = "it runs out of memory"
-            continue
-        expected = result if expected is None else expected
-        error = off_by(result, expected)
-        if error > CHECKED_TO[dtype]:
-            prepared.wrong[peer] = f"it is off by {error:.1e}"
-        else:
-            prepared.runs[peer] = run
-    return prepared
+        agreement.check(peer, run().detach())
+        return run
+
+    return peers.prepare(wanted, make, agreement)
 
 
 def inference(make_x: Callable[[], Tensor], dtype: torch.dtype, module: nn.Module) -> Callable[[], Tensor]:

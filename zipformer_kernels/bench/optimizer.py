@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from zipformer_kernels import backend, ops, use_backend
-from zipformer_kernels.bench import models, upstream
-from zipformer_kernels.bench.job import Job, Prepared, off_by
+from zipformer_kernels.bench import models, peers, upstream
+from zipformer_kernels.bench.job import Job, off_by
 from zipformer_kernels.bench.machine import DEVICE
+from zipformer_kernels.bench.peers import Agreement, Prepared, Run, Unserved
 from zipformer_kernels.optim import ScaledAdam
 
 OPTIONS = {"lr": 0.045, "clipping_scale": 2.0}
@@ -36,23 +37,21 @@ def jobs(every: bool = False) -> Iterator[Job]:
 
 def prepare(name: str, wanted: Sequence[str]) -> Prepared:
     """Steps of the peers wanted, each on its own copy. Where the first takes the parameters, all but AdamW must."""
-    prepared, expected = Prepared(), None
-    for peer in wanted:
+    agreement = Agreement(off_by, CHECKED_TO, "eager")
+
+    def make(peer: str) -> Run:
         reason = unserved(peer)
         if reason is not None:
-            prepared.skipped[peer] = reason
-            continue
+            raise Unserved(reason)
         made = parameters(name)
         run = step(peer, made)
-        if peer != ADAMW:
-            moved = movement(made, run)
-            expected = moved if expected is None else expected
-            error = off_by(moved, expected)
-            if error > CHECKED_TO:
-                prepared.wrong[peer] = f"it is off by {error:.1e}"
-                continue
-        prepared.runs[peer] = run
-    return prepared
+        if peer == ADAMW:
+            agreement.unchecked[peer] = "it is another optimizer"
+        else:
+            agreement.check(peer, movement(made, run))
+        return run
+
+    return peers.prepare(wanted, make, agreement)
 
 
 def unserved(peer: str) -> str | None:

@@ -15,12 +15,9 @@ from torch import Tensor, nn
 
 from zipformer_kernels.bench import upstream
 from zipformer_kernels.bench.machine import DEVICE
+from zipformer_kernels.bench.peers import Unserved
 
 Call = tuple[Callable[..., Tensor], tuple[Any, ...]]
-
-
-class Unserved(Exception):
-    """A peer cannot do this work here; the message says why."""
 
 
 def _upstream(*names: str) -> list[Any]:

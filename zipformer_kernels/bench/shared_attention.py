@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 import zipformer_kernels.modules
 from zipformer_kernels import use_backend
-from zipformer_kernels.bench import models, upstream
-from zipformer_kernels.bench.job import Job, Prepared
+from zipformer_kernels.bench import models, peers, upstream
+from zipformer_kernels.bench.job import Job
 from zipformer_kernels.bench.machine import DEVICE
 from zipformer_kernels.bench.op_jobs import CHECK_EPSILONS, Passes, off
 from zipformer_kernels.bench.others import bare
+from zipformer_kernels.bench.peers import Agreement, Prepared, Run, Unserved
 
 QUERY, POSITION, VALUE = 32, 4, 12  # channels of a head
+PEERS = ("upstream", "upstream compiled", "eager", "ours")
 DIRECTIONS = ("forward", "both")
 ON_GPU = {"L stack 1, 30 x 30 s": (1500, 30, 4, 144), "L stack 4, 30 x 30 s": (188, 30, 8, 576)}
 ON_CPU = {
@@ -60,10 +62,10 @@ def jobs(every: bool = False) -> Iterator[Job]:
         for direction in DIRECTIONS:
             yield Job(
                 *("shared-attention", name, direction, torch.float32),
-                ("upstream", "upstream compiled", "eager", "ours"),
+                PEERS,
                 partial(prepare, frames, batch, heads, hidden, direction),
                 flops=flops if direction == "forward" else 3 * flops,
-                graphs=True,
+                graphs=PEERS,
             )
 
 
@@ -84,21 +86,17 @@ def prepare(frames: int, batch: int, heads: int, hidden: int, direction: str, wa
     """Functions for the peers wanted, on the same inputs; results and gradients are checked against the first's."""
     torch.manual_seed(0)
     args = inputs(frames, batch, heads, hidden)
-    prepared, expected = Prepared(), None
-    for peer in wanted:
+    agreement = Agreement(partial(off, alike=True), CHECK_EPSILONS * torch.finfo(torch.float32).eps, "upstream")
+
+    def make(peer: str) -> Run:
         reason = None if peer == "eager" else models.unserved(peer)
         if reason is not None:
-            prepared.skipped[peer] = reason
-            continue
+            raise Unserved(reason)
         passes = Passes(function(peer, heads, hidden), args)
-        results = passes.results()
-        expected = expected or results
-        error = off(results, expected, alike=True)
-        if error > CHECK_EPSILONS * torch.finfo(torch.float32).eps:
-            prepared.wrong[peer] = f"it is off by {error:.1e}"
-        else:
-            prepared.runs[peer] = passes.run(direction)
-    return prepared
+        agreement.check(peer, passes.results())
+        return passes.run(direction)
+
+    return peers.prepare(wanted, make, agreement)
 
 
 def function(peer: str, heads: int, hidden: int) -> Callable[..., Tensor]:
