@@ -349,9 +349,16 @@ def test_a_failed_capture_is_that_peers_reason_only(monkeypatch):
     def captured(run):
         raise RuntimeError("operation not permitted when stream is capturing")
 
+    def linear(peer):
+        torch.manual_seed(0)
+        return torch.nn.Linear(3, 3)
+
+    def x():
+        return torch.ones(2, 3, device=machine.DEVICE)
+
     monkeypatch.setattr(models, "captured", captured)
     wanted = ("ours", models.OURS_AS_GRAPH)
-    run = partial(models.inference, lambda: torch.ones(2, 3, device=machine.DEVICE), torch.float32)
-    prepared = models.prepare(lambda peer: torch.nn.Linear(3, 3), run, torch.float32, wanted)
+    run, probe = partial(models.inference, x, torch.float32), partial(models.evaluated, x)
+    prepared = models.prepare(linear, run, probe, torch.float32, wanted)
     assert set(prepared.runs) == {"ours"}
     assert prepared.failed == {models.OURS_AS_GRAPH: "RuntimeError: operation not permitted when stream is capturing"}

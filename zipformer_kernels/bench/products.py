@@ -129,7 +129,10 @@ def _named(name: str, function: Callable[..., Any], *args: Any) -> Any:
 def _prepare(name: str, wanted: Sequence[str]) -> Prepared:
     whole = [peer for peer in wanted if peer != ALONE]
     make_run = partial(models.inference, partial(models.frames, name, BATCH, SECONDS), torch.float32)
-    prepared = models.prepare(lambda peer: models.Encoder(models.encoder(peer, name)), make_run, torch.float32, whole)
+    probe = partial(models.evaluated, partial(models.frames, name, 2, 3))
+    prepared = models.prepare(
+        lambda peer: models.Encoder(models.encoder(peer, name)), make_run, probe, torch.float32, whole
+    )
     if ALONE in wanted:
         alone = peers.prepare([ALONE], lambda _: _alone(name))
         prepared.runs |= alone.runs
