@@ -140,7 +140,7 @@ def test_gradients_that_are_off_are_found_in_any_layout():
 def test_all_uses_of_a_layers_weights_agree_whether_they_are_kept_or_not(monkeypatch, kept):
     asked = []
     monkeypatch.setattr(native, "keeps_weights", lambda *shape: asked.append(shape) or kept)
-    prepared = shared_attention.prepare(100, 1, 2, 24, "both", ("upstream", "eager", "ours"))
+    prepared = shared_attention.prepare(100, 1, 2, 24, "both", torch.float32, ("upstream", "eager", "ours"))
     assert (prepared.wrong, prepared.skipped) == ({}, {})
     assert set(prepared.runs) == {"upstream", "eager", "ours"}
     assert asked or backend.missing["cpu"] or torch.cuda.is_available()
@@ -177,6 +177,51 @@ def test_upstream_computes_what_the_op_computes(op):
         assert "upstream" in prepared.runs
         return
     pytest.fail("no case was tried")
+
+
+@pytest.mark.parametrize("op", op_jobs.names())
+def test_peers_agree_in_bfloat16(op):
+    """Upstream's Swoosh + dropout + linear runs in it on a GPU only: its backward pass enters CUDA's autocast."""
+    case = next(case for case in op_jobs.cases_of(op, every=True) if not case.large and case.name != "one frame")
+    wanted = ("cpu",) if op == "swoosh_linear" else ("cpu", "upstream")
+    prepared = op_jobs.prepare(op, case, "both", torch.bfloat16, wanted)
+    assert (prepared.wrong, prepared.failed) == ({}, {})
+    assert set(prepared.runs) | set(prepared.skipped) == set(wanted)
+
+
+def test_a_gpu_times_what_models_run_in(monkeypatch):
+    monkeypatch.setattr(op_jobs, "DTYPES", (torch.bfloat16,))
+    dtypes = {op: {job.dtype for job in op_jobs.jobs(op)} for op in op_jobs.names()}
+    residual = {"bias_norm", "bypass"}
+    assert all(dtypes[op] == {torch.bfloat16} for op in dtypes.keys() - residual)
+    assert all(dtypes[op] == {torch.bfloat16, torch.float32} for op in residual)
+    its = next(op_jobs.jobs("swoosh"))
+    assert its.key["dtype"] == "bfloat16"
+    assert its.title.endswith(", bfloat16")
+
+
+@pytest.mark.parametrize("op", ["attention", "nonlin_attention"])
+def test_what_holds_every_pair_of_frames_is_not_tried_where_it_does_not_fit(op, monkeypatch):
+    case = importlib.import_module(f"zipformer_kernels.ops.{op}.cases").CASES[0]
+    monkeypatch.setattr(op_jobs, "memory_bytes", lambda: case.dense(4) - 1)
+    prepared = op_jobs.prepare(op, case, "both", torch.float32, ("eager", "compiled", "cpu", "upstream"))
+    assert set(prepared.skipped) - {"cpu"} == {"eager", "compiled", "upstream"}
+    assert "at once" in prepared.skipped["eager"]
+    assert set(prepared.unchecked) == set(prepared.runs) == {"cpu"} - set(prepared.skipped)
+    assert op_jobs.prepare(op, case, "both", torch.bfloat16, ("eager",)).skipped == {}
+
+
+def test_the_machine_has_memory():
+    assert machine.memory_bytes() > 1 << 28
+
+
+def test_on_a_gpu_the_optimizers_step_is_a_graph_and_a_call(monkeypatch):
+    assert [its.graphs for its in optimizer.jobs()] == [()] or torch.cuda.is_available()
+    monkeypatch.setattr(optimizer, "ON_GPU", True)
+    graph, called = optimizer.jobs()
+    assert set(graph.graphs) == {*backend.BACKENDS, optimizer.ADAMW}
+    assert (called.graphs, called.key) == ((), graph.key | {"case": f"{graph.case}, called"})
+    assert optimizer.step(optimizer.ADAMW, [torch.nn.Parameter(torch.ones(2))]).__self__.defaults["capturable"]
 
 
 def test_flex_attention_computes_the_same():

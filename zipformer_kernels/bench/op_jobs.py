@@ -15,14 +15,24 @@ from torch import Tensor
 from zipformer_kernels import backend, ops
 from zipformer_kernels.bench import peers
 from zipformer_kernels.bench.job import Job, off_by
-from zipformer_kernels.bench.machine import DEVICE
+from zipformer_kernels.bench.machine import DEVICE, memory_bytes
 from zipformer_kernels.bench.others import OTHERS, UNCHECKED, Call
 from zipformer_kernels.bench.peers import Agreement, Prepared, Run, Unserved
 from zipformer_kernels.ops.cases import Case
 
 DIRECTIONS = ("forward", "backward", "both")
 CPU_LIMITS = {"bytes": 4e8, "flops": 1.5e10}  # beyond that a case takes too long on a CPU
-CHECK_EPSILONS = 50  # how far peers may be apart, as relative error in epsilons of the dtype
+CHECKED_TO = {torch.float32: 50 * torch.finfo(torch.float32).eps, torch.bfloat16: 5e-2}
+"""How far peers may be apart, as relative error. The reference in bfloat16, which rounds every step, is off by 1e-2."""
+
+DTYPES = (torch.bfloat16,) if DEVICE.type == "cuda" else (torch.float32,)
+"""What is timed: what models run in."""
+
+RESIDUAL = ("bias_norm", "bypass")
+"""Ops that under autocast get the sum of the residual stream, which stays in float32; they are timed in it too."""
+
+DENSE = ("eager", "compiled", "upstream")
+"""Peers that write down every pair of frames."""
 
 
 def names() -> list[str]:
@@ -48,11 +58,12 @@ def cases_of(op: str, every: bool = False) -> list[Case]:
     return cases if every else [*cases[:1], *cases[1:][-1:]]
 
 
-def jobs(op: str, every: bool = False, dtype: torch.dtype = torch.float32) -> Iterator[Job]:
+def jobs(op: str, every: bool = False) -> Iterator[Job]:
     """The jobs of one op on this machine; of all its cases that fit, or of the first and the last."""
-    for case in cases_of(op, every):
-        for direction in DIRECTIONS:
-            yield job(op, case, direction, dtype)
+    for dtype in dict.fromkeys((*DTYPES, torch.float32) if op in RESIDUAL else DTYPES):
+        for case in cases_of(op, every):
+            for direction in DIRECTIONS:
+                yield job(op, case, direction, dtype)
 
 
 def job(op: str, case: Case, direction: str, dtype: torch.dtype = torch.float32) -> Job:
@@ -77,9 +88,11 @@ def prepare(op: str, case: Case, direction: str, dtype: torch.dtype, wanted: Seq
     peers.free()
     torch.manual_seed(0)
     args = case.inputs(dtype, DEVICE)
-    agreement = Agreement(off, CHECK_EPSILONS * torch.finfo(dtype).eps, "eager")
+    agreement = Agreement(off, CHECKED_TO[dtype], "eager")
 
     def make(peer: str) -> Run:
+        if peer in DENSE:
+            refuse_what_does_not_fit(case, dtype)
         function, its_args = call(op, peer, args)
         passes = Passes(function, its_args)
         if peer == "eager":
@@ -94,6 +107,13 @@ def prepare(op: str, case: Case, direction: str, dtype: torch.dtype, wanted: Seq
     prepared = peers.prepare(dict.fromkeys(("eager", *wanted)), make, agreement)
     prepared.keep(wanted)
     return prepared
+
+
+def refuse_what_does_not_fit(case: Case, dtype: torch.dtype) -> None:
+    """Raises `Unserved` where all pairs of frames of a case are more than the memory there is."""
+    held, there = case.dense(dtype.itemsize) if case.dense else 0, memory_bytes()
+    if there is not None and held > there:
+        raise Unserved(f"it would hold {held / 1e9:.0f} GB at once; there are {there / 1e9:.0f}")
 
 
 def off(results: Sequence[Tensor], expected: Sequence[Tensor], alike: bool) -> float:
