@@ -14,6 +14,7 @@ def time_job(benchmark):
         if peer in prepared.skipped:
             pytest.skip(f"{peer}: {prepared.skipped[peer]}")
         assert not prepared.wrong
+        assert not prepared.failed
         benchmark.group = job.title
         benchmark.extra_info |= {"bytes": job.bytes, "flops": job.flops, "device": machine.device_name()}
 

@@ -27,7 +27,8 @@ from tolerances import relative_error
 from zipformer_kernels import convert, modules
 from zipformer_kernels.bench import machine, rates, results
 from zipformer_kernels.bench.clients import BENCHMARK, table
-from zipformer_kernels.bench.job import Job, Measured, Prepared, off_by
+from zipformer_kernels.bench.job import Job, Measured, off_by
+from zipformer_kernels.bench.peers import Prepared
 
 LAYERS = ("ZipformerEncoderLayer", "Zipformer2EncoderLayer", "TimedEncoderLayer")
 SECONDS = {"S": (4, 16), "M": (4, 16), "L": (4, 16), "XL": (1, 16), recipes.OWN_SIZE: (2, 16)}
@@ -256,15 +257,16 @@ def main(
             for name, reason in row["errors"].items():
                 console.print(f"{client.name}, {its_size}, {name}: {escape(reason)}")
     console.print(table(rows, measured.rows), soft_wrap=True, highlight=False, markup=False)
-    for wrong in measured.wrong:
-        console.print(f"{wrong['case']}: {wrong['reason']}, so it is not timed", style="red")
+    for row in (*measured.wrong, *measured.failed):
+        console.print(f"{row['case']}: {row['peer']}: {row['reason']}, so it is not timed", style="red")
     if output:
         content = results.content(BENCHMARK, environment, reached, measured)
         given = {"icefall": icefall_commit, "ZipVoice": zipvoice_commit}
         folders = {name: recipes.checkout(name.upper()) for name in given}
         content["commits"] = {name: given[name] or recipes.commit(folder) for name, folder in folders.items() if folder}
         results.write(output / f"{BENCHMARK}.json", content | {"clients": rows})
-    if measured.wrong or any(not reason.startswith("theirs") for row in rows for reason in row["errors"].values()):
+    errors = [reason for row in rows for reason in row["errors"].values()]
+    if measured.wrong or measured.failed or any(not reason.startswith("theirs") for reason in errors):
         raise typer.Exit(1)
 
 

@@ -1,16 +1,15 @@
 """The measuring core: statistics, verdicts, results files, peers that agree, and the command on a tiny case."""
 
-import contextlib
 import importlib
 import json
 import logging
-import multiprocessing
+import math
 import os
 import pickle
 import random
 import subprocess
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from fractions import Fraction
 from functools import partial
 
 import pytest
@@ -35,6 +34,7 @@ from zipformer_kernels.bench import (
     suite,
 )
 from zipformer_kernels.bench.compare import compare
+from zipformer_kernels.bench.peers import Prepared
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import native
 from zipformer_kernels.ops.attention.cases import CASES as ATTENTION
@@ -58,6 +58,32 @@ def test_the_interval_holds_the_true_median_as_often_as_it_says():
         low, high = statistics.median_interval([draw.expovariate(1.0) for _ in range(15)])
         hits += low <= 0.6931 <= high
     assert 0.95 <= hits / 2000 <= 0.98  # of 15 samples the 4th and the 12th: 96.5%
+
+
+def counted(n):
+    """The rank of the interval's end by its definition, in fractions."""
+    tail = Fraction(1, 40)
+    return max(1, sum(sum(math.comb(n, i) for i in range(k)) <= tail * 2**n for k in range(1, (n + 1) // 2 + 1)))
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 7, 8, 9, 15, 16, 17, 100, 101, 400])
+def test_the_intervals_rank_is_exact(n):
+    assert statistics.interval_rank(n) == counted(n)
+
+
+@pytest.mark.parametrize(("n", "rank"), [(1_100, 518), (2_000, 956), (2_001, 957), (10_000, 4_902), (100_000, 49_690)])
+def test_intervals_of_many_samples(n, rank):
+    """Beyond `EXACT` the normal law is used, which may be one off, to the safe side."""
+    assert rank - (n > statistics.EXACT) <= statistics.interval_rank(n) <= rank
+    low, high = statistics.median_interval([float(i) for i in range(1, n + 1)])
+    assert low + high == n + 1
+    assert low <= (n + 1) / 2
+
+
+def test_the_normal_law_is_at_most_one_rank_to_the_safe_side(monkeypatch):
+    exact = {n: statistics.interval_rank(n) for n in range(100, 2000, 37)}
+    monkeypatch.setattr(statistics, "EXACT", 0)
+    assert {exact[n] - statistics.interval_rank(n) for n in exact} <= {0, 1}
 
 
 def test_percentiles_and_ratios():
@@ -114,7 +140,7 @@ def test_gradients_that_are_off_are_found_in_any_layout():
 def test_all_uses_of_a_layers_weights_agree_whether_they_are_kept_or_not(monkeypatch, kept):
     asked = []
     monkeypatch.setattr(native, "keeps_weights", lambda *shape: asked.append(shape) or kept)
-    prepared = shared_attention.prepare(100, 1, 2, 24, "both", ("upstream", "eager", "ours"))
+    prepared = shared_attention.prepare(100, 1, 2, 24, "both", torch.float32, ("upstream", "eager", "ours"))
     assert (prepared.wrong, prepared.skipped) == ({}, {})
     assert set(prepared.runs) == {"upstream", "eager", "ours"}
     assert asked or backend.missing["cpu"] or torch.cuda.is_available()
@@ -153,6 +179,51 @@ def test_upstream_computes_what_the_op_computes(op):
     pytest.fail("no case was tried")
 
 
+@pytest.mark.parametrize("op", op_jobs.names())
+def test_peers_agree_in_bfloat16(op):
+    """Upstream's Swoosh + dropout + linear runs in it on a GPU only: its backward pass enters CUDA's autocast."""
+    case = next(case for case in op_jobs.cases_of(op, every=True) if not case.large and case.name != "one frame")
+    wanted = ("cpu",) if op == "swoosh_linear" else ("cpu", "upstream")
+    prepared = op_jobs.prepare(op, case, "both", torch.bfloat16, wanted)
+    assert (prepared.wrong, prepared.failed) == ({}, {})
+    assert set(prepared.runs) | set(prepared.skipped) == set(wanted)
+
+
+def test_a_gpu_times_what_models_run_in(monkeypatch):
+    monkeypatch.setattr(op_jobs, "DTYPES", (torch.bfloat16,))
+    dtypes = {op: {job.dtype for job in op_jobs.jobs(op)} for op in op_jobs.names()}
+    residual = {"bias_norm", "bypass"}
+    assert all(dtypes[op] == {torch.bfloat16} for op in dtypes.keys() - residual)
+    assert all(dtypes[op] == {torch.bfloat16, torch.float32} for op in residual)
+    its = next(op_jobs.jobs("swoosh"))
+    assert its.key["dtype"] == "bfloat16"
+    assert its.title.endswith(", bfloat16")
+
+
+@pytest.mark.parametrize("op", ["attention", "nonlin_attention"])
+def test_what_holds_every_pair_of_frames_is_not_tried_where_it_does_not_fit(op, monkeypatch):
+    case = importlib.import_module(f"zipformer_kernels.ops.{op}.cases").CASES[0]
+    monkeypatch.setattr(op_jobs, "memory_bytes", lambda: case.dense(4) - 1)
+    prepared = op_jobs.prepare(op, case, "both", torch.float32, ("eager", "compiled", "cpu", "upstream"))
+    assert set(prepared.skipped) - {"cpu"} == {"eager", "compiled", "upstream"}
+    assert "at once" in prepared.skipped["eager"]
+    assert set(prepared.unchecked) == set(prepared.runs) == {"cpu"} - set(prepared.skipped)
+    assert op_jobs.prepare(op, case, "both", torch.bfloat16, ("eager",)).skipped == {}
+
+
+def test_the_machine_has_memory():
+    assert machine.memory_bytes() > 1 << 28
+
+
+def test_on_a_gpu_the_optimizers_step_is_a_graph_and_a_call(monkeypatch):
+    assert [its.graphs for its in optimizer.jobs()] == [()] or torch.cuda.is_available()
+    monkeypatch.setattr(optimizer, "ON_GPU", True)
+    graph, called = optimizer.jobs()
+    assert set(graph.graphs) == {*backend.BACKENDS, optimizer.ADAMW}
+    assert (called.graphs, called.key) == ((), graph.key | {"case": f"{graph.case}, called"})
+    assert optimizer.step(optimizer.ADAMW, [torch.nn.Parameter(torch.ones(2))]).__self__.defaults["capturable"]
+
+
 def test_flex_attention_computes_the_same():
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -175,7 +246,7 @@ def test_a_peer_that_is_wrong_is_not_timed(monkeypatch):
 
 def fresh_peers(wanted):
     """A job's `prepare`: functions that return the process they run in."""
-    return job.Prepared(runs={peer: os.getpid for peer in wanted if peer != "absent"}, skipped={"absent": "by design"})
+    return Prepared(runs={peer: os.getpid for peer in wanted if peer != "absent"}, skipped={"absent": "by design"})
 
 
 def peers_that_sign(folder, wanted):
@@ -216,7 +287,7 @@ def test_a_job_is_measured_in_turns_here_and_apart(apart, tmp_path):
 
 
 def test_a_peer_that_fails_apart_says_why():
-    with pytest.raises(KeyError, match="absent"):
+    with pytest.raises(process.Failed, match="by design"):
         process.Apart(fresh_peers, "absent")
 
 
@@ -267,25 +338,20 @@ def tiny(monkeypatch):
     monkeypatch.setattr(rates, "measure", lambda: RATES)
 
 
-def test_benchmarks_apart_share_one_fresh_process():
-    with suite._process(apart=True) as call:
-        pids = {call(os.getpid), call(os.getpid)}
-        assert call(logging.getLogger().getEffectiveLevel) == logging.ERROR
-    assert len(pids) == 1
-    assert os.getpid() not in pids
-    with suite._process(apart=False) as call:
-        assert call(os.getpid) == os.getpid()
+def test_calls_apart_share_one_fresh_process_until_it_is_renewed():
+    with suite.Place(apart=True) as place:
+        first, again = place.call(os.getpid), place.call(os.getpid)
+        assert place.call(level) == logging.ERROR
+        place.renew()
+        renewed = place.call(os.getpid)
+    assert first == again
+    assert len({first, renewed, os.getpid()}) == 3
+    with suite.Place(apart=False) as place:
+        assert place.call(os.getpid) == os.getpid()
 
 
-def test_a_process_that_dies_names_its_job(tiny, monkeypatch, tmp_path):
-    @contextlib.contextmanager
-    def dying(apart):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            yield lambda function, *args: pool.submit(os._exit, 3).result()
-
-    monkeypatch.setattr(suite, "_process", dying)
-    with pytest.raises(RuntimeError, match=r"tiny: .*, both: the process that measured it died"):
-        suite.run(["tiny"], tmp_path, False, lambda job, found: None)
+def level():
+    return logging.getLogger().getEffectiveLevel()
 
 
 @pytest.fixture

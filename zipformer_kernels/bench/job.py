@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,40 +13,47 @@ from torch import Tensor
 
 from zipformer_kernels.bench import memory, statistics
 from zipformer_kernels.bench.machine import DEVICE
-from zipformer_kernels.bench.process import Apart, ask
-from zipformer_kernels.bench.timing import Run, replays, take_turns
+from zipformer_kernels.bench.peers import Prepared, Run, attempt
+from zipformer_kernels.bench.process import Apart, ask, end
+from zipformer_kernels.bench.timing import replays, take_turns
+
+KEY = ("benchmark", "case", "direction", "dtype")
+"""What names a job in a results file."""
 
 USAGE = {"peak_bytes": memory.peak_bytes, "launches": memory.launches}
 
 
 @dataclass
-class Prepared:
-    """Peers that are ready to be timed, checked against each other, and why the others are not.
+class Measured:
+    """What measuring jobs gave: rows of numbers, and rows that say what was not measured and why.
 
     Attributes:
-        runs: a function without arguments for each peer.
-        skipped: for each peer that cannot run here, why.
-        wrong: for each peer whose results are off, by how much: it is not timed.
+        rows: numbers, one row for each peer that was timed.
+        skipped: peers that cannot do the work here.
+        failed: peers that raised something, or died; or what of them could not be had.
+        wrong: peers whose results are off.
+        profile: where the time goes.
     """
-
-    runs: dict[str, Run] = field(default_factory=dict)
-    skipped: dict[str, str] = field(default_factory=dict)
-    wrong: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Measured:
-    """What measuring jobs gave: rows of numbers, and rows that say what was not measured and why."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     skipped: list[dict[str, str]] = field(default_factory=list)
+    failed: list[dict[str, str]] = field(default_factory=list)
     wrong: list[dict[str, str]] = field(default_factory=list)
     profile: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, other: Measured) -> None:
         """Takes in what another measurement gave."""
-        for name in ("rows", "skipped", "wrong", "profile"):
-            getattr(self, name).extend(getattr(other, name))
+        for part in fields(self):
+            getattr(self, part.name).extend(getattr(other, part.name))
+        complete(self.rows)
+
+
+def complete(rows: list[dict[str, Any]]) -> None:
+    """Adds to `times_as_long` the peers of the same job that took no turns with a row's: the ratio of the medians."""
+    for row in rows:
+        for other in rows:
+            if other is not row and all(other[name] == row[name] for name in KEY):
+                row["times_as_long"].setdefault(other["peer"], other["median_s"] / row["median_s"])
 
 
 @dataclass(frozen=True)
@@ -57,13 +65,14 @@ class Job:
         case: which sizes.
         direction: ``forward``, ``backward``, ``both`` or ``step``.
         dtype: of the data.
-        peers: names of all that do this work somewhere; ours and upstream's and others'.
+        peers: names of all that do this work somewhere; ours and upstream's and others'. The others are checked
+            against the first.
         prepare: from the peers wanted to the functions that run here.
         bytes: the fewest bytes that must pass through memory, where known.
         flops: floating-point operations, where known.
         rounds: how many times each peer runs at least.
         seconds: how long the rounds go on at least.
-        graphs: whether on a GPU each peer can be replayed as a CUDA graph.
+        graphs: peers that on a GPU are timed as the replay of a CUDA graph, if they can be captured.
         apart: whether on a CPU each peer runs in a process of its own. `prepare` must pickle then.
     """
 
@@ -77,7 +86,7 @@ class Job:
     flops: int | None = None
     rounds: int = 7
     seconds: float = 1.0
-    graphs: bool = False
+    graphs: tuple[str, ...] = ()
     apart: bool = False
 
     @property
@@ -89,10 +98,11 @@ class Job:
     @property
     def title(self) -> str:
         """One line for people."""
-        return f"{self.benchmark}: {self.case}, {self.direction}"
+        dtype = "" if self.dtype == torch.float32 else f", {self.key['dtype']}"
+        return f"{self.benchmark}: {self.case}, {self.direction}{dtype}"
 
     def measure(self, rates: dict[str, Any], peers: Sequence[str] | None = None) -> Measured:
-        """Prepares, checks and times the peers in turns.
+        """Prepares, checks and times the peers in turns. What one raises ends that one only.
 
         Args:
             rates: the machine's, from `rates.measure`.
@@ -101,29 +111,65 @@ class Job:
             A row for each peer that ran: the key, ``peer``, ``samples_s``, ``median_s``, ``interval_s`` (of the median,
             95%), ``spread_s`` (between quartiles), ``p95_s``, ``bytes``, ``flops`` and from them ``bytes_per_s``,
             ``flops_per_s``, ``of_copy`` and ``of_matrix`` (shares of the machine's rates), ``peak_bytes``,
-            ``launches``, ``graph`` (whether a CUDA graph was timed), and ``times_as_long``: for every other peer, how
-            many times longer it takes.
+            ``launches`` (None where they could not be counted), ``graph`` (whether a CUDA graph was timed),
+            ``times_as_long``: for every other peer, how many times longer it takes, and ``unchecked`` where the peer
+            was not checked: why.
         """
-        prepared = self.prepare(self.peers if peers is None else peers)
+        asked = tuple(self.peers if peers is None else peers)
+        found, reason = attempt(self.measured, rates, asked)
+        return found if reason is None else self.all_failed(asked, reason)
+
+    def all_failed(self, peers: Sequence[str], reason: str) -> Measured:
+        """What a job gave that failed as a whole."""
+        return Measured(failed=self.reasons(dict.fromkeys(peers, reason)))
+
+    def reasons(self, found: dict[str, str]) -> list[dict[str, str]]:
+        """Rows that say why peers have no numbers."""
+        return [{**self.key, "peer": peer, "reason": reason} for peer, reason in found.items()]
+
+    def measured(self, rates: dict[str, Any], peers: Sequence[str]) -> Measured:
+        """`measure`, in which what no single peer is to blame for is raised."""
+        prepared = self.prepare(tuple(dict.fromkeys((self.peers[0], *peers))))
+        prepared.keep(peers)
         found = Measured(
-            skipped=[{**self.key, "peer": peer, "reason": reason} for peer, reason in prepared.skipped.items()],
-            wrong=[{**self.key, "peer": peer, "reason": reason} for peer, reason in prepared.wrong.items()],
+            skipped=self.reasons(prepared.skipped),
+            failed=self.reasons(prepared.failed),
+            wrong=self.reasons(prepared.wrong),
         )
-        if not prepared.runs:
-            return found
-        graphs = replays(prepared.runs) if self.graphs else {}
-        with self._seats(prepared) as runs:
-            samples = take_turns(runs | graphs, seconds=self.seconds, least=self.rounds)
-            for peer, times in samples.items():
-                others = {name: statistics.ratio(theirs, times) for name, theirs in samples.items() if name != peer}
-                usage = {name: ask(count, runs[peer]) for name, count in USAGE.items()}
-                usage["graph"] = peer in graphs
-                numbers = figures(times, self.bytes, self.flops, self.key["dtype"], rates)
-                found.rows.append({**self.key, "peer": peer, **numbers, **usage, "times_as_long": others})
+        with self._seats(prepared, found) as runs:
+            self._time(runs, prepared.unchecked, rates, found)
         return found
 
+    def _time(self, runs: dict[str, Run], unchecked: dict[str, str], rates: dict[str, Any], found: Measured) -> None:
+        """Times the functions in turns and adds their rows, and why others have none, to what is found."""
+
+        def fails(what: str, peer: str, reason: str) -> None:
+            found.failed += self.reasons({peer: what + reason})
+
+        capturable = {peer: run for peer, run in runs.items() if peer in self.graphs}
+        graphs = replays(capturable, partial(fails, "its CUDA graph: "))
+        timed = runs | graphs
+
+        def drops(peer: str, reason: str) -> None:
+            end(runs.pop(peer))
+            graphs.pop(peer, None)
+            fails("", peer, reason)
+
+        samples = take_turns(timed, seconds=self.seconds, least=self.rounds, on_failure=drops)
+        for peer, times in samples.items():
+            others = {name: statistics.ratio(theirs, times) for name, theirs in samples.items() if name != peer}
+            usage: dict[str, Any] = {}
+            for name, count in USAGE.items():
+                usage[name], reason = attempt(ask, count, runs[peer])
+                if reason is not None:
+                    fails(f"its {name}: ", peer, reason)
+            usage["graph"] = peer in graphs
+            numbers = figures(times, self.bytes, self.flops, self.key["dtype"], rates)
+            why = {"unchecked": unchecked[peer]} if peer in unchecked else {}
+            found.rows.append({**self.key, "peer": peer, **numbers, **usage, "times_as_long": others, **why})
+
     @contextlib.contextmanager
-    def _seats(self, prepared: Prepared) -> Iterator[dict[str, Run]]:
+    def _seats(self, prepared: Prepared, found: Measured) -> Iterator[dict[str, Run]]:
         """What is timed: the functions prepared, or, where peers run apart, the same ones in their processes."""
         if not self.apart or DEVICE.type != "cpu":
             yield prepared.runs
@@ -131,7 +177,14 @@ class Job:
         peers = list(prepared.runs)
         prepared.runs.clear()  # they were for the check alone, and hold whole models
         with contextlib.ExitStack() as processes:
-            yield {peer: processes.enter_context(Apart(self.prepare, peer)) for peer in peers}
+            seats = {}
+            for peer in peers:
+                seat, reason = attempt(Apart, self.prepare, peer)
+                if reason is None:
+                    seats[peer] = processes.enter_context(seat)
+                else:
+                    found.failed += self.reasons({peer: reason})
+            yield seats
 
 
 def figures(

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from zipformer_kernels.bench import models
-from zipformer_kernels.bench.job import Job, Measured, Prepared, figures
+from zipformer_kernels.bench.job import Job, Measured, complete, figures
 from zipformer_kernels.bench.machine import DEVICE, synchronize
+from zipformer_kernels.bench.peers import Prepared, attempt
+from zipformer_kernels.bench.process import Failed, ending
 from zipformer_kernels.presets import FBANK_BINS
 
 PRESET = "S"
@@ -40,19 +42,18 @@ class LengthJob(Job):
 
     minutes: float = 0.0
 
-    def measure(self, rates: dict[str, Any], peers: Sequence[str] | None = None) -> Measured:
-        prepared = self.prepare(self.peers if peers is None else peers)
-        skipped = [{**self.key, "peer": peer, "reason": reason} for peer, reason in prepared.skipped.items()]
-        found = Measured(skipped=skipped)
+    def measured(self, rates: dict[str, Any], peers: Sequence[str]) -> Measured:
+        prepared = self.prepare(peers)
+        found = Measured(skipped=self.reasons(prepared.skipped))
         for peer, run in prepared.runs.items():
-            point = run()
+            point, reason = attempt(run)
+            if reason is not None:
+                found.failed += self.reasons({peer: reason})
+                continue
             numbers = figures([point["seconds"]], None, None, self.key["dtype"], rates)
             usage = {"peak_bytes": point["peak_bytes"], "launches": None, "minutes": self.minutes}
-            found.rows.append({**self.key, "peer": peer, **numbers, **usage})
-        for row in found.rows:
-            row["times_as_long"] = {
-                other["peer"]: other["median_s"] / row["median_s"] for other in found.rows if other is not row
-            }
+            found.rows.append({**self.key, "peer": peer, **numbers, **usage, "times_as_long": {}})
+        complete(found.rows)
         return found
 
 
@@ -76,11 +77,12 @@ def _prepare(minutes: float, wanted: Sequence[str]) -> Prepared:
 
 
 def in_fresh_process(peer: str, minutes: float) -> dict[str, float]:
-    """Seconds and peak memory in bytes of one recording. Raises RuntimeError with the last line of what failed."""
+    """Seconds and peak memory in bytes of one recording. Raises `Failed` with the last line of what failed."""
     command = [sys.executable, "-m", __spec__.name, peer, str(minutes)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise RuntimeError(f"{peer} on {minutes:g} minutes failed: {(result.stderr.splitlines() or ['killed'])[-1]}")
+        reason = ending(result.returncode) if result.returncode < 0 else (result.stderr.splitlines() or [""])[-1]
+        raise Failed(f"{peer} on {minutes:g} minutes failed: {reason}")
     return json.loads(result.stdout.splitlines()[-1])
 
 

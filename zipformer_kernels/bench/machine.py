@@ -29,6 +29,16 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def memory_bytes() -> int | None:
+    """The memory of the device, in bytes; None where the system does not say."""
+    if DEVICE.type == "cuda":
+        return torch.cuda.get_device_properties(DEVICE).total_memory
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # Windows has no such call, and not every system these names
+        return None
+
+
 def device_name() -> str:
     """The hardware: the GPU, or the processor with its vector extensions and the threads used."""
     if DEVICE.type == "cuda":

@@ -11,11 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.bench import models
+from zipformer_kernels.bench import models, peers
+from zipformer_kernels.bench.check import Results
 from zipformer_kernels.bench.conformer import conformer_l
-from zipformer_kernels.bench.job import Job, Prepared
+from zipformer_kernels.bench.job import Job
 from zipformer_kernels.bench.machine import DEVICE
 from zipformer_kernels.bench.models import PEERS
+from zipformer_kernels.bench.peers import Prepared, Run
 from zipformer_kernels.presets import preset
 
 ON_GPU = DEVICE.type == "cuda"
@@ -26,6 +28,8 @@ CONFORMER = ("L", 30, 30) if ON_GPU else ("L", 1, 16)
 ROUNDS = {"forward": 7, "both": 3}
 CHUNK, LEFT_CONTEXT = 16, 128  # frames at 50 Hz: 320 ms
 CHUNKS = 100
+CHECKED = (2, 3)  # sequences, and their seconds, on which models are checked
+CHECKED_CHUNKS = 10  # a left context, and more
 
 
 def sizes(name: str, batch: int, seconds: int) -> str:
@@ -39,7 +43,7 @@ def encoder_forward(every: bool = False) -> Iterator[Job]:
     for name, batch, seconds in FORWARD:
         yield Job(
             *("encoder-forward", sizes(name, batch, seconds), "forward", DTYPE, peers),
-            partial(_forward, partial(_encoder, name), partial(models.frames, name, batch, seconds), DTYPE),
+            partial(_forward, partial(_encoder, name), partial(models.frames, name), (batch, seconds)),
             rounds=ROUNDS["forward"],
             apart=True,
         )
@@ -48,10 +52,9 @@ def encoder_forward(every: bool = False) -> Iterator[Job]:
 def conv_embed(every: bool = False) -> Iterator[Job]:
     """The conv embed in eval mode."""
     for name, batch, seconds in FORWARD[:1]:
-        features = partial(models.features, batch, seconds)
         yield Job(
             *("conv-embed", sizes(name, batch, seconds), "forward", DTYPE, PEERS),
-            partial(_forward, partial(_embed, name), features, DTYPE),
+            partial(_forward, partial(_embed, name), models.features, (batch, seconds)),
             apart=True,
         )
 
@@ -60,10 +63,9 @@ def training_step(every: bool = False) -> Iterator[Job]:
     """Forward and backward of conv embed and encoder in training; on a CPU compiled upstream only if `every`."""
     peers = PEERS if ON_GPU or every else tuple(peer for peer in PEERS if peer != "upstream compiled")
     for name, batch, seconds in TRAINING:
-        make_run = partial(models.training, partial(models.features, batch, seconds), DTYPE)
         yield Job(
             *("training-step", sizes(name, batch, seconds), "both", DTYPE, peers),
-            partial(models.prepare, partial(models.model, name=name), make_run, DTYPE),
+            partial(_training, name, (batch, seconds)),
             rounds=ROUNDS["both"],
             apart=True,
         )
@@ -75,7 +77,9 @@ def streaming_chunk(every: bool = False) -> Iterator[Job]:
     for name in ("L",) if ON_GPU else ("S",):
         yield Job(
             *("streaming-chunk", f"causal {name}, 320 ms", "forward", torch.float32, peers),
-            partial(models.prepare, partial(_streaming, name), partial(_stream, name), torch.float32),
+            partial(
+                models.prepare, partial(_streaming, name), partial(_stream, name), partial(_chunks, name), torch.float32
+            ),
             rounds=CHUNKS,
             apart=True,
         )
@@ -107,9 +111,17 @@ def _embed(name: str, peer: str) -> nn.Module:
 
 
 def _forward(
-    build: Callable[[str], nn.Module], x: Callable[[], Tensor], dtype: torch.dtype, wanted: Sequence[str]
+    build: Callable[[str], nn.Module], x: Callable[[int, int], Tensor], size: tuple[int, int], wanted: Sequence[str]
 ) -> Prepared:
-    return models.prepare(build, partial(models.inference, x, dtype), dtype, wanted)
+    run = partial(models.inference, partial(x, *size), DTYPE)
+    return models.prepare(build, run, partial(models.evaluated, partial(x, *CHECKED)), DTYPE, wanted)
+
+
+def _training(name: str, size: tuple[int, int], wanted: Sequence[str]) -> Prepared:
+    run = partial(models.training, partial(models.features, *size), DTYPE)
+    probe = partial(models.trained, partial(models.features, *CHECKED))
+    unchecked = {"upstream compiled": "inductor draws its own random numbers"}
+    return models.prepare(partial(models.model, name=name), run, probe, DTYPE, wanted, unchecked)
 
 
 def _streaming(name: str, peer: str) -> nn.Module:
@@ -120,10 +132,12 @@ def _streaming(name: str, peer: str) -> nn.Module:
 def _stream(name: str, module: nn.Module) -> Callable[[], Tensor]:
     """A function that feeds one chunk."""
     module.eval()
-    x = torch.randn(CHUNK, 1, preset(name)["encoder_dim"][0], generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    dtype = next(module.parameters()).dtype
+    x = torch.randn(CHUNK, 1, preset(name)["encoder_dim"][0], generator=torch.Generator().manual_seed(0))
+    x = x.to(DEVICE, dtype)
     lengths = torch.full((1,), CHUNK, device=DEVICE)
     padding = torch.zeros(1, LEFT_CONTEXT + CHUNK, dtype=torch.bool, device=DEVICE)
-    states = [state.to(DEVICE) for state in module.encoder.get_init_states(1)]
+    states = [state.to(DEVICE, dtype) for state in module.encoder.get_init_states(1)]
 
     def run() -> Tensor:
         nonlocal states
@@ -134,9 +148,17 @@ def _stream(name: str, module: nn.Module) -> Callable[[], Tensor]:
     return run
 
 
+def _chunks(name: str, module: nn.Module, dtype: torch.dtype) -> Results:
+    """Some chunks on end, as a probe for `ModelCheck`."""
+    run = _stream(name, module)
+    return {"output": torch.cat([run() for _ in range(CHECKED_CHUNKS)]).double()}
+
+
 def _conformer(name: str, make_run: Callable[[nn.Module], Callable[[], Tensor]], wanted: Sequence[str]) -> Prepared:
-    prepared = Prepared()
-    for peer in wanted:
+    def make(peer: str) -> Run:
         made = models.model("ours", name) if peer == "ours" else conformer_l()
-        prepared.runs[peer] = make_run(made.to(DEVICE))
+        return make_run(made.to(DEVICE))
+
+    prepared = peers.prepare(wanted, make)
+    prepared.unchecked = dict.fromkeys(prepared.runs, "the other is another model")
     return prepared

@@ -5,16 +5,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.bench import upstream
-from zipformer_kernels.bench.job import Prepared, off_by
+from zipformer_kernels.bench import peers, upstream
+from zipformer_kernels.bench.check import ModelCheck, Results, draws_of_float32, gradients_of
 from zipformer_kernels.bench.machine import DEVICE
 from zipformer_kernels.bench.op_jobs import no_compiler
+from zipformer_kernels.bench.peers import Prepared, Run, Unserved
 from zipformer_kernels.bench.timing import captured
 from zipformer_kernels.encoder import Zipformer
 from zipformer_kernels.modules.subsampling import Conv2dSubsampling
@@ -26,7 +28,6 @@ PEERS = ("upstream", "upstream as shipped", "upstream compiled", "ours")
 OURS_AS_GRAPH = "ours, CUDA graph"
 
 BATCH_COUNT = 10000.0  # of training steps done: where schedules have mostly settled
-CHECKED_TO = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 FEATURES_PER_SECOND, FRAMES_PER_SECOND = 100, 50  # into the conv embed and into the encoder
 
 
@@ -144,54 +145,92 @@ def unserved(peer: str) -> str | None:
 
 
 def autocast(dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """Autocast to a half-precision dtype; nothing for float32."""
-    return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(DEVICE.type, dtype)
+    """Autocast to a half-precision dtype; nothing for others."""
+    return torch.autocast(DEVICE.type, dtype) if dtype.itemsize == 2 else contextlib.nullcontext()
 
 
 def prepare(
     build: Callable[[str], nn.Module],
     make_run: Callable[[nn.Module], Callable[[], Tensor]],
+    probe: Callable[[nn.Module, torch.dtype], Results],
     dtype: torch.dtype,
     wanted: Sequence[str],
+    unchecked: Mapping[str, str] | None = None,
 ) -> Prepared:
-    """Functions for the peers wanted, each checked by its first result against the first peer's.
+    """Functions for the peers wanted. Where there are several, each was checked by itself, on the input of `probe`.
 
     Args:
         build: makes a peer's model.
-        make_run: from a model to the function to time, which returns a tensor to compare.
+        make_run: from a model to the function to time.
+        probe: what to check: see `ModelCheck`.
         dtype: what is computed in, by autocast where it is half.
         wanted: the peers.
+        unchecked: peers that cannot be checked, and why.
     """
-    prepared, expected = Prepared(), None
-    for peer in wanted:
+    reason = upstream.unavailable()
+    reasons = dict(unchecked or {})
+    if reason is not None:
+        reasons |= dict.fromkeys(filter(is_ours, wanted), f"against our own reference only: {reason}")
+    model_check = ModelCheck(lambda peer: build(peer).to(DEVICE), probe, dtype, None if reason else "upstream")
+
+    def make(peer: str) -> Run:
         reason = unserved(peer)
         if reason is not None:
-            prepared.skipped[peer] = reason
-            continue
+            raise Unserved(reason)
+        change = CHANGES.get(peer, lambda module: module)
+        if len(wanted) > 1 and peer != "upstream" and peer not in (unchecked or {}):
+            model_check.check(peer, is_ours(peer), change)
         made = build(peer).to(DEVICE)
-        if peer == "upstream compiled":
-            torch.compiler.reset()
-            made = torch.compile(made)
-        run = captured(make_run(made)) if peer == OURS_AS_GRAPH else make_run(made)
-        try:
-            result = run().detach()
-        except torch.cuda.OutOfMemoryError:
-            prepared.skipped[peer] = "it runs out of memory"
-            continue
-        expected = result if expected is None else expected
-        error = off_by(result, expected)
-        if error > CHECKED_TO[dtype]:
-            prepared.wrong[peer] = f"it is off by {error:.1e}"
-        else:
-            prepared.runs[peer] = run
+        return captured(make_run(made)) if peer == OURS_AS_GRAPH else make_run(change(made))
+
+    prepared = peers.prepare(wanted, make)
+    prepared.unchecked = {peer: why for peer, why in reasons.items() if peer in prepared.runs}
     return prepared
+
+
+class Replayed(nn.Module):
+    """A model whose call is the replay of a CUDA graph of that call."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any) -> Any:
+        return captured(partial(self.module, *args))()
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """The model under torch.compile, which has forgotten all it compiled before."""
+    torch.compiler.reset()
+    return torch.compile(module)
+
+
+CHANGES: dict[str, Callable[[nn.Module], nn.Module]] = {"upstream compiled": compiled, OURS_AS_GRAPH: Replayed}
+"""What makes a peer of a model."""
+
+
+def evaluated(make_x: Callable[[], Tensor], module: nn.Module, dtype: torch.dtype) -> Results:
+    """The output of a model in eval mode on what `make_x` draws from one seed: a probe for `ModelCheck`."""
+    return {"output": inference(make_x, dtype, module)().double()}
+
+
+def trained(make_x: Callable[[], Tensor], module: nn.Module, dtype: torch.dtype) -> Results:
+    """The output and all gradients of a training step on such x, with masks of float32: another probe."""
+    in_training(module)
+    seed(0)
+    x = make_x().to(next(module.parameters()).dtype)
+    with draws_of_float32():
+        seed(0)
+        with autocast(dtype):
+            y = module(x)
+        return gradients_of(module, y)
 
 
 def inference(make_x: Callable[[], Tensor], dtype: torch.dtype, module: nn.Module) -> Callable[[], Tensor]:
     """A function that runs a model in eval mode on what `make_x` draws from one seed."""
     module.eval()
     seed(0)
-    x = make_x()
+    x = make_x().to(next(module.parameters()).dtype)
 
     def run() -> Tensor:
         with torch.no_grad(), autocast(dtype):
@@ -200,12 +239,17 @@ def inference(make_x: Callable[[], Tensor], dtype: torch.dtype, module: nn.Modul
     return run
 
 
-def training(make_x: Callable[[], Tensor], dtype: torch.dtype, module: nn.Module) -> Callable[[], Tensor]:
-    """A function that runs a model forward and backward on such x; its k-th call draws from seed k."""
+def in_training(module: nn.Module) -> None:
+    """Sets a model to training, with its schedules at `BATCH_COUNT`."""
     module.train()
     for part in module.modules():
         if hasattr(part, "batch_count"):
             part.batch_count = BATCH_COUNT
+
+
+def training(make_x: Callable[[], Tensor], dtype: torch.dtype, module: nn.Module) -> Callable[[], Tensor]:
+    """A function that runs a model forward and backward on such x; its k-th call draws from seed k."""
+    in_training(module)
     seed(0)
     x, steps = make_x(), itertools.count()
 

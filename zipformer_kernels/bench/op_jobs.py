@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import importlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -14,14 +13,26 @@ import torch._functorch.config
 from torch import Tensor
 
 from zipformer_kernels import backend, ops
-from zipformer_kernels.bench.job import Job, Prepared, off_by
-from zipformer_kernels.bench.machine import DEVICE
-from zipformer_kernels.bench.others import OTHERS, UNCHECKED, Call, Unserved
+from zipformer_kernels.bench import peers
+from zipformer_kernels.bench.job import Job, off_by
+from zipformer_kernels.bench.machine import DEVICE, memory_bytes
+from zipformer_kernels.bench.others import OTHERS, UNCHECKED, Call
+from zipformer_kernels.bench.peers import Agreement, Prepared, Run, Unserved
 from zipformer_kernels.ops.cases import Case
 
 DIRECTIONS = ("forward", "backward", "both")
 CPU_LIMITS = {"bytes": 4e8, "flops": 1.5e10}  # beyond that a case takes too long on a CPU
-CHECK_EPSILONS = 50  # how far peers may be apart, as relative error in epsilons of the dtype
+CHECKED_TO = {torch.float32: 50 * torch.finfo(torch.float32).eps, torch.bfloat16: 5e-2}
+"""How far peers may be apart, as relative error. The reference in bfloat16, which rounds every step, is off by 1e-2."""
+
+DTYPES = (torch.bfloat16,) if DEVICE.type == "cuda" else (torch.float32,)
+"""What is timed: what models run in."""
+
+RESIDUAL = ("bias_norm", "bypass")
+"""Ops that under autocast get the sum of the residual stream, which stays in float32; they are timed in it too."""
+
+DENSE = ("eager", "compiled", "upstream")
+"""Peers that write down every pair of frames."""
 
 
 def names() -> list[str]:
@@ -47,53 +58,62 @@ def cases_of(op: str, every: bool = False) -> list[Case]:
     return cases if every else [*cases[:1], *cases[1:][-1:]]
 
 
-def jobs(op: str, every: bool = False, dtype: torch.dtype = torch.float32) -> Iterator[Job]:
+def jobs(op: str, every: bool = False) -> Iterator[Job]:
     """The jobs of one op on this machine; of all its cases that fit, or of the first and the last."""
-    for case in cases_of(op, every):
-        for direction in DIRECTIONS:
-            yield job(op, case, direction, dtype)
+    for dtype in dict.fromkeys((*DTYPES, torch.float32) if op in RESIDUAL else DTYPES):
+        for case in cases_of(op, every):
+            for direction in DIRECTIONS:
+                yield job(op, case, direction, dtype)
 
 
 def job(op: str, case: Case, direction: str, dtype: torch.dtype = torch.float32) -> Job:
     """One case of an op in one direction."""
     sizes = case.bytes(dtype.itemsize)
+    all_peers = (*backend.BACKENDS, "compiled", *OTHERS.get(op, {"upstream": None}))
     return Job(
         op,
         case.name,
         direction,
         dtype,
-        (*backend.BACKENDS, "compiled", *OTHERS.get(op, {"upstream": None})),
+        all_peers,
         partial(prepare, op, case, direction, dtype),
         bytes=sum(sizes.values()) if direction == "both" else sizes[direction],
         flops=sum(case.flops.values()) if direction == "both" else case.flops[direction],
-        graphs=direction != "backward",  # the forward pass lies outside of it
+        graphs=() if direction == "backward" else all_peers,  # the forward pass lies outside of it
     )
 
 
 def prepare(op: str, case: Case, direction: str, dtype: torch.dtype, wanted: Sequence[str]) -> Prepared:
     """Functions for the peers wanted, all on the same inputs, checked against the eager reference."""
-    gc.collect()
+    peers.free()
     torch.manual_seed(0)
     args = case.inputs(dtype, DEVICE)
-    prepared, calls = Prepared(), {}
-    for peer in dict.fromkeys(("eager", *wanted)):
-        try:
-            calls[peer] = call(op, peer, args)
-        except Unserved as reason:
-            prepared.skipped[peer] = str(reason)
-    expected = None
-    for peer, (function, its_args) in calls.items():
+    agreement = Agreement(off, CHECKED_TO[dtype], "eager")
+
+    def make(peer: str) -> Run:
+        if peer in DENSE:
+            refuse_what_does_not_fit(case, dtype)
+        function, its_args = call(op, peer, args)
         passes = Passes(function, its_args)
-        if expected is None:
+        if peer == "eager":
             passes.results()  # MKL's first exp on several threads can be off by 1e-4
         results = passes.results()
-        expected = expected or results
-        error = off(results, expected, alike=its_args is args)
-        if error > CHECK_EPSILONS * torch.finfo(dtype).eps and (op, peer) not in UNCHECKED:
-            prepared.wrong[peer] = f"it is off by {error:.1e}"
-        elif peer in wanted:
-            prepared.runs[peer] = passes.run(direction)
+        if (op, peer) in UNCHECKED:
+            agreement.unchecked[peer] = UNCHECKED[op, peer]
+        else:
+            agreement.check(peer, results, alike=its_args is args)
+        return passes.run(direction)
+
+    prepared = peers.prepare(dict.fromkeys(("eager", *wanted)), make, agreement)
+    prepared.keep(wanted)
     return prepared
+
+
+def refuse_what_does_not_fit(case: Case, dtype: torch.dtype) -> None:
+    """Raises `Unserved` where all pairs of frames of a case are more than the memory there is."""
+    held, there = case.dense(dtype.itemsize) if case.dense else 0, memory_bytes()
+    if there is not None and held > there:
+        raise Unserved(f"it would hold {held / 1e9:.0f} GB at once; there are {there / 1e9:.0f}")
 
 
 def off(results: Sequence[Tensor], expected: Sequence[Tensor], alike: bool) -> float:
@@ -110,7 +130,7 @@ def off(results: Sequence[Tensor], expected: Sequence[Tensor], alike: bool) -> f
     for actual, gradient in zip(gradients, wanted_gradients, strict=True):
         vanishes = gradient.norm() < torch.finfo(wanted.dtype).eps * whole
         errors.append(((actual - gradient).norm() / whole).item() if vanishes else off_by(actual, gradient))
-    return max(errors)
+    return torch.tensor(errors).max().item()  # NaN if any is
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:

@@ -15,12 +15,9 @@ from torch import Tensor, nn
 
 from zipformer_kernels.bench import upstream
 from zipformer_kernels.bench.machine import DEVICE
+from zipformer_kernels.bench.peers import Unserved
 
 Call = tuple[Callable[..., Tensor], tuple[Any, ...]]
-
-
-class Unserved(Exception):
-    """A peer cannot do this work here; the message says why."""
 
 
 def _upstream(*names: str) -> list[Any]:
@@ -49,6 +46,8 @@ def swoosh_upstream(x: Tensor, kind: str) -> Call:
 
 def swoosh_k2(x: Tensor, kind: str) -> Call:
     """k2's fused kernels, which take float32."""
+    if x.dtype != torch.float32:
+        raise Unserved("k2's kernels take float32")
     if importlib.util.find_spec("k2") is None:
         raise Unserved("k2 is not installed")
     import k2
@@ -65,7 +64,7 @@ def bias_norm_upstream(x: Tensor, bias: Tensor, log_scale: Tensor) -> Call:
 def swoosh_linear_upstream(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, dtype: torch.dtype
 ) -> Call:
-    """``ActivationDropoutAndLinearFunction``, which draws the dropout mask itself."""
+    """``ActivationDropoutAndLinearFunction``, which draws the dropout mask itself; under autocast in half precision."""
     (scaling,) = _upstream("scaling")
     forward, backward = {
         "l": (scaling._swooshl, scaling._swooshl_and_deriv),
@@ -74,7 +73,12 @@ def swoosh_linear_upstream(
     shared = None if mask is None else next((i for i, size in enumerate(mask.shape) if size < x.shape[i]), None)
     rate = 0.0 if mask is None else 0.3
     function = scaling.ActivationDropoutAndLinearFunction
-    return (lambda *args: function.apply(*args, forward, backward, rate, shared)), (x, weight, bias)
+
+    def run(*args: Tensor | None) -> Tensor:
+        with torch.autocast(DEVICE.type, dtype, enabled=dtype.itemsize == 2):
+            return function.apply(*args, forward, backward, rate, shared)
+
+    return run, (x, weight, bias)
 
 
 def attention_upstream(*args: Any) -> Call:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import matplotlib
@@ -48,7 +49,7 @@ def speedup(rows: list[Row], rates: dict[str, Any]) -> Any:
     if not found:
         return None
     figure, axes = pyplot.subplots(figsize=(9, 1 + 0.3 * len(found)), layout="constrained")
-    names = [f"{benchmark}, {case}, {direction}" for benchmark, case, direction, _ in found]
+    names = [", ".join(part for part in key if part != "float32") for key in found]
     bars = axes.barh(names, [row["times_as_long"]["upstream"] for row in found.values()])
     axes.bar_label(bars, fmt="%.1f", padding=2)
     axes.axvline(1.0, color="black", linewidth=1)
@@ -59,16 +60,18 @@ def speedup(rows: list[Row], rates: dict[str, Any]) -> Any:
 
 
 def roofline(rows: list[Row], rates: dict[str, Any]) -> Any:
-    """The fastest of ours under the measured rates of copies and of matrix products, in float32."""
+    """The fastest of ours under the measured rates of copies and of matrix products, in the dtype of most rows."""
     found = [row for row in fastest_of_ours(rows).values() if row["bytes"] and row["flops"]]
     if not found:
         return None
+    dtype = mode(row["dtype"] for row in found)
+    found = [row for row in found if row["dtype"] == dtype]
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
     for benchmark in dict.fromkeys(row["benchmark"] for row in found):
         own = [row for row in found if row["benchmark"] == benchmark]
         intensity = [row["flops"] / row["bytes"] for row in own]
         axes.scatter(intensity, [row["flops_per_s"] / 1e9 for row in own], label=benchmark)
-    copy, matrix = rates["copy_bytes_per_s"] / 1e9, rates["matrix_flops_per_s"]["float32"] / 1e9
+    copy, matrix = rates["copy_bytes_per_s"] / 1e9, rates["matrix_flops_per_s"][dtype] / 1e9
     ends = sorted([0.5, matrix / copy, max(1000.0, 2 * matrix / copy)])
     axes.plot(ends, [min(matrix, copy * x) for x in ends], color="black")
     axes.set(xscale="log", yscale="log", xlabel="FLOPs per byte", ylabel="GFLOP/s")

@@ -15,10 +15,12 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from zipformer_kernels import backend
-from zipformer_kernels.bench import memory, models, upstream
-from zipformer_kernels.bench.job import Job, Measured, Prepared
+from zipformer_kernels.bench import memory, models, peers, upstream
+from zipformer_kernels.bench.job import Job, Measured
 from zipformer_kernels.bench.machine import DEVICE, synchronize
-from zipformer_kernels.bench.timing import take_turns
+from zipformer_kernels.bench.peers import Prepared, Run, Unserved, attempt
+from zipformer_kernels.bench.statistics import median
+from zipformer_kernels.bench.timing import times
 
 BATCH, SECONDS = 4, 16
 ALONE = "its products alone"
@@ -52,9 +54,12 @@ def products_of(name: str) -> Counter[tuple[int, int, int]]:
 class ProductsJob(Job):
     """The encoder beside nothing but its matrix products; its result also has the profile of ours."""
 
-    def measure(self, rates: dict[str, Any], peers: Sequence[str] | None = None) -> Measured:
-        found = super().measure(rates, peers)
-        found.profile = shares(self.case, self.prepare(("ours",)).runs["ours"])
+    def measured(self, rates: dict[str, Any], peers: Sequence[str]) -> Measured:
+        found = super().measured(rates, peers)
+        if any(row["peer"] == "ours" for row in found.rows):
+            profile, reason = attempt(lambda: shares(self.case, self.prepare(("ours",)).runs["ours"]))
+            found.profile = profile or []
+            found.failed += self.reasons({"ours": f"its profile: {reason}"} if reason else {})
         return found
 
 
@@ -89,8 +94,7 @@ def shares(case: str, run: Callable[[], Any], rounds: int = 5) -> list[dict[str,
         }
         for event in recorded.key_averages()
     ]
-    whole = take_turns({"ours": run}, seconds=0.0, least=rounds)["ours"]
-    between = sorted(whole)[rounds // 2] - sum(row["seconds"] for row in rows)
+    between = median(times(run, rounds)) - sum(row["seconds"] for row in rows)
     rows.append({"case": case, "name": "between", "calls": 1.0, "seconds": max(between, 0.0)})
     return sorted((row for row in rows if row["seconds"] > 0), key=lambda row: -row["seconds"])
 
@@ -125,21 +129,28 @@ def _named(name: str, function: Callable[..., Any], *args: Any) -> Any:
 def _prepare(name: str, wanted: Sequence[str]) -> Prepared:
     whole = [peer for peer in wanted if peer != ALONE]
     make_run = partial(models.inference, partial(models.frames, name, BATCH, SECONDS), torch.float32)
-    prepared = models.prepare(lambda peer: models.Encoder(models.encoder(peer, name)), make_run, torch.float32, whole)
-    reason = upstream.unavailable()
-    if ALONE in wanted and reason is not None:
-        prepared.skipped[ALONE] = reason
-    elif ALONE in wanted:
-        prepared.runs[ALONE] = _alone(products_of(name))
+    probe = partial(models.evaluated, partial(models.frames, name, 2, 3))
+    prepared = models.prepare(
+        lambda peer: models.Encoder(models.encoder(peer, name)), make_run, probe, torch.float32, whole
+    )
+    if ALONE in wanted:
+        alone = peers.prepare([ALONE], lambda _: _alone(name))
+        prepared.runs |= alone.runs
+        prepared.skipped |= alone.skipped
+        prepared.failed |= alone.failed
     return prepared
 
 
-def _alone(shapes: Counter[tuple[int, int, int]]) -> Callable[[], Any]:
+def _alone(name: str) -> Run:
+    reason = upstream.unavailable()
+    if reason is not None:
+        raise Unserved(reason)
+
     def operands(rows: int, inner: int, columns: int) -> tuple[Tensor, ...]:
         sizes = (columns,), (rows, inner), (columns, inner)
         return tuple(torch.randn(size, device=DEVICE) for size in sizes)
 
-    made = [operands(*shape) for shape in shapes.elements()]
+    made = [operands(*shape) for shape in products_of(name).elements()]
 
     def run() -> None:
         for bias, x, weight in made:

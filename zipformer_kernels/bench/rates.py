@@ -7,8 +7,9 @@ from typing import Any
 import torch
 
 from zipformer_kernels.bench.machine import DEVICE
+from zipformer_kernels.bench.peers import Run
 from zipformer_kernels.bench.statistics import median
-from zipformer_kernels.bench.timing import Run, take_turns
+from zipformer_kernels.bench.timing import times
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -37,5 +38,4 @@ def matrix_rate(dtype: torch.dtype) -> float:
 
 def _faster_half(run: Run, rounds: int = 10) -> float:
     """The median of the faster half of the times: what the machine can do, not what disturbed it."""
-    times = take_turns({"rate": run}, seconds=0.0, least=rounds)["rate"]
-    return median(sorted(times)[: rounds // 2])
+    return median(sorted(times(run, rounds))[: rounds // 2])

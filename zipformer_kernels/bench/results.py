@@ -37,14 +37,20 @@ def content(benchmark: str, environment: dict[str, Any], rates: dict[str, Any], 
     """What a results file holds."""
     head = {"format": FORMAT, "benchmark": benchmark, "environment": environment, "rates": rates}
     profile = {"profile": found.profile} if found.profile else {}
-    return head | {"rows": found.rows, **profile, "skipped": found.skipped}
+    return head | {"rows": found.rows, **profile, "skipped": [*found.skipped, *found.failed], "wrong": found.wrong}
 
 
 def write(path: Path, results: dict[str, Any]) -> None:
-    """Writes a results file. Raises `ResultsError` where it cannot."""
+    """Writes a results file, all at once: whoever reads it finds the old one or the new one, whole.
+
+    Raises:
+        ResultsError: it cannot be written.
+    """
+    beside = path.with_suffix(".json.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(dumps(results))
+        beside.write_text(dumps(results))
+        os.replace(beside, path)
     except OSError as error:
         raise ResultsError(f"{path}: cannot be written: {error.strerror or error}") from error
 

@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 import zipformer_kernels.modules
 from zipformer_kernels import use_backend
-from zipformer_kernels.bench import models, upstream
-from zipformer_kernels.bench.job import Job, Prepared
+from zipformer_kernels.bench import models, peers, upstream
+from zipformer_kernels.bench.job import Job
 from zipformer_kernels.bench.machine import DEVICE
-from zipformer_kernels.bench.op_jobs import CHECK_EPSILONS, Passes, off
+from zipformer_kernels.bench.op_jobs import CHECKED_TO, Passes, off
 from zipformer_kernels.bench.others import bare
+from zipformer_kernels.bench.peers import Agreement, Prepared, Run, Unserved
 
 QUERY, POSITION, VALUE = 32, 4, 12  # channels of a head
+PEERS = ("upstream", "upstream compiled", "eager", "ours")
 DIRECTIONS = ("forward", "both")
 ON_GPU = {"L stack 1, 30 x 30 s": (1500, 30, 4, 144), "L stack 4, 30 x 30 s": (188, 30, 8, 576)}
 ON_CPU = {
@@ -30,6 +32,7 @@ ON_CPU = {
     "S stack 4, 4 x 16 s": (100, 4, 8, 192),
     "S stack 1, 1 x 60 s": (3000, 1, 4, 144),
 }
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 CASES = ON_GPU if DEVICE.type == "cuda" else ON_CPU
 """Frames, batch, heads, and channels of NonlinAttention, by name."""
 
@@ -59,15 +62,15 @@ def jobs(every: bool = False) -> Iterator[Job]:
         flops = 2 * frames * frames * batch * channels
         for direction in DIRECTIONS:
             yield Job(
-                *("shared-attention", name, direction, torch.float32),
-                ("upstream", "upstream compiled", "eager", "ours"),
-                partial(prepare, frames, batch, heads, hidden, direction),
+                *("shared-attention", name, direction, DTYPE),
+                PEERS,
+                partial(prepare, frames, batch, heads, hidden, direction, DTYPE),
                 flops=flops if direction == "forward" else 3 * flops,
-                graphs=True,
+                graphs=PEERS,
             )
 
 
-def inputs(frames: int, batch: int, heads: int, hidden: int) -> tuple[Tensor, ...]:
+def inputs(frames: int, batch: int, heads: int, hidden: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """The projections that the modules would make: q, k, p; positions; NonlinAttention's parts; values, twice."""
     sizes = [
         (frames, batch, heads * (2 * QUERY + POSITION)),
@@ -77,28 +80,32 @@ def inputs(frames: int, batch: int, heads: int, hidden: int) -> tuple[Tensor, ..
     ]
     scales = (QUERY**-0.25, 1.0, 1.0, 1.0, 1.0)
     drawn = (scale * torch.randn(size, device=DEVICE) for size, scale in zip(sizes, scales, strict=True))
-    return tuple(x.requires_grad_() for x in drawn)
+    return tuple(x.to(dtype).requires_grad_() for x in drawn)
 
 
-def prepare(frames: int, batch: int, heads: int, hidden: int, direction: str, wanted: Sequence[str]) -> Prepared:
+def prepare(
+    frames: int, batch: int, heads: int, hidden: int, direction: str, dtype: torch.dtype, wanted: Sequence[str]
+) -> Prepared:
     """Functions for the peers wanted, on the same inputs; results and gradients are checked against the first's."""
     torch.manual_seed(0)
-    args = inputs(frames, batch, heads, hidden)
-    prepared, expected = Prepared(), None
-    for peer in wanted:
+    args = inputs(frames, batch, heads, hidden, dtype)
+    agreement = Agreement(partial(off, alike=True), CHECKED_TO[dtype], "upstream")
+
+    def make(peer: str) -> Run:
         reason = None if peer == "eager" else models.unserved(peer)
         if reason is not None:
-            prepared.skipped[peer] = reason
-            continue
-        passes = Passes(function(peer, heads, hidden), args)
-        results = passes.results()
-        expected = expected or results
-        error = off(results, expected, alike=True)
-        if error > CHECK_EPSILONS * torch.finfo(torch.float32).eps:
-            prepared.wrong[peer] = f"it is off by {error:.1e}"
-        else:
-            prepared.runs[peer] = passes.run(direction)
-    return prepared
+            raise Unserved(reason)
+        module = function(peer, heads, hidden)
+
+        def averaged(*args: Tensor) -> Tensor:
+            with models.autocast(dtype):
+                return module(*args)
+
+        passes = Passes(averaged, args)
+        agreement.check(peer, passes.results())
+        return passes.run(direction)
+
+    return peers.prepare(wanted, make, agreement)
 
 
 def function(peer: str, heads: int, hidden: int) -> Callable[..., Tensor]:

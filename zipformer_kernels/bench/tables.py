@@ -32,7 +32,9 @@ def job_table(job: Job, found: Measured) -> Table:
         table.add_column(COLUMNS[i], justify="right", no_wrap=True)
     for row, line in zip(found.rows, cells, strict=True):
         table.add_row(Text(row["peer"]), *(line[i] for i in shown))
-    missing = ", ".join(row["peer"] for row in (*found.wrong, *found.skipped))
+    timed = {row["peer"] for row in found.rows}
+    absent = (row["peer"] for row in (*found.wrong, *found.failed, *found.skipped))
+    missing = ", ".join(dict.fromkeys(peer for peer in absent if peer not in timed))
     table.caption = f"not: {missing}" if missing else None
     return table
 
@@ -51,7 +53,7 @@ def row_cells(row: dict[str, Any]) -> tuple[str, ...]:
         cell(row["of_copy"], "{:.0%}"),
         cell(row["flops_per_s"] and row["flops_per_s"] / 1e9, "{:.1f}"),
         cell(row["of_matrix"], "{:.0%}"),
-        cell(row["peak_bytes"] / 1e6, "{:.0f}"),
+        cell(row["peak_bytes"] and row["peak_bytes"] / 1e6, "{:.0f}"),
         cell(row["launches"], "{}"),
     )
 

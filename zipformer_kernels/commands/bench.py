@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +14,8 @@ from rich.text import Text
 
 from zipformer_kernels.bench import process, results, suite, tables
 from zipformer_kernels.bench.compare import compare
-from zipformer_kernels.bench.job import Job, Measured
+from zipformer_kernels.bench.job import Measured
+from zipformer_kernels.bench.peers import OURS
 
 
 def bench(
@@ -26,6 +29,10 @@ def bench(
         bool,
         typer.Option("--every", help="All sizes, awkward ones too, up to an hour of audio: takes hours."),
     ] = False,
+    compiled: Annotated[
+        bool,
+        typer.Option("--compiled/--no-compiled", help="Peers that go through torch.compile, minutes each on a GPU."),
+    ] = True,
     compared: Annotated[
         tuple[Path, Path] | None,
         typer.Option("--compare", metavar="A B", help="Measure nothing: name what is slower in B (files or folders)."),
@@ -42,7 +49,7 @@ def bench(
             raise results.ResultsError(f"OP: wanted any of {', '.join(suite.names())}, got {name!r}")
     folder = output or results.default_folder()
     results.check_folder(folder)
-    raise typer.Exit(measure(wanted, folder, every))
+    raise typer.Exit(measure(suite.steps(wanted, every, compiled), folder))
 
 
 def wide_console() -> Console:
@@ -64,28 +71,35 @@ def report_changes(first: Path, second: Path) -> int:
     return int(slower > 0)
 
 
-def measure(wanted: list[str], folder: Path, every: bool) -> int:
-    """Runs benchmarks, prints their tables and writes files; 1 if a peer's results were wrong, else 0."""
+def measure(planned: Sequence[suite.Step], folder: Path) -> int:
+    """Runs benchmarks, prints their tables and writes files.
+
+    Returns:
+        1 if a peer's results were wrong, or one of ours failed, else 0.
+    """
     process.quieten()
     console = wide_console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    total = sum(len(suite.jobs(name, every)) for name in wanted)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("measuring", total=total)
+        task = progress.add_task("measuring", total=len(planned))
 
-        def on_job(job: Job, found: Measured) -> None:
+        def on_step(step: suite.Step, found: Measured) -> None:
             progress.advance(task)
-            console.print(tables.job_table(job, found))
+            console.print(tables.job_table(step.job, found))
 
-        found = suite.run(wanted, folder, every, on_job)
-    skipped, failed = ([row for one in found.values() for row in getattr(one, kind)] for kind in ("skipped", "wrong"))
-    reasons = {f"no {row['peer']}: {row['reason']}" for row in skipped}
-    wrong = [f"{row['benchmark']}, {row['case']}: {row['peer']}: {row['reason']}" for row in failed]
-    for line in (*sorted(reasons), *wrong):
+        found = Measured()
+        for gave in suite.run(planned, folder, on_step).values():
+            found.add(gave)
+    lines = {f"no {row['peer']}: {row['reason']}": None for row in sorted(found.skipped, key=itemgetter("peer"))}
+    for kind in ("failed", "wrong"):
+        for row in getattr(found, kind):
+            work = f"{row['benchmark']}, {row['case']}, {row['direction']}"
+            lines[f"{kind}: {work}: {row['peer']}: {row['reason']}"] = None
+    for line in lines:
         console.print(Text(line))
     draw(folder, console)
     console.print(f"saved to {folder}", soft_wrap=True)
-    return int(bool(wrong))
+    return int(bool(found.wrong) or any(row["peer"] in OURS for row in found.failed))
 
 
 def draw(folder: Path, console: Console) -> None:

@@ -21,6 +21,8 @@ class Case:
             bytes: each input read once, each output written once.
         flops: floating-point operations, by direction.
         large: whether the case is for benchmarks only; the others run in tests as well.
+        dense: bytes that code which writes down every pair of frames must hold at once, for an element size; None where
+            there are no pairs.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Case:
     bytes: Callable[[int], dict[str, int]]
     flops: dict[str, int] = field(default_factory=dict)
     large: bool = False
+    dense: Callable[[int], int] | None = None
 
 
 def leaf(*shape: int, dtype: torch.dtype, device: torch.device | str, scale: float = 1.0) -> torch.Tensor:

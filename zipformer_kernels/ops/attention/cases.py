@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from zipformer_kernels.ops import attention
@@ -35,6 +37,11 @@ def padding(batch: int, frames: int, device: torch.device | str) -> torch.Tensor
     """Padding of ever shorter sequences; the last of several is all padding."""
     lengths = torch.linspace(frames, 0 if batch > 1 else frames, batch, device=device).long()
     return torch.arange(frames, device=device) >= lengths.unsqueeze(1)
+
+
+def dense(pairs: int, size: int) -> int:
+    """Bytes of what the scores are made from, for an element size: products, those with positions (twice), the sum."""
+    return 4 * pairs * size
 
 
 def _case(
@@ -79,7 +86,7 @@ def _case(
 
     flops = 2 * pairs * (query + position + channels)
     backward = 2 * pairs * (3 * (query + position) + 2 * channels)
-    return Case(name, inputs, moved, {"forward": flops, "backward": backward}, large)
+    return Case(name, inputs, moved, {"forward": flops, "backward": backward}, large, partial(dense, pairs))
 
 
 CASES = [

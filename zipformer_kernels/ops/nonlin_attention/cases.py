@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from zipformer_kernels.ops import attention
-from zipformer_kernels.ops.attention.cases import padding, weights_inputs
+from zipformer_kernels.ops.attention.cases import dense, padding, weights_inputs
 from zipformer_kernels.ops.cases import Case, leaf
 
 
@@ -42,7 +44,7 @@ def _case(
 
     flops = 2 * pairs * (query + position + channels)
     backward = 2 * pairs * (3 * (query + position) + 2 * channels)
-    return Case(name, inputs, moved, {"forward": flops, "backward": backward}, large)
+    return Case(name, inputs, moved, {"forward": flops, "backward": backward}, large, partial(dense, pairs))
 
 
 CASES = [
