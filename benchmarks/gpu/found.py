@@ -44,9 +44,3 @@ def ends(main: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("interrupted", flush=True)
         return 130
-
-
-def told(error: BaseException) -> str:
-    """An exception in one line."""
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:150]}"
