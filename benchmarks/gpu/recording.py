@@ -1,9 +1,9 @@
 """Runs a model or an op as on a GPU, without one and without computing: every launch is recorded, none is made.
 
-Tensors are allocated on the CPU and never filled, which costs no memory until somebody writes to it. PyTorch's operations
-get results of the right shape and nothing in them; Triton kernels are compiled with the specialisation that the launch
-would give them; the module with the CUDA kernels is linked to recorder.cpp in place of CUDA's runtime. What looks at
-numbers gets True for a comparison, and 0.
+Tensors are allocated on the CPU and never filled, which costs no memory until somebody writes to it. PyTorch's
+operations get results of the right shape and nothing in them; Triton kernels are compiled with the specialisation that
+the launch would give them; the module with the CUDA kernels is linked to recorder.cpp in place of CUDA's runtime. What
+looks at numbers gets True for a comparison, and 0.
 
 The package is told that tensors of the CPU are a GPU's, so import it after this module.
 """
@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import flop_registry
 from triton.backends.compiler import GPUTarget
@@ -31,6 +31,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "build/recorder"  # where the objects and the module go
 TARGET = "9.0"
 MULTIPROCESSORS = 132  # of an H100 and of an H200
 
@@ -44,9 +45,11 @@ class Launch:
 
     Attributes:
         kind: ``torch``, ``triton`` or ``cuda``.
-        name: of PyTorch's operation, of the Triton function, or the mangled name of the CUDA kernel.
-        read, written: bytes of PyTorch's operation: of the tensors that it is given and of those that it makes.
+        name: of PyTorch's operation; of a Triton kernel, such as ``attention.delta_kernel``; of a CUDA kernel, mangled.
+        bytes: of the tensors that it is given, and of those that it makes. Of the CUDA kernels that one call launches
+            the first has them all.
         flops: of PyTorch's operation, where it is a product.
+        of_scores: whether PyTorch's operation takes or makes a tensor with a score for each pair of frames.
         grid: blocks.
         threads: of a block.
         shared: dynamic shared memory of a block, bytes.
@@ -56,9 +59,9 @@ class Launch:
 
     kind: str
     name: str
-    read: int = 0
-    written: int = 0
+    bytes: int = 0
     flops: int = 0
+    of_scores: bool = False
     grid: tuple[int, int, int] = (1, 1, 1)
     threads: int = 0
     shared: int = 0
@@ -84,10 +87,15 @@ class _Compiler:
 
 
 class _Native:
-    """The compiled module; what its functions launch goes to `record`."""
+    """The compiled module; what its functions launch goes to `record`.
+
+    Attributes:
+        addresses: bytes of the tensors whose addresses were taken since the last call, by address.
+    """
 
     def __init__(self, module: ModuleType, record: Any) -> None:
         self._module, self._record = module, record
+        self.addresses: dict[int, int] = {}
         self._drain = ctypes.CDLL(module.__file__).recorded_launches
         self._drain.restype = ctypes.c_char_p
 
@@ -98,19 +106,14 @@ class _Native:
 
         def call(*args: Any) -> None:
             found(*args)
+            moved = sum(self.addresses.get(x, 0) for x in set(tree_flatten(args)[0]))
+            self.addresses.clear()
             for line in self._drain().decode().splitlines():
                 kernel, *numbers = line.split()
-                grid, (x, y, z), shared = numbers[:3], map(int, numbers[3:6]), int(numbers[6])
-                self._record(
-                    Launch(
-                        "cuda",
-                        kernel,
-                        grid=tuple(map(int, grid)),
-                        threads=x * y * z,
-                        shared=shared,
-                        numbers={"call": args},
-                    )
-                )
+                x, y, z, threads_x, threads_y, threads_z, shared = map(int, numbers)
+                launched = {"threads": threads_x * threads_y * threads_z, "shared": shared, "grid": (x, y, z)}
+                self._record(Launch("cuda", kernel, moved, **launched, numbers={"call": args}))
+                moved = 0
 
         return call
 
@@ -128,7 +131,7 @@ class _Uncomputed(TorchDispatchMode):
         if makes_no_launch(operation):
             return operation(*args, **kwargs)
         if name == "_local_scalar_dense":
-            return torch.ones((), dtype=torch.bool).item() if args[0].dtype == torch.bool else 0
+            return True if args[0].dtype == torch.bool else 0
         if name == "equal":
             return True
         given = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
@@ -149,7 +152,8 @@ class _Uncomputed(TorchDispatchMode):
             made = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
         count = flop_registry.get(operation.overloadpacket)
         flops = 0 if count is None else count(*args, **kwargs, out_val=result)
-        self.record(Launch("torch", name, sum(map(extent, given)), sum(map(extent, made)), flops))
+        of_scores = name == "bmm" or any(x.ndim == 4 and min(x.shape[2:]) >= 100 for x in (*given, *made))
+        self.record(Launch("torch", name, sum(map(extent, (*given, *made))), flops, of_scores))
         return result
 
     @staticmethod
@@ -196,9 +200,7 @@ def build_module() -> Path:
     Raises:
         RuntimeError: there is no nvcc, or a compiler failed.
     """
-    spec = importlib.util.spec_from_file_location("zipformer_kernels_build", ROOT / "csrc/build.py")
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
+    build = csrc_build()
     if build.nvcc() is None:
         raise RuntimeError("no nvcc is on the PATH or in CUDA_HOME")
     plan = build.Plan(build.cxx(), ["-DZK_MANY_ISAS=0"], level="-O0")  # the CPU's kernels are linked, never called
@@ -206,14 +208,23 @@ def build_module() -> Path:
     plan.compile_cpu(build.BASELINE)
     plan.compile_cuda((TARGET,))
     plan.compile(Path(__file__).with_name("recorder.cpp"), [f"-I{build.cuda_home(build.nvcc())}/include"])
-    output = ROOT / "build/recorder/_recorder.so"
-    plan.run(output, output.parent, ["-shared", "-fopenmp"])
+    output = FOLDER / "_recorder.so"
+    plan.run(output, FOLDER, ["-shared", "-fopenmp"])
     return output
+
+
+def csrc_build() -> ModuleType:
+    """csrc/build.py, imported."""
+    return _load("zipformer_kernels_build", ROOT / "csrc/build.py")
 
 
 def load_module(path: Path) -> ModuleType:
     """The module that `build_module` made."""
-    spec = importlib.util.spec_from_file_location("_recorder", path)
+    return _load("_recorder", path)
+
+
+def _load(name: str, path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -229,31 +240,48 @@ def recording(native: ModuleType | None = None) -> Iterator[list[Launch]]:
         native: the module of `load_module`; without it there are no CUDA kernels.
     """
     launches: list[Launch] = []
-    run = JITFunction.run
+    run, pointer = JITFunction.run, launch.pointer
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         compiled = run(self, *args, grid=grid, warmup=True, **kwargs)
         given = dict(zip(self.arg_names, args, strict=False)) | kwargs
         numbers = {name: value for name, value in given.items() if not isinstance(value, Tensor)}
-        grid = grid(given) if callable(grid) else grid
-        threads, shared = 32 * compiled.metadata.num_warps, compiled.metadata.shared
-        grid = (*grid, 1, 1)[:3]
+        tensors = {x.data_ptr(): x for x in given.values() if isinstance(x, Tensor)}
         launches.append(
-            Launch("triton", self.fn.__name__, 0, 0, 0, grid, threads, shared, numbers=numbers, compiled=compiled)
+            Launch(
+                "triton",
+                f"{self.fn.__module__.split('.')[2]}.{self.fn.__name__}",
+                sum(map(extent, tensors.values())),
+                grid=(*(grid(given) if callable(grid) else grid), 1, 1)[:3],
+                threads=32 * compiled.metadata.num_warps,
+                shared=compiled.metadata.shared,
+                numbers=numbers,
+                compiled=compiled,
+            )
         )
         return compiled
+
+    module = None if native is None else _Native(native, launches.append)
+
+    def noted(x: Tensor | None) -> int:
+        address = pointer(x)
+        if x is not None and module is not None:
+            module.addresses[address] = extent(x)
+        return address
 
     patches = [
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(backend, "TRITON_INTERPRETS", True),
-        mock.patch.object(backend, "native", None if native is None else _Native(native, launches.append)),
+        mock.patch.object(backend, "native", module),
         mock.patch.object(backend, "PREFERENCE", {"cpu": backend.PREFERENCE["cuda"]}),
         mock.patch("torch._C._len_torch_dispatch_stack", return_value=0),  # who looks on here does not count
         mock.patch("zipformer_kernels.training.randomness.has_values", return_value=False),
     ]
-    for module in [m for name, m in sys.modules.items() if name.startswith("zipformer_kernels")]:
-        if getattr(module, "multiprocessors", None) is launch.multiprocessors:
-            patches.append(mock.patch.object(module, "multiprocessors", return_value=MULTIPROCESSORS))
+    for user in [m for name, m in sys.modules.items() if name.startswith("zipformer_kernels")]:
+        if getattr(user, "multiprocessors", None) is launch.multiprocessors:
+            patches.append(mock.patch.object(user, "multiprocessors", return_value=MULTIPROCESSORS))
+        if getattr(user, "pointer", None) is pointer:
+            patches.append(mock.patch.object(user, "pointer", noted))
     driver.set_active(_Compiler())
     with contextlib.ExitStack() as stack:
         for patch in patches:
@@ -274,7 +302,3 @@ def autocast() -> Iterator[None]:
             yield
     finally:
         torch.set_autocast_enabled("cuda", False)
-
-
-__all__ = ["Launch", "autocast", "build_module", "extent", "load_module", "makes_no_launch", "recording"]
-_ = _disable_current_modes

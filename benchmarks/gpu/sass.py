@@ -28,8 +28,11 @@ _PIPES = (
     ("mufu", r"MUFU|F2F|F2I|I2F|FRND|POPC|FLO|BREV|I2FP(?=\.F64)"),
     ("fp64", r"D(ADD|MUL|FMA|SETP|MNMX)"),
     ("fma", r"F(ADD|MUL|FMA|SWZADD)|HFMA2|HADD2|HMUL2|IMAD"),
-    ("memory", r"LDG|STG|LDS|STS|LDSM|STSM|LD|ST|LDL|STL|LDGSTS|ATOM\w*|RED|SHFL|UTMA\w*|LDC"),
-    ("control", r"BRA|BRX|BSSY|BSYNC|BREAK|CALL|RET|EXIT|WARPSYNC|BAR|NOP|DEPBAR|LDGDEPBAR|YIELD|MEMBAR|ERRBAR|WARPGROUP"),
+    ("lsu", r"LDG|STG|LDS|STS|LDSM|STSM|LD|ST|LDL|STL|LDGSTS|ATOM\w*|RED|SHFL|UTMA\w*|LDC"),
+    (
+        "control",
+        r"BRA|BRX|BSSY|BSYNC|BREAK|CALL|RET|EXIT|WARPSYNC|BAR|NOP|DEPBAR|LDGDEPBAR|YIELD|MEMBAR|ERRBAR|WARPGROUP",
+    ),
     ("uniform", r"U[A-Z]\w*|R2UR|S2UR|VOTEU"),
 )
 _PIPE_OF = [(name, re.compile(f"(?:{pattern})$")) for name, pattern in _PIPES]
@@ -54,7 +57,7 @@ class Instruction:
     def global_bytes(self) -> int:
         """Bytes that a thread moves from or to global memory; 0 if it moves none."""
         stem, *modifiers = self.opcode.split(".")
-        if stem not in ("LDG", "STG", "LDGSTS"):
+        if stem not in ("LDG", "STG", "LDGSTS", "LD", "ST"):  # the last two by a pointer from a table
             return 0
         return next((_WIDTHS[m] for m in modifiers if m in _WIDTHS), 4)
 
@@ -68,10 +71,15 @@ class Instruction:
         return 2 * m * n * k // (4 if self.opcode.startswith("HGMMA") else 1)
 
     @property
+    def goes_to(self) -> int | None:
+        """The address that the operands end in, or None: of a branch or a call, where it goes."""
+        found = re.search(r"(0x[0-9a-f]+)\s*$", self.operands)
+        return int(found[1], 16) if found else None
+
+    @property
     def target(self) -> int | None:
         """Where a branch goes, or None."""
-        found = re.search(r"(0x[0-9a-f]+)\s*$", self.operands)
-        return int(found[1], 16) if self.opcode.split(".")[0] == "BRA" and found else None
+        return self.goes_to if self.opcode.split(".")[0] == "BRA" else None
 
 
 @dataclass(frozen=True)
@@ -103,35 +111,61 @@ class Kernel:
 
     @cached_property
     def main(self) -> tuple[Instruction, ...]:
-        """The instructions without the subroutines behind the last exit, which are slow paths of divisions and roots."""
-        exits = [i for i, one in enumerate(self.instructions) if one.opcode == "EXIT"]
-        return self.instructions[: exits[-1] + 1] if exits else self.instructions
+        """The instructions in front of the subroutines, which are slow paths of divisions and roots, and of padding."""
+        called = [one.goes_to for one in self.instructions if one.opcode.startswith("CALL")]
+        end = min((address for address in called if address is not None), default=None)
+        before = [one for one in self.instructions if end is None or one.address < end]
+        while before and before[-1].opcode in ("NOP", "BRA") and before[-1].target in (None, before[-1].address):
+            before.pop()
+        return tuple(before)
 
     @cached_property
     def loops(self) -> tuple[Loop, ...]:
-        """Loops, outer ones first: from the target of a branch backwards to the last such branch to it."""
+        """Loops, outer ones first: from the target of a branch backwards to the last such branch to it.
+
+        Two that overlap without one holding the other are one loop with two entries.
+        """
         place = {one.address: i for i, one in enumerate(self.main)}
         ends: dict[int, int] = {}
         for i, one in enumerate(self.main):
-            begin = place.get(one.target, len(self.main)) if one.target is not None else len(self.main)
+            begin = place.get(one.target, i)
             if begin < i:
                 ends[begin] = i
-        spans = sorted(ends.items())
-        return tuple(
-            Loop(first, last, sum(f <= first and last <= l and (f, l) != (first, last) for f, l in spans))
-            for first, last in spans
-        )
+        spans: list[tuple[int, int]] = []
+        for first, last in sorted(ends.items()):
+            for k, (begin, end) in enumerate(spans):
+                if first <= end < last:
+                    spans[k] = begin, last
+                    break
+            else:
+                spans.append((first, last))
+        return tuple(Loop(first, last, sum(f <= first and last <= e for f, e in spans) - 1) for first, last in spans)
+
+    @cached_property
+    def rare(self) -> frozenset[int]:
+        """The places of the few instructions around each call of a subroutine, which a branch in front skips."""
+        found: set[int] = set()
+        for i, one in enumerate(self.main):
+            if not one.opcode.startswith("CALL"):
+                continue
+            for j in range(i - 1, max(-1, i - 16), -1):
+                target = self.main[j].target
+                if target is not None and target > one.address:
+                    found |= {k for k in range(j + 1, len(self.main)) if self.main[k].address < target}
+                    break
+        return frozenset(found)
 
     def executed(self, trips: Callable[[int], float]) -> Counter[Instruction]:
-        """How often a warp executes each instruction.
+        """How often a warp executes each instruction; branches forward are taken to be not taken.
 
         Args:
             trips: how often the loop with this number, of `loops`, runs each time that it is reached.
         """
-        often = [1.0] * len(self.main)
+        often = [0.0 if i in self.rare else 1.0 for i in range(len(self.main))]
         for number, loop in enumerate(self.loops):
+            times = trips(number)
             for i in range(loop.first, loop.last + 1):
-                often[i] *= trips(number)
+                often[i] *= times
         return Counter(dict(zip(self.main, often, strict=True)))
 
 
@@ -157,7 +191,8 @@ def parse(text: str, usage: str) -> dict[str, Kernel]:
     for name, body in _functions(text):
         registers, stack, shared, local = numbers[name]
         instructions = tuple(
-            Instruction(int(address, 16), opcode, operands.strip()) for address, opcode, operands in _INSTRUCTION.findall(body)
+            Instruction(int(address, 16), opcode, operands.strip())
+            for address, opcode, operands in _INSTRUCTION.findall(body)
         )
         kernels[name] = Kernel(name, instructions, registers, shared, stack + local)
     return kernels
