@@ -33,7 +33,7 @@ def count() -> dict[str, Any]:
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        work = [(peer, training) for training in (False, True) for peer in ("ours", "upstream")]
+        work = [(peer, work) for work in counts.WORK for peer in ("ours", "upstream")]
         bar = progress.add_task("CUDA kernels", total=2 + len(counts.OPS) * len(counts.STACKS) + len(work))
 
         def step(name: str) -> None:
@@ -43,9 +43,9 @@ def count() -> dict[str, Any]:
         kernels = counts.Kernels(recording.FOLDER)
         rows = list(counts.op_rows(native, kernels, step))
         models = []
-        for peer, training in work:
-            step(f"L, {peer}, {'training' if training else 'inference'}")
-            models.append(counts.model_row(native, kernels, peer, training))
+        for peer, kind in work:
+            step(f"L, {peer}, {kind}")
+            models.append(counts.model_row(native, kernels, peer, kind))
         step("done")
     return {"versions": versions(), "ops": rows, "model": models}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 from collections import Counter, defaultdict
@@ -9,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from benchmarks.gpu.sass import Kernel, disassemble, disassemble_cubin
 from benchmarks.gpu.trips import executed
 from zipformer_kernels.bench import models
 from zipformer_kernels.ops.cases import BATCH, FRAMES, Case
-from zipformer_kernels.ops.scaled_adam.cases import group
+from zipformer_kernels.ops.scaled_adam.cases import CASES as ADAM_CASES
 
 OPS = ("swoosh", "swoosh_linear", "bias_norm", "conv_module", "attention", "nonlin_attention")
 STACKS = tuple(f"L stack {i}, {BATCH} x 30 s" for i in range(4))
@@ -198,39 +200,42 @@ def op_row(
 def adam_row(native: ModuleType, kernels: Kernels, backend: str) -> dict[str, Any]:
     """The row of an optimizer step over all parameters of L."""
     stepper = importlib.import_module("zipformer_kernels.ops.scaled_adam")._op.backends[backend]
-    with torch.device("meta"):
-        shapes = [p.shape for p in models.model("ours", "L").parameters()]
+    (case,) = (case for case in ADAM_CASES if case.name == "all parameters of L")
     with recording.recording(native) as launches:
-        params, grads = ([torch.empty(shape) for shape in shapes] for _ in "pg")
-        groups = [group(params, grads)]
+        (groups,) = case.inputs(torch.float32, "cpu")
         launches.clear()
         stepper.step(groups, None, None, None, {})
         recorded = list(launches)
-    elements = sum(shape.numel() for shape in shapes)
+    elements = sum(p.numel() for p in groups[0].params)
     rows = [counted(launch, kernels, elements) for launch in recorded if launch.kind != "torch"]
     return {
         "op": "scaled_adam",
-        "case": "all parameters of L",
+        "case": case.name,
         "backend": backend,
         "direction": "step",
         "dtype": "float32",
-        "bytes": 36 * elements,
-        "flops": 20 * elements,
+        "bytes": case.bytes(4)["step"],
+        "flops": case.flops["step"],
         "kernels": rows,
         "torch": sum(launch.kind == "torch" for launch in recorded),
         "predicted_us": {m.name: round(sum(row["predicted_us"][m.name] for row in rows), 1) for m in MACHINES},
-        "floor_us": {m.name: round(1e6 * floor(36 * elements, 0, m), 1) for m in MACHINES},
+        "floor_us": {m.name: round(1e6 * floor(case.bytes(4)["step"], 0, m), 1) for m in MACHINES},
     }
 
 
 # ---- the model ----
 
 
-def encoder_launches(native: ModuleType, peer: str, training: bool) -> list[Launch]:
+WORK = ("inference", "training", "training, undrawn")
+
+
+def encoder_launches(native: ModuleType, peer: str, work: str) -> list[Launch]:
     """The launches of preset L's encoder on 30 x 30 s under bfloat16 autocast, forward, and backward in training.
 
-    Backends are chosen as on a GPU. In training chances fall as they do after 10,000 steps, with seed 0.
+    Backends are chosen as on a GPU. In training chances fall as they do after 10,000 steps, with seed 0; undrawn means
+    that none does: no Balancer acts, no Whiten, no penalty.
     """
+    training = work != "inference"
     encoder = encoder_of(peer).train(training).requires_grad_(training)
     for part in encoder.modules():
         if hasattr(part, "batch_count"):
@@ -238,7 +243,8 @@ def encoder_launches(native: ModuleType, peer: str, training: bool) -> list[Laun
     models.seed(0)
     x = torch.empty(FRAMES, BATCH, 192, requires_grad=training)
     lengths = torch.full((BATCH,), FRAMES)
-    with recording.recording(native) as launches:
+    chances = mock.patch("random.random", return_value=1.0) if work.endswith("undrawn") else contextlib.nullcontext()
+    with recording.recording(native) as launches, chances:
         with recording.autocast():
             y = encoder(x, lengths, torch.zeros(BATCH, FRAMES, dtype=torch.bool))[0]
         if training:
@@ -262,9 +268,9 @@ def category(launch: Launch) -> str:
     return "casts" if launch.name == "_to_copy" else "other passes of PyTorch"
 
 
-def model_row(native: ModuleType, kernels: Kernels, peer: str, training: bool) -> dict[str, Any]:
+def model_row(native: ModuleType, kernels: Kernels, peer: str, work: str) -> dict[str, Any]:
     """Predicted milliseconds of the encoder, by category, and of its own kernels, by name."""
-    launches = encoder_launches(native, peer, training)
+    launches = encoder_launches(native, peer, work)
     milliseconds: dict[str, Counter[str]] = {m.name: Counter() for m in MACHINES}
     count, moved = Counter(), Counter()
     own: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
@@ -287,7 +293,7 @@ def model_row(native: ModuleType, kernels: Kernels, peer: str, training: bool) -
             milliseconds[machine][name] += ms
     return {
         "peer": peer,
-        "work": "training" if training else "inference",
+        "work": work,
         "launches": dict(count),
         "bytes": dict(moved),
         "flops": sum(launch.flops for launch in launches),

@@ -51,9 +51,9 @@ def page(counts: dict[str, Any], results: Path) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def table(head: str, lines: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table; `head` names the columns, separated by commas."""
-    columns = head.split(", ")
+def table(head: str | list[str], lines: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table; `head` names the columns, as a list or separated by commas."""
+    columns = head.split(", ") if isinstance(head, str) else head
     body = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
     return "\n".join(["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *body])
 
@@ -90,14 +90,14 @@ def furthest(models: list[dict[str, Any]]) -> str:
         if lost(row) > 0.05
     ]
     text = "In a training step of L, ms of all launches, H100 / H200; the kernels that lose most first."
-    head = "kernel, backend, launches, predicted, floor, H100, bound"
+    head = "kernel, backend, launches, predicted, floor, of its floor on H100, bound"
     return f"{text}\n\n{table(head, lines)}"
 
 
 def model_tables(models: list[dict[str, Any]]) -> list[str]:
     """Predicted milliseconds of inference and of a training step, ours and upstream's, by what they go to."""
     names = sorted({name for m in models for name in m["launches"]}, key=lambda name: (name[0].islower(), name))
-    head = "H100 / H200, " + ", ".join(f"{m['work']}: {m['peer']}" for m in models)
+    head = ["H100 / H200", *(f"{m['work']}: {m['peer']}" for m in models)]
     lines = [
         (name, *(pair({k: row.get(name, 0.0) for k, row in m["predicted_ms"].items()}) for m in models))
         for name in names
