@@ -12,9 +12,10 @@ import torch
 
 pytest.importorskip("triton")
 
-from benchmarks.gpu import page, roofline, sass, trips
-
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.gpu import page, roofline, sass, trips  # noqa: E402
 
 # A loop around a call that hardly happens, as cuobjdump prints it; most encodings are left out.
 TEXT = """

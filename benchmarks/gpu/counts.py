@@ -272,7 +272,7 @@ def model_row(native: ModuleType, kernels: Kernels, peer: str, work: str) -> dic
     """Predicted milliseconds of the encoder, by category, and of its own kernels, by name."""
     launches = encoder_launches(native, peer, work)
     milliseconds: dict[str, Counter[str]] = {m.name: Counter() for m in MACHINES}
-    count, moved = Counter(), Counter()
+    count, moved, shortest = Counter(), Counter(), Counter()
     own: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     cache: dict[Any, dict[str, Any]] = {}
     for launch in launches:
@@ -291,10 +291,12 @@ def model_row(native: ModuleType, kernels: Kernels, peer: str, work: str) -> dic
         moved[name] += launch.bytes
         for machine, ms in times.items():
             milliseconds[machine][name] += ms
+        shortest.update({m.name: 1 for m in MACHINES if times[m.name] <= 1e3 * m.launch})
     return {
         "peer": peer,
         "work": work,
         "launches": dict(count),
+        "shortest": dict(shortest),
         "bytes": dict(moved),
         "flops": sum(launch.flops for launch in launches),
         "predicted_ms": {m: {name: round(ms, 3) for name, ms in row.items()} for m, row in milliseconds.items()},

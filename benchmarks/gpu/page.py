@@ -105,6 +105,7 @@ def model_tables(models: list[dict[str, Any]]) -> list[str]:
     sums = [{k: sum(row.values()) for k, row in m["predicted_ms"].items()} for m in models]
     lines.append(("**sum, ms**", *(f"**{pair(values)}**" for values in sums)))
     lines.append(("launches", *(sum(m["launches"].values()) for m in models)))
+    lines.append(("of the shortest, 3 us", *(pair(m["shortest"]) for m in models)))
     lines.append(("GB moved", *(number(sum(m["bytes"].values()) / 1e9) for m in models)))
     lines.append(("TFLOP of products", *(number(m["flops"] / 1e12) for m in models)))
     return [

@@ -150,8 +150,8 @@ class _Uncomputed(TorchDispatchMode):
                 return self.__torch_dispatch__(operation, (), (wide, *args[1:]), kwargs)
             result = self._shaped(operation, args, kwargs)
             made = [x for x in tree_flatten(result)[0] if isinstance(x, Tensor)]
-        count = flop_registry.get(operation.overloadpacket)
-        flops = 0 if count is None else count(*args, **kwargs, out_val=result)
+        product = name in ("mm", "addmm", "bmm", "baddbmm")  # convolutions here are depthwise: their bytes count
+        flops = flop_registry[operation.overloadpacket](*args, **kwargs, out_val=result) if product else 0
         of_scores = name == "bmm" or any(x.ndim == 4 and min(x.shape[2:]) >= 100 for x in (*given, *made))
         self.record(Launch("torch", name, sum(map(extent, (*given, *made))), flops, of_scores))
         return result
