@@ -27,6 +27,7 @@ from zipformer_kernels.ops.scaled_adam.cases import CASES as ADAM_CASES
 OPS = ("swoosh", "swoosh_linear", "bias_norm", "conv_module", "attention", "nonlin_attention")
 STACKS = tuple(f"L stack {i}, {BATCH} x 30 s" for i in range(4))
 BACKENDS = ("triton", "cuda")
+ATTENTION = ("attention", "nonlin_attention")
 RESIDUAL = ("bias_norm",)
 """Ops on the residual stream, which autocast leaves in float32."""
 
@@ -66,9 +67,14 @@ class Kernels:
         return launch.name, self._triton[key]
 
 
-def scores_of(launch: Launch) -> int:
-    """Scores that an attention kernel turns into weights: one for each target, source, sequence and head."""
+def scores_of(launch: Launch, otherwise: int = 0) -> int:
+    """Scores that an attention kernel turns into weights: one for each target, source, sequence and head.
+
+    Triton's launches tell; of CUDA's it is `otherwise`.
+    """
     n = launch.numbers
+    if launch.kind == "cuda":
+        return otherwise
     return n["T"] * n["S"] * n["B"] * n["H"] if "S" in n and "H" in n else 0
 
 
@@ -77,13 +83,14 @@ def floor(moved: int, scores: int, machine: Machine) -> float:
     return max(machine.moved(moved), machine.cycles(scores / 32 / dict(machine.rates)["mufu"]), machine.launch)
 
 
-def counted(launch: Launch, kernels: Kernels, elements: int) -> dict[str, Any]:
+def counted(launch: Launch, kernels: Kernels, elements: int, scores: int = 0) -> dict[str, Any]:
     """The row of one launch of Triton's or CUDA's: counts, predictions and floors.
 
     Args:
         launch: as recorded.
         kernels: the compiled ones.
         elements: of the op; instructions are given for each, or for each score where the kernel makes scores.
+        scores: of the op, if it is attention.
     """
     name, kernel = kernels(launch)
     often = executed(name, launch.kind == "cuda", kernel, launch.numbers | {"grid": launch.grid})
@@ -91,7 +98,7 @@ def counted(launch: Launch, kernels: Kernels, elements: int) -> dict[str, Any]:
     static = kernel.shared if launch.kind == "cuda" else 0  # Triton's number is the whole
     shared = launch.shared + static
     work = work_of(kernel, often, launch.blocks, launch.threads, launch.shared - kernel.shared + static, moved)
-    scores = scores_of(launch)
+    scores = scores_of(launch, scores)
     accesses = Counter()
     for one, count in often.items():
         if one.global_bytes and count > 0:
@@ -174,8 +181,11 @@ def op_row(
     own = [launch for launch in launches if launch.kind != "torch"]
     others = [launch for launch in launches if launch.kind == "torch"]
     moved = case.bytes(dtype.itemsize)[direction]
-    rows = [counted(launch, kernels, elements) for launch in own]
-    scores = max(map(scores_of, own), default=0)
+    scores = 0
+    if name in ATTENTION:
+        q, k = args[:2]
+        scores = k.shape[0] * q.shape[:3].numel()
+    rows = [counted(launch, kernels, elements, scores) for launch in own]
     products = {m.name: m.multiplied(sum(launch.flops for launch in others)) for m in MACHINES}
     return {
         "op": name,

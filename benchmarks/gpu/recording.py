@@ -234,7 +234,8 @@ def _load(name: str, path: Path) -> ModuleType:
 def recording(native: ModuleType | None = None) -> Iterator[list[Launch]]:
     """Within the block nothing is computed; yields the list that the launches go to.
 
-    The package chooses backends as on a GPU: CUDA kernels, Triton, PyTorch.
+    The package chooses backends as on a GPU: CUDA kernels, Triton, PyTorch. Afterwards Triton goes on to compile for
+    sm_90.
 
     Args:
         native: the module of `load_module`; without it there are no CUDA kernels.
