@@ -155,14 +155,28 @@ def kernels_table(rows: list[dict[str, Any]]) -> str:
                     one["spills"],
                     one["shared"],
                     one["warps"],
-                    f"{number(one['instructions'])} a {one['of']}",
+                    f"{one['bytes'] / 1e6:.0f}",
+                    f"{widths(one['accesses'], 'LD')} / {widths(one['accesses'], 'ST')}",
+                    f"{number(one['instructions'])} a{'n' * (one['of'] == 'element')} {one['of']}",
                     pair(one["predicted_us"]),
                     bound["H100"] if bound["H100"] == bound["H200"] else f"{bound['H100']} / {bound['H200']}",
                 )
             )
-    head = "kernel, case, backend, blocks x threads, registers, spills, shared, warps, instructions, us, bound"
-    text = "Warps of a multiprocessor, 64 at most; spills and shared memory in bytes; us on H100 / H200."
+    head = (
+        "kernel, case, backend, blocks x threads, registers, spills, shared, warps, MB, widths, instructions, us, bound"
+    )
+    text = (
+        "Warps of a multiprocessor, 64 at most; spills and shared memory in bytes; widths: bytes that a thread loads / "
+        "stores at a time, in global memory; us on H100 / H200."
+    )
     return f"{text}\n\n{table(head, lines)}"
+
+
+def widths(accesses: dict[str, int], kind: str) -> str:
+    """The bytes of a kernel's loads or stores, the most frequent first; those of less than a tenth are left out."""
+    counts = {name.split()[1]: count for name, count in accesses.items() if name.startswith(kind)}
+    most = max(counts.values(), default=0)
+    return " ".join(sorted((w for w, count in counts.items() if 10 * count >= most), key=lambda w: -counts[w]))
 
 
 def rewritten(text: str, generated: str) -> str:
