@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 
+from zipformer_kernels.presets import preset
+
+FRAMES, BATCH = 1500, 30  # into an encoder: 30 recordings of 30 s
+
 
 @dataclass(frozen=True)
 class Case:
@@ -31,6 +35,39 @@ class Case:
     flops: dict[str, int] = field(default_factory=dict)
     large: bool = False
     dense: Callable[[int], int] | None = None
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The sizes of one stack of a preset on `BATCH` recordings of 30 s.
+
+    Attributes:
+        name: for cases, such as ``L stack 0, 30 x 30 s``; stacks are counted from 0, as in the model.
+        downsampling: how many of the encoder's frames are one of the stack's.
+        frames: T.
+        channels: of the layer's input.
+        hidden: of the second feed-forward.
+        heads: of the attention.
+        kernel: taps of the convolutions.
+    """
+
+    name: str
+    downsampling: int
+    frames: int
+    channels: int
+    hidden: int
+    heads: int
+    kernel: int
+
+
+def stacks(name: str) -> list[Stack]:
+    """The stacks of a preset. The last two have the shapes of the third and the second."""
+    sizes = preset(name)
+    keys = "downsampling_factor", "encoder_dim", "feedforward_dim", "num_heads", "cnn_module_kernel"
+    return [
+        Stack(f"{name} stack {i}, {BATCH} x 30 s", factor, -(-FRAMES // factor), *rest)
+        for i, (factor, *rest) in enumerate(zip(*(sizes[key] for key in keys), strict=True))
+    ]
 
 
 def leaf(*shape: int, dtype: torch.dtype, device: torch.device | str, scale: float = 1.0) -> torch.Tensor:

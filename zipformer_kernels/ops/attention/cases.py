@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from zipformer_kernels.ops import attention
-from zipformer_kernels.ops.cases import Case, leaf
+from zipformer_kernels.ops.cases import BATCH, Case, leaf, stacks
 
 PENALTY_LIMIT = 4.0
 
@@ -97,9 +97,6 @@ CASES = [
     _case("streaming", 16, 2, 2, 12, sources=80, padded=True),
     _case("wide values", 33, 2, 1, 144),
     _case("other head sizes", 40, 1, 3, 20, query=24, position=2),
-    _case("L stack 1, 30 x 30 s", 1500, 30, 4, 12, large=True),
-    _case("L stack 2, 30 x 30 s", 750, 30, 4, 12, large=True),
-    _case("L stack 3, 30 x 30 s", 375, 30, 4, 12, large=True),
-    _case("L stack 4, 30 x 30 s", 188, 30, 8, 12, large=True),
-    _case("S stack 1, 14 min", 42000, 1, 4, 12, large=True),
+    *(_case(stack.name, stack.frames, BATCH, stack.heads, 12, large=True) for stack in stacks("L")[:4]),
+    _case("S stack 0, 14 min", 42000, 1, 4, 12, large=True),
 ]

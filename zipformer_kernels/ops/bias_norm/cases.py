@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from zipformer_kernels.ops.cases import Case, leaf
+from zipformer_kernels.ops.cases import BATCH, Case, leaf, stacks
 
 FLOPS_PER_ELEMENT = {"forward": 4, "backward": 9}
 
@@ -33,13 +33,9 @@ def _case(name: str, *shape: int, half_parameters: bool = False, large: bool = F
     return Case(name, inputs, moved, flops, large)
 
 
-def _layers(preset: str, frames: int, batch: int, dims: tuple[int, ...]) -> list[Case]:
+def _layers(preset: str) -> list[Case]:
     """The norm at the end of a layer of each stack, at the stack's frame rate."""
-    downsampling = (1, 2, 4, 8, 4, 2)
-    return [
-        _case(f"{preset} stack {i}, 30 s x {batch}", -(-frames // factor), batch, dim, large=True)
-        for i, (dim, factor) in enumerate(zip(dims, downsampling, strict=True))
-    ]
+    return [_case(stack.name, stack.frames, BATCH, stack.channels, large=True) for stack in stacks(preset)]
 
 
 CASES = [
@@ -53,7 +49,7 @@ CASES = [
     _case("longest in registers", 11, 1024),
     _case("long rows", 5, 4096),
     _case("long odd rows", 3, 2, 5003),
-    *_layers("S", 1500, 30, (192, 256, 256, 256, 256, 256)),
-    *_layers("M", 1500, 30, (192, 256, 384, 512, 384, 256)),
-    *_layers("L", 1500, 30, (192, 256, 512, 768, 512, 256)),
+    *_layers("S"),
+    *_layers("M"),
+    *_layers("L"),
 ]

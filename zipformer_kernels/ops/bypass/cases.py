@@ -40,5 +40,5 @@ CASES = [
     _case("S stack 1, 4 x 16 s, by sequence", 398, 4, 256, by_sequence=True, large=True),
     _case("S around stack 1, 4 x 16 s", 796, 4, 256, large=True),
     _case("S stack 2, 4 x 16 s, by sequence", 199, 4, 256, by_sequence=True, large=True),
-    _case("L stack 3, 30 s x 30, by sequence", 188, 30, 768, by_sequence=True, large=True),
+    _case("L stack 3, 30 x 30 s, by sequence", 188, 30, 768, by_sequence=True, large=True),
 ]

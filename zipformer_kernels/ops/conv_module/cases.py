@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from zipformer_kernels.ops.cases import Case, leaf
+from zipformer_kernels.ops.cases import BATCH, Case, leaf, stacks
 
 
 def _case(
@@ -49,21 +49,16 @@ def _case(
     return Case(name, inputs, moved, {"forward": 2 * n * taps, "backward": 4 * n * taps}, large)
 
 
-def _layers(preset: str, frames: int, batch: int, dims: tuple[int, ...], chunk: int | None = None) -> list[Case]:
-    """The convolution of each stack, at the stack's frame rate."""
-    kernels, downsampling = (31, 31, 15, 15, 15, 31), (1, 2, 4, 8, 4, 2)
-    name = f"{preset} stack" if chunk is None else f"causal {preset} stack"
+def _layers(preset: str, chunk: int | None = None) -> list[Case]:
+    """The convolution of each stack, at the stack's frame rate; `chunk` in frames of the encoder."""
     return [
         _case(
-            f"{name} {i}, 30 s x {batch}",
-            -(-frames // factor),
-            batch,
-            dim,
-            kernel,
-            chunk=None if chunk is None else chunk // factor,
+            stack.name if chunk is None else f"causal {stack.name}",
+            *(stack.frames, BATCH, stack.channels, stack.kernel),
+            chunk=None if chunk is None else chunk // stack.downsampling,
             large=True,
         )
-        for i, (dim, kernel, factor) in enumerate(zip(dims, kernels, downsampling, strict=True))
+        for stack in stacks(preset)
     ]
 
 
@@ -80,8 +75,8 @@ CASES = [
     _case("chunks as long as the kernel", 40, 1, 16, 7, chunk=7, bias=False),
     _case("chunks that do not divide the frames", 140, 2, 24, 31, chunk=32, padded=True),
     _case("one chunk", 37, 2, 24, 31, chunk=37),
-    *_layers("S", 1500, 30, (192, 256, 256, 256, 256, 256)),
-    *_layers("M", 1500, 30, (192, 256, 384, 512, 384, 256)),
-    *_layers("L", 1500, 30, (192, 256, 512, 768, 512, 256)),
-    *_layers("S", 1500, 30, (192, 256, 256, 256, 256, 256), chunk=32),
+    *_layers("S"),
+    *_layers("M"),
+    *_layers("L"),
+    *_layers("S", chunk=32),
 ]

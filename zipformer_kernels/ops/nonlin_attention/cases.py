@@ -8,7 +8,7 @@ import torch
 
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention.cases import dense, padding, weights_inputs
-from zipformer_kernels.ops.cases import Case, leaf
+from zipformer_kernels.ops.cases import BATCH, Case, leaf, stacks
 
 
 def _case(
@@ -53,7 +53,5 @@ CASES = [
     _case("chunks", 50, 2, 24, chunk=16, left_chunks=2),
     _case("wide", 33, 2, 144),
     _case("two heads", 20, 2, 9, heads=2),
-    _case("L stack 1, 30 x 30 s", 1500, 30, 144, large=True),
-    _case("L stack 3, 30 x 30 s", 375, 30, 384, large=True),
-    _case("L stack 4, 30 x 30 s", 188, 30, 576, large=True),
+    *(_case(stack.name, stack.frames, BATCH, 3 * stack.channels // 4, large=True) for stack in stacks("L")[:4]),
 ]

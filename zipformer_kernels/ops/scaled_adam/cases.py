@@ -3,16 +3,43 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from zipformer_kernels.ops.cases import Case
+from zipformer_kernels.ops.cases import Case, stacks
 from zipformer_kernels.ops.scaled_adam.reference import Group, Hyper, Statistics
+from zipformer_kernels.presets import preset
 
 ODD = [(3, 5), (), (0, 2), (7,), (2, 3, 4), (1,), (130, 129)]
 MODEL = [shape for _ in range(100) for shape in ((768, 256), (768,), (256,), (256,), (), (256, 1, 31))]
 FLOPS_PER_ELEMENT = 20
+
+
+def parameters(name: str) -> list[tuple[int, ...]]:
+    """The shapes of all parameters of a preset's conv embed and encoder; their order is not the model's."""
+    sizes = preset(name)
+    first = sizes["encoder_dim"][0]
+    shapes = [(8, 1, 3, 3), (32, 8, 3, 3), (128, 32, 3, 3), (128, 1, 7, 7), (384, 128, 1, 1), (128, 384, 1, 1)]
+    shapes += [(shape[0],) for shape in shapes]  # biases
+    shapes += [(first, 128 * 19), (first,), (first,), (), (sizes["output_downsampling_factor"],)]
+    for stack, layers in zip(stacks(name), sizes["num_encoder_layers"], strict=True):
+        shapes += layers * _of_layer(stack.channels, stack.hidden, stack.heads, stack.kernel, sizes)
+        if stack.downsampling > 1:
+            shapes += [(stack.downsampling,), (stack.channels,)]
+    return shapes
+
+
+def _of_layer(d: int, hidden: int, heads: int, kernel: int, sizes: dict[str, Any]) -> list[tuple[int, ...]]:
+    query, position, value = (heads * sizes[f"{part}_head_dim"] for part in ("query", "pos", "value"))
+    gated = 3 * d // 4
+    products = [(2 * query + position, d), *2 * [(value, d), (d, value)], (3 * gated, d), (d, gated)]
+    for width in (hidden * 3 // 4, hidden, hidden * 5 // 4):
+        products += [(width, d), (d, width)]
+    products += 2 * [(2 * d, d), (d, 1, kernel), (d, d)]
+    biases = [(shape[0],) for shape in products]
+    return [*products, *biases, (position, sizes["pos_dim"]), (), *4 * [(d,)]]  # the last of norm and bypasses
 
 
 def group(params: list[Tensor], grads: list[Tensor | None], lr: float = 0.045, clipping_scale: float = 2.0) -> Group:
@@ -55,4 +82,8 @@ def _case(name: str, shapes: list[tuple[int, ...]], large: bool = False) -> Case
     )
 
 
-CASES = [_case("odd shapes", ODD), _case("20M in 600 tensors", MODEL, large=True)]
+CASES = [
+    _case("odd shapes", ODD),
+    _case("20M in 600 tensors", MODEL, large=True),
+    _case("all parameters of L", parameters("L"), large=True),
+]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-from zipformer_kernels.ops.cases import Case, leaf
+from zipformer_kernels.ops.cases import BATCH, Case, leaf, stacks
 
 FLOPS_PER_ELEMENT = {"forward": 28, "backward": 16}
 
@@ -23,8 +23,7 @@ def _case(name: str, kind: str, *shape: int, large: bool = False) -> Case:
 CASES = [
     _case("one element", "r", 1),
     _case("odd rows", "l", 127, 3, 17),
-    _case("S stack 1, feed_forward2, 4 x 16 s", "l", 800, 4, 512, large=True),
-    _case("L stack 1, feed_forward2, 30 x 30 s", "l", 1500, 30, 512, large=True),
-    _case("L stack 4, feed_forward2, 30 x 30 s", "l", 188, 30, 2048, large=True),
+    _case("S stack 0, feed_forward2, 4 x 16 s", "l", 800, 4, 512, large=True),
+    *(_case(stack.name, "l", stack.frames, BATCH, stack.hidden, large=True) for stack in stacks("L")[:4]),
     _case("conv embed, first layer, 30 x 30 s", "r", 30, 8, 2998, 80, large=True),
 ]

@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from zipformer_kernels.ops.cases import Case, leaf
+from zipformer_kernels.ops.cases import BATCH, Case, leaf, stacks
 
 FLOPS_PER_ELEMENT = {"forward": 29, "backward": 47}  # of the elementwise passes
 
@@ -49,11 +49,11 @@ def _case(
     return Case(name, inputs, moved, flops, large)
 
 
-def _feed_forward(preset: str, frames: int, batch: int, dims: tuple[int, ...], hidden: tuple[int, ...]) -> list[Case]:
+def _feed_forward(preset: str) -> list[Case]:
     """The second feed-forward module of each stack, at the stack's frame rate."""
     return [
-        _case(f"{preset} stack {i}, 30 s x {batch}", "l", (-(-frames // factor), batch, h), d, large=True)
-        for i, (d, h, factor) in enumerate(zip(dims, hidden, (1, 2, 4, 8, 4, 2), strict=True))
+        _case(stack.name, "l", (stack.frames, BATCH, stack.hidden), stack.channels, large=True)
+        for stack in stacks(preset)
     ]
 
 
@@ -67,7 +67,7 @@ CASES = [
     _case("mask shared over channels", "l", (9, 4, 40), 8, shared=(2,)),
     _case("mask shared over the ends", "l", (5, 4, 3, 8), 8, shared=(0, 2)),
     _case("wide rows", "l", (3, 2, 2056), 24),
-    *_feed_forward("S", 1500, 30, (192, 256, 256, 256, 256, 256), (512, 768, 768, 768, 768, 768)),
-    *_feed_forward("M", 1500, 30, (192, 256, 384, 512, 384, 256), (512, 768, 1024, 1536, 1024, 768)),
-    *_feed_forward("L", 1500, 30, (192, 256, 512, 768, 512, 256), (512, 768, 1536, 2048, 1536, 768)),
+    *_feed_forward("S"),
+    *_feed_forward("M"),
+    *_feed_forward("L"),
 ]

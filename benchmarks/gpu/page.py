@@ -1,0 +1,186 @@
+"""Writes docs/gpu.md: tables of what is predicted, with a column for what was measured."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.roofline import MACHINES
+
+BEGIN, END = "<!-- written by benchmarks/instructions.py -->", "<!-- end -->"
+DIRECTIONS = ("forward", "backward", "step")
+
+
+def measured(results: Path) -> dict[tuple[str, ...], dict[str, float]]:
+    """Microseconds by op, backend, case and direction, and there by GPU, as benchmarks/gpu/table.py writes them.
+
+    Args:
+        results: the folder benchmarks/results. It may hold no such file.
+    """
+    found: dict[tuple[str, ...], dict[str, float]] = {}
+    for path in sorted(results.glob("*/table.json")):
+        content = json.loads(path.read_text())
+        for row in content["rows"] if isinstance(content, dict) else content:
+            key = row["op"], row["backend"], row["case"], row["direction"]
+            machine = next((m.name for m in MACHINES if m.name.lower() in path.parent.name.lower()), path.parent.name)
+            found.setdefault(key, {})[machine] = row["median_us"]
+    return found
+
+
+def page(counts: dict[str, Any], results: Path) -> str:
+    """The generated part of docs/gpu.md.
+
+    Args:
+        counts: what benchmarks/results/instructions-sm_90.json holds.
+        results: the folder with what was measured.
+    """
+    rows = sorted(counts["ops"], key=lambda row: (row["op"], row["case"], DIRECTIONS.index(row["direction"])))
+    parts = [
+        f"Written from [counts](../benchmarks/results/instructions-sm_90.json) of {counts['versions']}.",
+        "## The kernels furthest from their floor",
+        furthest(counts["model"]),
+        "## The encoder of preset L, 30 x 30 s",
+        *model_tables(counts["model"]),
+        "## Each op",
+        ops_table(rows, measured(results)),
+        "## Each kernel",
+        kernels_table(rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def table(head: str | list[str], lines: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table; `head` names the columns, as a list or separated by commas."""
+    columns = head.split(", ") if isinstance(head, str) else head
+    body = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
+    return "\n".join(["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *body])
+
+
+def number(x: float) -> str:
+    """Three digits."""
+    return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}"
+
+
+def pair(values: dict[str, float]) -> str:
+    """The numbers of both GPUs, or one where they agree."""
+    shown = [number(values[m.name]) for m in MACHINES]
+    return shown[0] if len(set(shown)) == 1 else " / ".join(shown)
+
+
+def furthest(models: list[dict[str, Any]]) -> str:
+    """Kernels of a training step by how many milliseconds they lose to their floors."""
+    kernels = next(m["kernels"] for m in models if m["peer"] == "ours" and m["work"] == "training")
+
+    def lost(row: dict[str, Any]) -> float:
+        return row["predicted_ms"]["H100"] - row["floor_ms"]["H100"]
+
+    lines = [
+        (
+            f"`{row['kernel']}`",
+            row["backend"],
+            row["launches"],
+            pair(row["predicted_ms"]),
+            pair(row["floor_ms"]),
+            f"{row['predicted_ms']['H100'] / row['floor_ms']['H100']:.1f}x",
+            row["bound"]["H100"],
+        )
+        for row in sorted(kernels, key=lost, reverse=True)
+        if lost(row) > 0.05
+    ]
+    text = "In a training step of L, ms of all launches, H100 / H200; the kernels that lose most first."
+    head = "kernel, backend, launches, predicted, floor, of its floor on H100, bound"
+    return f"{text}\n\n{table(head, lines)}"
+
+
+def model_tables(models: list[dict[str, Any]]) -> list[str]:
+    """Predicted milliseconds of inference and of a training step, ours and upstream's, by what they go to."""
+    names = sorted({name for m in models for name in m["launches"]}, key=lambda name: (name[0].islower(), name))
+    head = ["H100 / H200", *(f"{m['work']}: {m['peer']}" for m in models)]
+    lines = [
+        (name, *(pair({k: row.get(name, 0.0) for k, row in m["predicted_ms"].items()}) for m in models))
+        for name in names
+    ]
+    sums = [{k: sum(row.values()) for k, row in m["predicted_ms"].items()} for m in models]
+    lines.append(("**sum, ms**", *(f"**{pair(values)}**" for values in sums)))
+    lines.append(("launches", *(sum(m["launches"].values()) for m in models)))
+    lines.append(("of the shortest, 3 us", *(pair(m["shortest"]) for m in models)))
+    lines.append(("GB moved", *(number(sum(m["bytes"].values()) / 1e9) for m in models)))
+    lines.append(("TFLOP of products", *(number(m["flops"] / 1e12) for m in models)))
+    return [
+        "Predicted ms on the device; launches follow each other without gaps, as in a CUDA graph.",
+        table(head, lines),
+    ]
+
+
+def ops_table(rows: list[dict[str, Any]], found: dict[tuple[str, ...], dict[str, float]]) -> str:
+    """One line for each op, case, direction and backend."""
+    lines = []
+    for row in rows:
+        key = row["op"], row["backend"], row["case"], row["direction"]
+        times = found.get(key, {})
+        lines.append(
+            (
+                row["op"],
+                row["case"].removesuffix(", 30 x 30 s"),
+                row["direction"],
+                row["backend"],
+                row["dtype"].replace("bfloat", "bf").replace("float", "f"),
+                f"{row['bytes'] / 1e6:.0f}",
+                f"{row['flops'] / 1e9:.1f}",
+                len(row["kernels"]) + row["torch"],
+                pair(row["floor_us"]),
+                pair(row["predicted_us"]),
+                " / ".join(f"{name} {number(us)}" for name, us in sorted(times.items())),
+            )
+        )
+    head = "op, case, direction, backend, dtype, MB, GFLOP, launches, floor us, predicted us, measured us"
+    return "Whole ops, PyTorch's launches inside them included; us on H100 / H200.\n\n" + table(head, lines)
+
+
+def kernels_table(rows: list[dict[str, Any]]) -> str:
+    """One line for each kernel of an op, case, direction and backend."""
+    lines = []
+    for row in rows:
+        for one in row["kernels"]:
+            bound = one["bound"]
+            lines.append(
+                (
+                    f"`{one['kernel']}`",
+                    f"{row['op']}, {row['case'].removesuffix(', 30 x 30 s')}",
+                    one["backend"],
+                    f"{one['blocks']} x {one['threads']}",
+                    one["registers"],
+                    one["spills"],
+                    one["shared"],
+                    one["warps"],
+                    f"{one['bytes'] / 1e6:.0f}",
+                    f"{widths(one['accesses'], 'LD')} / {widths(one['accesses'], 'ST')}",
+                    f"{number(one['instructions'])} a{'n' * (one['of'] == 'element')} {one['of']}",
+                    pair(one["predicted_us"]),
+                    bound["H100"] if bound["H100"] == bound["H200"] else f"{bound['H100']} / {bound['H200']}",
+                )
+            )
+    head = (
+        "kernel, case, backend, blocks x threads, registers, spills, shared, warps, MB, widths, instructions, us, bound"
+    )
+    text = (
+        "Warps of a multiprocessor, 64 at most; spills and shared memory in bytes; widths: bytes that a thread loads / "
+        "stores at a time, in global memory; us on H100 / H200."
+    )
+    return f"{text}\n\n{table(head, lines)}"
+
+
+def widths(accesses: dict[str, int], kind: str) -> str:
+    """The bytes of a kernel's loads or stores, the most frequent first; those of less than a tenth are left out."""
+    counts = {name.split()[1]: count for name, count in accesses.items() if name.startswith(kind)}
+    most = max(counts.values(), default=0)
+    return " ".join(sorted((w for w, count in counts.items() if 10 * count >= most), key=lambda w: -counts[w]))
+
+
+def rewritten(text: str, generated: str) -> str:
+    """A page with its generated part replaced."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{generated}\n{END}{after}"

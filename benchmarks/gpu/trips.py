@@ -1,0 +1,186 @@
+"""How often the loops of each kernel run, which the binary does not say.
+
+A rule is ``(numbers, body, depth)`` -> how often a loop runs each time that it is reached: `numbers` are the launch's
+arguments (`recording.Launch.numbers`), with its grid under ``grid``; `body` counts the opcodes of the loop, with and
+without modifiers; `depth` loops lie around it. A kernel with loops and no rule is an error: whoever writes a kernel
+writes its rule.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks.gpu.sass import Instruction, Kernel
+
+Body = Counter[str]
+Rule = Callable[[dict[str, Any], Body, int], float]
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+# ---- Triton: the kernels' own constants say it ----
+
+
+def attention(over: str, step: str) -> Rule:
+    """Walks over the frames `over`, `step` at a time; loops inside go over blocks of channels."""
+    return lambda n, body, depth: ceil_div(n[over], n[step]) if depth == 0 else ceil_div(n["C"], n["BC"])
+
+
+def position_gradient(n: dict[str, Any], body: Body, depth: int) -> float:
+    """Each program walks over the targets that its offsets meet: the mean over all programs."""
+    if depth > 0:
+        return ceil_div(n["C"], n["BC"])
+    t, s, step = n["T"], n["S"], n["BN"]
+    starts = range(0, t + s - 1, step)
+    walked = 0
+    for n0 in starts:
+        first = max(t - 1 - n0 - 2 * step + 2, 0) // step * step
+        walked += max(0, ceil_div(min(s + t - 1 - n0, t) - first, step))
+    return walked / len(starts)
+
+
+def chunk_loop(n: dict[str, Any], body: Body, depth: int) -> float:
+    """The search for a chunk's tensor, then the chunk."""
+    return n["tensors"].bit_length() if sum(body.values()) < 30 else n["CHUNK"] // n["BLOCK"]
+
+
+# ---- CUDA: numbers of the call, and what a loop holds tells loops apart ----
+
+
+def bias_norm_backward(n: dict[str, Any], body: Body, depth: int) -> float:
+    """The loop over rows that writes dx; the one that does not is another case; then eight warps take turns."""
+    if depth > 0:
+        return 1
+    rows, _, blocks = n["call"][-6:-3]
+    if body["MUFU"]:
+        return ceil_div(rows, 8 * blocks) if any(op.startswith("STG") for op in body) else 0
+    return 2 if body["BAR"] else 1
+
+
+def conv_sizes(n: dict[str, Any]) -> tuple[int, int, bool]:
+    """Frames and taps, and whether there is padding."""
+    sizes = next(x for x in n["call"] if isinstance(x, tuple) and len(x) == 7)
+    addresses = next(x for x in n["call"] if isinstance(x, tuple) and len(x) == 8)
+    return sizes[0], sizes[5], addresses[2] != 0
+
+
+def conv_module(n: dict[str, Any], body: Body, depth: int) -> float:
+    """Strips are filled four rows a time and warp, taps taken sixteen at a time."""
+    _, taps, padded = conv_sizes(n)
+    rows = 128 + 16 * ceil_div(taps, 16)
+    gates = body["MUFU"] // 2
+    if body["FFMA"] >= 256:
+        return ceil_div(taps, 16)
+    if gates:
+        wanted = bool(body["LDG.E.U8"]) == padded
+        return (rows // 8 // 4 if gates >= 4 else rows // 8 % 4) if wanted else 0
+    loads = body["LDG.E.U16"]
+    return rows // 8 // 4 if loads >= 4 else rows // 8 % 4 if loads else 1
+
+
+def conv_module_parameters(n: dict[str, Any], body: Body, depth: int) -> float:
+    """Around all of that, the tiles of a block."""
+    frames, _, _ = conv_sizes(n)
+    if depth == 0 and body["FFMA"] > 256:
+        sizes = next(x for x in n["call"] if isinstance(x, tuple) and len(x) == 7)
+        return sizes[1] * ceil_div(frames, 128) / n["grid"][0]
+    return conv_module(n, body, depth) if depth > 0 else 1
+
+
+def scaled_adam(loads: int, stores: int) -> Rule:
+    """Of the loops for every pair of dtypes, those for float32, which take packs of four: so many accesses a pack."""
+
+    def rule(n: dict[str, Any], body: Body, depth: int) -> float:
+        packs, rest = divmod(body["LD.E.128"], loads)
+        alike = body["LD"] == packs * loads and body["ST"] == body["ST.E.128"] == packs * stores
+        no_gradient = stores == 0 and body["FFMA"] > 6 * body["LD"]
+        whole = packs > 0 and rest == 0 and alike and not no_gradient
+        return n["call"][5] / 1024 / packs if whole and packs == WHOLE_PACKS[stores] else 0
+
+    return rule
+
+
+WHOLE_PACKS = {0: 4, 3: 1}
+"""How many packs the unrolled loop of each kernel takes, by its stores; the loop for what is left takes fewer."""
+
+
+def scaled_adam_plan(n: dict[str, Any], body: Body, depth: int) -> float:
+    """A warp at a time adds up a tensor's parts; a thread at a time plans it."""
+    tensors = n["call"][1]
+    if depth > 0:
+        return 0 if body["F2F"] >= 16 else 1  # 16 x 32 parts a time: few tensors have so many
+    return ceil_div(tensors, 16) if body["LDG.E"] > 40 else 1
+
+
+RULES: dict[str, Rule] = {
+    "bias_norm.backward_tiles": lambda n, body, depth: ceil_div(n["rows"], n["R"] * n["grid"][0]),
+    "bias_norm.sum_parts": lambda n, body, depth: ceil_div(n["parts"], n["PARTS"]),
+    "conv_module.forward_kernel": lambda n, body, depth: n["K"],
+    "conv_module.backward_kernel": lambda n, body, depth: n["K"],
+    "conv_module.taps_kernel": lambda n, body, depth: n["tiles"] / n["parts"],
+    "attention.softmax_kernel": attention("S", "BN"),
+    "attention.aggregate_kernel": attention("S", "BN"),
+    "attention.query_gradient_kernel": attention("S", "BN"),
+    "attention.key_gradient_kernel": attention("T", "BM"),
+    "attention.value_gradient_kernel": attention("T", "BM"),
+    "attention.position_gradient_kernel": position_gradient,
+    "attention.delta_kernel": lambda n, body, depth: ceil_div(n["C"], n["BC"]),
+    "scaled_adam.partials_kernel": chunk_loop,
+    "scaled_adam.update_kernel": chunk_loop,
+    "scaled_adam.plan_kernel": lambda n, body, depth: ceil_div(n["tensors"], n["LANES"]) if depth == 0 else 4,
+    "bias_norm.forward_in_registers": lambda n, body, depth: 1,  # a second time only where squares leave the range
+    "bias_norm.backward_in_registers": bias_norm_backward,
+    "bias_norm.add_parts": lambda n, body, depth: ceil_div(n["call"][-4], 16),
+    "conv_module.forward": conv_module,
+    "conv_module.backward": conv_module,
+    "conv_module.backward_parameters": conv_module_parameters,
+}
+
+CUDA_RULES: dict[str, Rule] = {
+    "scaled_adam.partials_kernel": scaled_adam(2, 0),
+    "scaled_adam.update_kernel": scaled_adam(4, 3),
+    "scaled_adam.plan_kernel": scaled_adam_plan,
+}
+"""Of kernels whose names Triton's have as well."""
+
+
+OF_EVERY_DTYPE = ("scaled_adam.partials_kernel", "scaled_adam.update_kernel")
+"""CUDA kernels that hold code for every pair of dtypes: outside of their loops next to nothing runs."""
+
+
+class NoRule(Exception):
+    """A kernel has loops, and `RULES` does not say how often they run."""
+
+
+def executed(name: str, cuda: bool, kernel: Kernel, numbers: dict[str, Any]) -> Counter[Instruction]:
+    """How often a warp executes each instruction of a launch.
+
+    Args:
+        name: the op's and the kernel's, such as ``swoosh.forward``.
+        cuda: whether it is CUDA's, not Triton's.
+        kernel: as compiled.
+        numbers: of the launch, and its grid.
+    Raises:
+        NoRule: nobody has said how often its loops run.
+    """
+    rule = (CUDA_RULES.get(name) if cuda else None) or RULES.get(name)
+    if kernel.loops and rule is None:
+        raise NoRule(f"{name} has {len(kernel.loops)} loops: say in {__file__} how often they run")
+
+    def trips(number: int) -> float:
+        loop = kernel.loops[number]
+        inside = kernel.main[loop.first : loop.last + 1]
+        body = Counter(name for one in inside for name in {one.opcode, one.opcode.split(".")[0]})
+        return rule(numbers, body, loop.depth)
+
+    often = kernel.executed(trips)
+    if cuda and name in OF_EVERY_DTYPE:
+        inside = {one for loop in kernel.loops for one in kernel.main[loop.first : loop.last + 1]}
+        often = Counter({one: count for one, count in often.items() if one in inside})
+        if sum(often.values()) == 0:
+            raise NoRule(f"{name}: no loop looks like that for float32: see {__file__}")
+    return often
