@@ -2,7 +2,7 @@
 
 ``python benchmarks/instructions.py`` compiles the kernels for sm_90 as the model would launch them, reads their
 instructions, and runs a simple model of the GPU over them. It takes some minutes. ``--page`` writes the page alone,
-from the counts of the last run and from what was measured since (``benchmarks/results/<device>/table.json``).
+from the counts of the last run and from what was measured since (``benchmarks/results/<device>/gpu_check/table.json``).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """benchmarks/gpu_check.sh as far as it goes without a GPU: its calls, its files whatever happens, its stages' code."""
 
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -17,12 +18,7 @@ from zipformer_kernels.ops import swoosh
 
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"
 STAGES = ROOT / "benchmarks" / "gpu"
-
-
-@pytest.fixture(autouse=True)
-def scripts(monkeypatch):
-    """The folder of the stages can be imported from."""
-    monkeypatch.syspath_prepend(str(STAGES))
+DIRECTIONS = ("forward", "both", "backward")
 
 
 def environment(*path, **variables):
@@ -44,7 +40,7 @@ def check(tmp_path):
 
 
 def test_help_names_every_stage_and_group(check):
-    import stages
+    from benchmarks.gpu import stages
 
     result = check("--help")
     assert (result.returncode, result.stderr) == (0, "")
@@ -92,9 +88,7 @@ def test_an_output_that_cannot_be_made_is_told(check, tmp_path):
 TOY = """
 import json, sys
 from pathlib import Path
-sys.path.insert(0, {folder!r})
-import run, stages
-toys = [stages.Stage(name, seconds, (sys.executable, "-c", program), 9) for name, seconds, program in {toys!r}]
+X = [stages.Stage(name, seconds, (sys.executable, "-c", program), 9) for name, seconds, program in {toys!r}]
 run.expand = lambda names: toys
 run.device = lambda rehearse: "a toy"
 sys.argv = ["run.py", "--limit", "60"]
@@ -107,7 +101,7 @@ def toy(tmp_path):
     """Starts a run of toy stages, (name, seconds, program)."""
 
     def start(*toys):
-        program = TOY.format(folder=str(STAGES), toys=toys)
+        program = TOY.format(toys=toys)
         variables = environment(OUT=str(tmp_path / "out"))
         return subprocess.Popen(
             [sys.executable, "-c", program], env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -188,8 +182,7 @@ def test_a_run_that_is_cut_off_has_told_what_it_knew(toy, tmp_path, number):
 
 
 def test_a_stage_that_cannot_begin_is_told(tmp_path):
-    import run
-    import stages
+    from benchmarks.gpu import run, stages
 
     one = run.Run([stages.Stage("tool", 9, ("no-such-program",))], tmp_path / "other", 60, "")
     assert not one.perform({}, {})
@@ -204,7 +197,7 @@ def test_a_stage_that_cannot_begin_is_told(tmp_path):
 
 def broken(monkeypatch, forward):
     """The row of swoosh on the CPU, with another forward kernel."""
-    from check import check
+    from benchmarks.gpu.check import check
 
     launchers = swoosh._op.backends["cpu"]
     monkeypatch.setitem(swoosh._op.backends, "cpu", dataclasses.replace(launchers, forward=forward))
@@ -234,13 +227,51 @@ def test_a_kernel_that_raises_is_told_in_its_row(monkeypatch):
 
 
 def test_a_kernel_that_ends_its_process_is_told_in_its_row(tmp_path, monkeypatch):
-    from check import in_a_process
+    from benchmarks.gpu.check import in_a_process
 
     (tmp_path / "sitecustomize.py").write_text("import os; os.kill(os.getpid(), 11)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (tmp_path, ROOT))))
     row = in_a_process("swoosh", "cpu", "bfloat16")
     assert not row["ok"]
     assert row["at"] == "the process ended with -11: no message"
+
+
+def results(where, dtype, wrong):
+    """An encoder's, in float64 exact, else off by two of the dtype's epsilons; on ``auto`` wrong in one of three."""
+    eps = 0.0 if dtype == torch.float64 else 2 * torch.finfo(dtype).eps
+    found = {name: torch.full((3,), 1.0 + eps, dtype=torch.float64) for name in ("evaluated", "output", "weight")}
+    if where == "auto" and wrong is not None:
+        found[wrong] = found[wrong] * 1.5
+    return found
+
+
+@pytest.mark.parametrize("wrong", [None, "evaluated", "output", "weight"])
+def test_a_wrong_encoder_is_told(monkeypatch, tmp_path, capsys, wrong):
+    from benchmarks.gpu import found, model
+
+    monkeypatch.setattr(model, "results", lambda peer, where, dtype: results(where, dtype, wrong))
+    told = found.Found(tmp_path / "right.json", "right")
+    model.right(told)
+    assert {row["backend"]: row["ok"] for row in told.rows}["auto"] == (wrong is None)
+    assert capsys.readouterr().out.startswith("ok " if wrong is None else "BAD")
+
+
+def test_a_kernel_that_is_timed_has_all_its_rows(tmp_path, capsys):
+    """And one that fails has a row, and the others theirs."""
+    from benchmarks.gpu import found, table
+
+    told = found.Found(tmp_path / "table.json", "table")
+    rows = [row for row in table.rows(["swoosh", "bypass"]) if row["backend"] == "cpu"]
+    failing = dataclasses.replace(rows[1]["case"], inputs=lambda *_: 1 / 0)
+    for row in (rows[0], rows[1] | {"case": failing}, rows[2]):
+        table.add(told, row)
+    written = json.loads((tmp_path / "table.json").read_text())["rows"]
+    assert [row.get("direction") for row in written] == [*DIRECTIONS, None, *DIRECTIONS]
+    assert "ZeroDivisionError" in written[3]["failed"]
+    forward, both, backward = written[:3]
+    assert backward["median_us"] == pytest.approx(both["median_us"] - forward["median_us"])
+    assert backward["bytes"] == both["bytes"] - forward["bytes"] > 0
+    assert len(capsys.readouterr().out.splitlines()) == len(written)
 
 
 def test_a_build_that_fails_is_told(tmp_path):
@@ -269,7 +300,8 @@ def test_a_build_that_fails_is_told(tmp_path):
 
 def test_what_was_prepared_for_something_else_does_not_fit(tmp_path):
     code = f"""
-import json, prepared, pathlib
+import json, pathlib
+from benchmarks.gpu import prepared
 folder = pathlib.Path({str(tmp_path)!r})
 for change in ("", "python", "target"):
     made = prepared.manifest(("9.0",))
@@ -281,7 +313,7 @@ for change in ("", "python", "target"):
 print(prepared.fits(folder / "nothing", "module", ("9.0",)))
 """
     result = subprocess.run(
-        [sys.executable, "-c", code], env=environment(STAGES), capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False
     )
     assert result.stdout.splitlines() == [" True True", "python False False", "target False False", "False"], (
         result.stderr

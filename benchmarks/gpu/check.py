@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from found import Found, ends
 from torch import Tensor
 
+from benchmarks.gpu.found import Found, ends
 from zipformer_kernels import backend, ops
 from zipformer_kernels.bench import optimizer
 from zipformer_kernels.bench.job import off_by

@@ -22,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from found import Found, ends
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
-from zipformer_kernels.bench.check import FACTOR, Errors, Results, boost, errors
-from zipformer_kernels.bench.peers import attempt
 
+from benchmarks.gpu.found import Found, ends
 from zipformer_kernels import backend, use_backend
-from zipformer_kernels.bench import models, optimizer
+from zipformer_kernels.bench import models, optimizer, statistics
+from zipformer_kernels.bench.check import FACTOR, Errors, Results, boost, errors
 from zipformer_kernels.bench.machine import DEVICE, synchronize
-from zipformer_kernels.bench.memory import peak_bytes
+from zipformer_kernels.bench.memory import peak_bytes, quiet
+from zipformer_kernels.bench.peers import attempt
 from zipformer_kernels.bench.timing import captured
 
 ON_GPU = DEVICE.type == "cuda"
@@ -120,7 +120,9 @@ def timed(found: Found, name: str, make: Callable[[], Run], rounds: int, kernels
         found.add(f"{name}: {reason}", name=name, failed=reason)
         return
     listed = row.get("kernels", [])
-    line = f"{name}: {min(row['ms']):.2f} ms ({', '.join(f'{ms:.1f}' for ms in row['ms'][:6])}), first call "
+    line = (
+        f"{name}: {statistics.median(row['ms']):.2f} ms ({', '.join(f'{ms:.1f}' for ms in row['ms'][:6])}), first call "
+    )
     line += f"{row['first_s']:.1f} s, peak {row['peak_bytes'] / 1e9:.2f} GB"
     if listed:
         line += f", {sum(kernel['count'] for kernel in listed)} kernels in {sum(k['ms'] for k in listed):.2f} ms"
@@ -149,7 +151,7 @@ def seconds(run: Run) -> float:
 
 def kernels_of(run: Run) -> list[dict[str, Any]]:
     """What runs on the device in one call, longest first: on a CPU torch's operations."""
-    with profile(activities=[ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU]) as recorded:
+    with quiet(), profile(activities=[ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU]) as recorded:
         run()
         synchronize()
     time_of = "self_device_time_total" if ON_GPU else "self_cpu_time_total"

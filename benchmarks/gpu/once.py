@@ -7,35 +7,33 @@ stopped around one pass: ``ncu --profile-from-start off``.
 from __future__ import annotations
 
 import sys
-from functools import partial
 
 import torch
-from table import BACKENDS, DTYPE, ON_GPU, rows
 
+from benchmarks.gpu.table import ON_GPU, dtype_of, prepared, rows
 from zipformer_kernels import ops
-from zipformer_kernels.bench.machine import DEVICE, synchronize
-from zipformer_kernels.bench.op_jobs import Passes
+from zipformer_kernels.bench.machine import synchronize
+from zipformer_kernels.bench.peers import Unserved
 
 
 def main() -> None:
     """Prints what it runs."""
-    named = sys.argv[1:] or [name for name in ops.names() if hasattr(ops.get(name), "reference")]
     seen = set()
-    for row in rows(named):
+    for row in rows(sys.argv[1:] or ops.names()):
         name, where, case = row["op"], row["backend"], row["case"]
-        if (name, where) in seen or where not in [one for one in BACKENDS if one != "eager"]:
+        if (name, where) in seen or where == "eager":
             continue
         seen.add((name, where))
-        args = case.inputs(DTYPE, DEVICE)
-        if ops.get(name).unsupported(where, *args) is not None:
+        try:
+            *_, run = prepared(ops.get(name), where, case, dtype_of(name)).values()
+        except Unserved:
             continue
-        passes = Passes(partial(ops.get(name), backend=where), args)
-        passes.results()
+        run()
         synchronize()
         print(f"{name} on {where}: {case.name}", flush=True)
         if ON_GPU:
             torch.cuda.cudart().cudaProfilerStart()
-        passes.both()
+        run()
         synchronize()
         if ON_GPU:
             torch.cuda.cudart().cudaProfilerStop()

@@ -20,12 +20,13 @@ def measured(results: Path) -> dict[tuple[str, ...], dict[str, float]]:
         results: the folder benchmarks/results. It may hold no such file.
     """
     found: dict[tuple[str, ...], dict[str, float]] = {}
-    for path in sorted(results.glob("*/table.json")):
-        content = json.loads(path.read_text())
-        for row in content["rows"] if isinstance(content, dict) else content:
-            key = row["op"], row["backend"], row["case"], row["direction"]
-            machine = next((m.name for m in MACHINES if m.name.lower() in path.parent.name.lower()), path.parent.name)
-            found.setdefault(key, {})[machine] = row["median_us"]
+    for path in sorted(results.glob("*/gpu_check/table.json")):
+        device = path.parent.parent.name
+        machine = next((m.name for m in MACHINES if m.name.lower() in device), device)
+        for row in json.loads(path.read_text())["rows"]:
+            if "backend" in row and "median_us" in row:  # else a ceiling, or one that failed
+                key = row["op"], row["backend"], row["case"], row["direction"]
+                found.setdefault(key, {})[machine] = row["median_us"]
     return found
 
 

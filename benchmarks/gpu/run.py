@@ -22,7 +22,7 @@ import time
 from collections import deque
 from pathlib import Path
 
-from stages import ALL, GROUPS, QUICK, ROOT, STAGES, Stage, expand
+from benchmarks.gpu.stages import ALL, GROUPS, QUICK, ROOT, STAGES, Stage, expand
 
 GRACE = 5  # seconds between the interrupt that ends a stage and the end of it by force
 LEAST = 5  # seconds in which it is worth while to begin a stage

@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from found import Found, ends
-from table import DTYPE, sample
 from torch import Tensor
-from zipformer_kernels.bench.peers import attempt
 from zipformer_kernels.ops.attention.tiles import TILES, Tile
 
+from benchmarks.gpu.found import Found, ends
+from benchmarks.gpu.table import DTYPE, sample
 from zipformer_kernels import ops
 from zipformer_kernels.bench import statistics
 from zipformer_kernels.bench.job import off_by
 from zipformer_kernels.bench.machine import DEVICE
 from zipformer_kernels.bench.op_jobs import Passes
+from zipformer_kernels.bench.peers import attempt
 from zipformer_kernels.ops import attention
 
 KERNELS = ("position", "key", "query", "aggregate", "softmax", "value")

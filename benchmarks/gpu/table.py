@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import sys
 import time
 from collections.abc import Iterator
@@ -17,20 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from found import Found, ends
-from zipformer_kernels.bench.peers import attempt
 
+from benchmarks.gpu.found import Found, ends
 from zipformer_kernels import backend, ops
 from zipformer_kernels.bench import statistics
 from zipformer_kernels.bench.machine import DEVICE
-from zipformer_kernels.bench.op_jobs import Passes
+from zipformer_kernels.bench.op_jobs import RESIDUAL, Passes
+from zipformer_kernels.bench.peers import Run, Unserved, attempt
 from zipformer_kernels.bench.timing import captured, take_turns
 from zipformer_kernels.ops.cases import Case
 
 ON_GPU = DEVICE.type == "cuda"
-DTYPE = torch.bfloat16
+DTYPE = torch.bfloat16  # the model's, by autocast
 BACKENDS = ("cuda", "triton", "eager") if ON_GPU else ("cpu", "eager")
-DIRECTIONS = ("forward", "both")
 ROUNDS, SECONDS = 15, 0.1  # of each row
 
 
@@ -44,7 +44,7 @@ def main() -> int:
     end = time.monotonic() + arguments.seconds
     found = Found(arguments.output, "table")
     ceilings(found)
-    for row in rows(arguments.ops or [name for name in ops.names() if hasattr(ops.get(name), "reference")]):
+    for row in rows(arguments.ops or ops.names()):
         if time.monotonic() > end:
             print("no time for the rest")
             break
@@ -69,56 +69,80 @@ def rows(names: list[str]) -> Iterator[dict[str, Any]]:
     chosen = {name: [case for case in cases if is_timed(case)] for name, cases in listed.items()}
     for i in range(max(map(len, chosen.values()))):
         for name in names:
-            for case, where, direction in (
-                (case, where, direction)
-                for case in chosen[name][i : i + 1]
-                for where in BACKENDS
-                for direction in DIRECTIONS
-            ):
+            for case, where in itertools.product(chosen[name][i : i + 1], BACKENDS):
                 if where in ops.get(name).backends and backend.missing[where] is None:
-                    yield {"op": name, "backend": where, "case": case, "direction": direction}
+                    yield {"op": name, "backend": where, "case": case}
 
 
 def is_timed(case: Case) -> bool:
     """Whether a case is one of preset L's; without a GPU, whether it is small."""
-    return case.large and case.name.startswith("L ") if ON_GPU else not case.large
+    real = case.name.startswith("L ") or case.name.endswith(" of L")
+    return case.large and real if ON_GPU else not case.large
+
+
+def dtype_of(op: str) -> torch.dtype:
+    """What the model runs an op in: the residual stream and the optimizer stay in float32."""
+    return torch.float32 if op in (*RESIDUAL, "scaled_adam") else DTYPE
 
 
 def add(found: Found, row: dict[str, Any]) -> None:
-    """Times one op's case."""
-    case, direction, operation = row["case"], row["direction"], ops.get(row["op"])
-    sizes, flops = case.bytes(DTYPE.itemsize), case.flops
-    moved = sizes["forward"] if direction == "forward" else sum(sizes.values())
-    work = flops.get("forward", 0) if direction == "forward" else sum(flops.values())
-    key = row | {"case": case.name, "dtype": str(DTYPE).removeprefix("torch."), "bytes": moved, "flops": work}
-
+    """Times one op's case: forward, and forward and backward; or a step. Backward is the difference."""
+    case, operation, where = row["case"], ops.get(row["op"]), row["backend"]
+    dtype = dtype_of(row["op"])
+    key = row | {"case": case.name, "dtype": str(dtype).removeprefix("torch.")}
     torch.manual_seed(0)
-    args, reason = attempt(case.inputs, DTYPE, DEVICE)
-    reason = reason or operation.unsupported(row["backend"], *args)
-    if reason is not None:
-        found.add(f"{title(key)}: {reason}", **key, skipped=reason)
+    try:
+        runs, reason = attempt(prepared, operation, where, case, dtype, passing=(Unserved,))
+    except Unserved as unserved:
+        found.add(f"{title(key)}: {unserved}", **key, skipped=str(unserved))
         return
-    passes = Passes(partial(operation, backend=row["backend"]), args)
-    _, reason = attempt(passes.results)
     if reason is not None:
         found.add(f"{title(key)}: {reason}", **key, failed=reason)
         return
-    add_time(found, key, passes.run(direction))
+    medians = {}
+    for direction, run in runs.items():
+        parts = ("forward", "backward") if direction == "both" else (direction,)
+        work = {"bytes": sum(case.bytes(dtype.itemsize)[part] for part in parts)}
+        work["flops"] = sum(case.flops[part] for part in parts)
+        medians[direction] = add_time(found, key | {"direction": direction} | work, run)
+    if medians.get("forward") and medians.get("both"):
+        work = {"bytes": case.bytes(dtype.itemsize)["backward"], "flops": case.flops["backward"]}
+        told(found, key | {"direction": "backward"} | work, medians["both"] - medians["forward"])
 
 
-def add_time(found: Found, key: dict[str, Any], run: Any) -> None:
-    """Adds the row of a function that runs."""
+def prepared(operation: Any, where: str, case: Case, dtype: torch.dtype) -> dict[str, Run]:
+    """What is to be timed, by direction. Raises `Unserved` where the backend does not take the case."""
+    args = case.inputs(dtype, DEVICE)
+    reason = operation.unsupported(where, *args)
+    if reason is not None:
+        raise Unserved(reason)
+    if not hasattr(operation, "reference"):
+        memory: dict[Any, Any] = {}
+        return {"step": lambda: operation.backends[where].step(*args, None, None, None, memory)}
+    passes = Passes(partial(operation, backend=where), args)
+    passes.results()
+    return {"forward": passes.forward, "both": passes.both}
+
+
+def add_time(found: Found, key: dict[str, Any], run: Run) -> float | None:
+    """Adds the row of a function that runs; its median in seconds, or None if it failed."""
     samples, reason = attempt(sample, run)
     if reason is not None:
         found.add(f"{title(key)}: {reason}", **key, failed=reason)
-        return
+        return None
     median = statistics.median(samples)
-    key |= {"median_us": 1e6 * median, "interval_us": [1e6 * t for t in statistics.median_interval(samples)]}
-    key |= {"tb_s": key.get("bytes", 0) / median / 1e12, "tflop_s": key.get("flops", 0) / median / 1e12}
-    found.add(f"{title(key)} {key['median_us']:10.1f} us {key['tb_s']:7.3f} TB/s {key['tflop_s']:8.2f} TFLOP/s", **key)
+    told(found, key | {"interval_us": [1e6 * t for t in statistics.median_interval(samples)]}, median)
+    return median
 
 
-def sample(run: Any) -> list[float]:
+def told(found: Found, key: dict[str, Any], median: float) -> None:
+    """Adds a row with its rates."""
+    rates = {"tb_s": key.get("bytes", 0) / median / 1e12, "tflop_s": key.get("flops", 0) / median / 1e12}
+    line = f"{title(key)} {1e6 * median:10.1f} us {rates['tb_s']:7.3f} TB/s {rates['tflop_s']:8.2f} TFLOP/s"
+    found.add(line, **key, median_us=1e6 * median, **rates)
+
+
+def sample(run: Run) -> list[float]:
     """Seconds of some runs; on a GPU of replays of a graph."""
     return take_turns({"run": captured(run) if ON_GPU else run}, seconds=SECONDS, least=ROUNDS)["run"]
 
