@@ -47,14 +47,18 @@ TILES: dict[tuple[str, int], Tile] = {
     ("position", 2): Tile(16, 32, 4, 32),
     ("delta", 2): Tile(32, 0, 4, 64),
     ("softmax", 4): Tile(32, 32, 4, 16),
-    ("aggregate", 4): Tile(32, 32, 4, 32, 2),
-    ("query", 4): Tile(32, 32, 8, 32),
-    ("key", 4): Tile(32, 32, 8, 32),
-    ("value", 4): Tile(32, 32, 8, 32),
-    ("position", 4): Tile(16, 32, 8, 32),
+    ("aggregate", 4): Tile(32, 32, 4, 32, stages=2),
+    ("query", 4): Tile(32, 16, 4, 32, stages=2),
+    ("key", 4): Tile(16, 32, 4, 32, stages=2),
+    ("value", 4): Tile(16, 32, 4, 32, stages=2),
+    ("position", 4): Tile(16, 32, 4, 32, stages=2),
     ("delta", 4): Tile(32, 0, 4, 32),
 }
-"""Tiles by kernel and bytes of an element. Another entry, `TILES["query", 2] = Tile(...)`, holds from the next launch."""
+"""Tiles by kernel and bytes of an element; another entry, ``TILES["query", 2] = Tile(...)``, holds from the next launch.
+
+The kernel `position` owns offsets, as many as it takes targets at a time, and needs twice as many sources. Chosen from
+machine code for sm_90 (docs/kernels.md): none spills, and programs of 4 warps share a multiprocessor.
+"""
 
 
 def tile_of(kernel: str, dtype: torch.dtype) -> Tile:

@@ -90,7 +90,7 @@ def weights_of(
         unit_stride(q),
         unit_stride(k),
         None if p is None else unit_stride(p),
-        None if e is None else e.permute(1, 2, 0).contiguous(),
+        None if e is None else e.permute(1, 2, 0).contiguous(),  # a handle's lies so already
         softmax.contiguous(),
         None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8),
         None if attn_mask is None else unit_stride(attn_mask).view(torch.uint8),
