@@ -54,7 +54,7 @@ TILES: dict[tuple[str, int], Tile] = {
     ("position", 4): Tile(16, 32, 4, 32, stages=2),
     ("delta", 4): Tile(32, 0, 4, 32),
 }
-"""Tiles by kernel and bytes of an element; another entry, ``TILES["query", 2] = Tile(...)``, holds from the next launch.
+"""Tiles by kernel and bytes of an element. Another entry, ``TILES["query", 2] = Tile(...)``, holds at the next launch.
 
 The kernel `position` owns offsets, as many as it takes targets at a time, and needs twice as many sources. Chosen from
 machine code for sm_90 (docs/kernels.md): none spills, and programs of 4 warps share a multiprocessor.
