@@ -17,10 +17,10 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 MASKED_SCORE = tl.constexpr(-1000.0)
 
-VARYING = ["T", "S", "B", "H", "chunk", "left_chunks", "mask_sb", "mask_st", "p_st", "p_sb", "p_sh"]
+VARYING = ["T", "S", "B", "chunk", "left_chunks", "mask_sb", "mask_st", "p_st", "p_sb", "p_sh"]
 """Arguments for whose special values, 1 and multiples of 16, a kernel is not compiled again.
 
-They differ from batch to batch, or from use to use of the same weights: all heads, one head, constant weights.
+They differ from batch to batch; those of p also between weights and constant ones.
 """
 
 
@@ -107,7 +107,7 @@ def load_scale(softmax_ptr, i, T):
     return tl.load(softmax_ptr + 2 * i + 1, mask=i < T, other=0.0)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=[*VARYING, "H"])  # of all heads, and of one where weights are constant
 def softmax_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, softmax_ptr,
     padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks,
