@@ -48,7 +48,7 @@ TILES: dict[tuple[str, int], Tile] = {
     ("delta", 2): Tile(32, 0, 4, 32),
     ("softmax", 4): Tile(32, 32, 4, 16),
     ("aggregate", 4): Tile(32, 32, 4, 32, stages=1),
-    ("query", 4): Tile(32, 16, 4, 32, stages=2),
+    ("query", 4): Tile(32, 16, 4, 32, stages=1),
     ("key", 4): Tile(16, 32, 4, 32, stages=2),
     ("value", 4): Tile(16, 32, 4, 32, stages=2),
     ("position", 4): Tile(16, 32, 4, 32, stages=2),
