@@ -70,15 +70,33 @@ def test_a_target_that_sees_nothing_averages_everything(lane, kept):
     assert (dk[:, 1] == 0).all()
 
 
+@pytest.mark.parametrize("lane", lanes(OP, "eager", "cpu"))
+def test_kernels_read_positions_where_the_handle_has_laid_them_out(lane):
+    from zipformer_kernels.ops.attention.triton import weights_of
+
+    shapes = (9, 2, 4, 8), (9, 2, 4, 8), (9, 2, 4, 2), (17, 4, 2)
+    leaves = [torch.randn(shape, device=lane.device, requires_grad=True) for shape in shapes]
+    with lane.active():
+        weights = AttentionWeights(*leaves)
+    assert torch.equal(weights.scores[3], leaves[3])
+    for use in weights, weights[0:1], weights[1:3]:
+        read = weights_of(*use.scores, use.softmax, *use.masks).e
+        assert read.shape == (use.shape[0], 2, 17)
+        assert read.data_ptr() == use.scores[3].data_ptr()  # no use copies them
+
+
 @both_ways
+@pytest.mark.parametrize("positions", [False, True])
 @pytest.mark.parametrize("lane", lanes(OP))
-def test_constant_weights_are_a_masked_mean(lane, kept):
+def test_constant_weights_are_a_masked_mean(lane, positions, kept):
     torch.manual_seed(5)
     q, k = (torch.randn(30, 2, 2, 8, device=lane.device, requires_grad=True) for _ in range(2))
+    p, e = (torch.randn(shape, device=lane.device, requires_grad=True) for shape in ((30, 2, 2, 4), (59, 2, 4)))
+    scores = (q, k, p, e) if positions else (q, k)
     values = torch.randn(30, 2, 10, device=lane.device, requires_grad=True)
     rule = ChunkMask(8, 1)
     with lane.active(), keeping(kept):
-        out = AttentionWeights(q, k, attn_mask=rule).constant().aggregate(values)
+        out = AttentionWeights(*scores, attn_mask=rule).constant().aggregate(values)
         (dv,) = torch.autograd.grad(out.sum(), values)
     seen = (~rule.materialize(30, lane.device)).float()
     weights = seen / seen.sum(1, keepdim=True)

@@ -15,13 +15,31 @@ OPS = sorted(path.parent.name for path in ROOT.glob("zipformer_kernels/ops/*/tri
 TARGETS = {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_compiles_without_spills(op):
+def printed_by(script: str, argument: str) -> list[dict]:
+    """The JSON lines that a script of tests prints, in a process in which Triton compiles."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "tests" / "aot.py"), op]
+    command = [sys.executable, str(ROOT / "tests" / script), argument]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
-    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_compiles_without_spills(op):
+    rows = printed_by("aot.py", op)
     for target in TARGETS:
         assert sum(row["target"] == target for row in rows) >= 2, f"{target}: neither forward nor backward was launched"
     assert [row for row in rows if row["target"] == "sm_90" and row["spills"] > 0] == []
+
+
+def test_a_layer_of_preset_l_spills_nothing():
+    rows = printed_by("triton_training.py", "kernels")
+    kernels = {row["kernel"] for row in rows}
+    assert {"aggregate_kernel", "position_gradient_kernel", "value_gradient_kernel", "sum_parts"} <= kernels
+    assert [row for row in rows if row["spills"] > 0] == []
+
+
+def test_training_compiles_nothing_after_its_first_step():
+    first, *later = printed_by("triton_training.py", "forms")
+    assert len(first["kernels"]) >= 12
+    assert [step for step in later if step["kernels"]] == []

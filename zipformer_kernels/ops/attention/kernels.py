@@ -17,8 +17,11 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 MASKED_SCORE = tl.constexpr(-1000.0)
 
-VARYING = ["T", "S", "B", "chunk", "left_chunks", "mask_sb", "mask_st"]
-"""Arguments that differ from batch to batch: a kernel is not compiled again for special values of theirs."""
+VARYING = ["T", "S", "B", "chunk", "left_chunks", "mask_sb", "mask_st", "p_st", "p_sb", "p_sh"]
+"""Arguments for whose special values, 1 and multiples of 16, a kernel is not compiled again.
+
+They differ from batch to batch; those of p also between weights and constant ones.
+"""
 
 
 @triton.jit
@@ -48,6 +51,22 @@ def store_rows(ptr, tile, rows, stride, count, channels, C):
 def product(a, b):
     """Matrix product accumulated in float32, exact to float32 for float32 inputs."""
     return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def row_products(
+    a_ptr, a_rows, a_stride, a_count, b_ptr, b_rows, b_stride, b_count, C, BC: tl.constexpr, ONE_BLOCK: tl.constexpr
+):
+    """out[r, s] = sum_c a[r, c] b[s, c], over C channels, BC at a time; C <= BC where they are one block."""
+    c = tl.arange(0, BC)
+    if ONE_BLOCK:
+        a = load_rows(a_ptr, a_rows, a_stride, a_count, c, C)
+        return product(a, tl.trans(load_rows(b_ptr, b_rows, b_stride, b_count, c, C)))
+    out = tl.zeros([a_rows.shape[0], b_rows.shape[0]], tl.float32)
+    for c0 in range(0, C, BC):
+        a = load_rows(a_ptr, a_rows, a_stride, a_count, c0 + c, C)
+        out += product(a, tl.trans(load_rows(b_ptr, b_rows, b_stride, b_count, c0 + c, C)))
+    return out
 
 
 @triton.jit
@@ -88,7 +107,7 @@ def load_scale(softmax_ptr, i, T):
     return tl.load(softmax_ptr + 2 * i + 1, mask=i < T, other=0.0)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@triton.jit(do_not_specialize=[*VARYING, "H"])  # of all heads, and of one where weights are constant
 def softmax_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, softmax_ptr,
     padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks,
@@ -177,7 +196,7 @@ def tanh(x):
 @triton.jit(do_not_specialize=VARYING)
 def delta_kernel(
     grad_ptr, grad_st, grad_sb, grad_sh, out_ptr, delta_ptr, x_ptr, gate_ptr, y_ptr, v_st, v_sb, v_sh,
-    inner_ptr, dy_ptr, values_ptr, T, B, H, C: tl.constexpr, BM: tl.constexpr, BC: tl.constexpr, GATED: tl.constexpr,
+    inner_ptr, dy_ptr, values_ptr, T, B, H, C, BM: tl.constexpr, BC: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """delta[h, b, i] = sum_c g[i, c] out[i, c] with g the gradient of `out`, before the other backward kernels.
 
@@ -204,10 +223,13 @@ def delta_kernel(
 
 
 @triton.jit
-def score_gradient(w, raw, masked, dw, delta, penalty, limit, PENALTY: tl.constexpr):
-    """ds = w (dw - delta) where not masked, plus the penalty's sign(s) where |s| > limit."""
+def score_gradient(w, raw, masked, dw, delta, penalty, limit):
+    """ds = w (dw - delta) where not masked, plus the penalty's sign(s) where |s| > limit.
+
+    The penalty is zero in most calls of training, and others follow: hence a branch, and not a kernel for each.
+    """
     ds = tl.where(masked, 0.0, w * (dw - delta))
-    if PENALTY:
+    if penalty != 0.0:
         ds += tl.where(raw > limit, penalty, 0.0) - tl.where(raw < -limit, penalty, 0.0)
     return ds
 
@@ -217,9 +239,9 @@ def query_gradient_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, softmax_ptr,
     padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks,
     v_ptr, v_st, v_sb, v_sh, g_ptr, g_st, g_sb, g_sh, delta_ptr, penalty, limit, dq_ptr, dp_ptr,
-    C: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, PENALTY: tl.constexpr,
+    C, D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """dq[i] = sum_j ds[i, j] k[j] and dp[i] = sum_j ds[i, j] e[T - 1 - i + j]; both contiguous."""
     block, b, h = split_program(tl.cdiv(T, BM), B, H)
@@ -245,13 +267,9 @@ def query_gradient_kernel(
             product(q, tl.trans(k)), i[:, None], j[None, :], b, p_ptr, p_st, e_ptr, padding_ptr,
             mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
         )  # fmt: skip
-        dw = tl.zeros([BM, BN], tl.float32)
-        for c0 in range(0, C, BC):
-            c = c0 + tl.arange(0, BC)
-            g = load_rows(g_ptr, i, g_st, T, c, C)
-            dw += product(g, tl.trans(load_rows(v_ptr, j, v_st, S, c, C).to(g.dtype)))
+        dw = row_products(g_ptr, i, g_st, T, v_ptr, j, v_st, S, C, BC, ONE_BLOCK)
         w = tl.exp2((s - largest[:, None]) * LOG2E) * scale[:, None]
-        ds = score_gradient(w, raw, masked, dw, delta[:, None], penalty, limit, PENALTY)
+        ds = score_gradient(w, raw, masked, dw, delta[:, None], penalty, limit)
         dq += product(ds.to(k.dtype), k)
         offset = T - 1 - i[:, None] + j[None, :]
         inside = (i < T)[:, None] & (j < S)[None, :]
@@ -268,9 +286,9 @@ def key_gradient_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, softmax_ptr,
     padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks,
     v_ptr, v_st, v_sb, v_sh, g_ptr, g_st, g_sb, g_sh, delta_ptr, penalty, limit, dk_ptr, dv_ptr,
-    C: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, WITH_VALUES: tl.constexpr,
-    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, PENALTY: tl.constexpr,
+    C, D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """dk[j] = sum_i ds[i, j] q[i], and where one block holds all channels dv[j] = sum_i w[i, j] g[i]; contiguous."""
     block, b, h = split_program(tl.cdiv(S, BN), B, H)
@@ -285,6 +303,7 @@ def key_gradient_kernel(
     j = block * BN + tl.arange(0, BN)
     d = tl.arange(0, D_TILE)
     k = load_rows(k_ptr, j, k_st, S, d, D)
+    c = tl.arange(0, BC)
     dk = tl.zeros([BN, D_TILE], tl.float32)
     dv = tl.zeros([BN, BC], tl.float32)
     for i0 in range(0, T, BM):
@@ -296,19 +315,15 @@ def key_gradient_kernel(
             mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
         )  # fmt: skip
         w = tl.exp2((s - largest[None, :]) * LOG2E) * scale[None, :]
-        dw = tl.zeros([BN, BM], tl.float32)
-        for c0 in range(0, C, BC):
-            c = c0 + tl.arange(0, BC)
+        dw = row_products(v_ptr, j, v_st, S, g_ptr, i, g_st, T, C, BC, ONE_BLOCK)
+        if ONE_BLOCK:
             g = load_rows(g_ptr, i, g_st, T, c, C)
-            dw += product(load_rows(v_ptr, j, v_st, S, c, C).to(g.dtype), tl.trans(g))
-            if WITH_VALUES:
-                dv += product(w.to(g.dtype), g)
+            dv += product(w.to(g.dtype), g)
         delta = tl.load(delta_ptr + i, mask=i < T, other=0.0)
-        ds = score_gradient(w, raw, masked, dw, delta[None, :], penalty, limit, PENALTY)
+        ds = score_gradient(w, raw, masked, dw, delta[None, :], penalty, limit)
         dk += product(ds.to(q.dtype), q)
     store_rows(dk_ptr + (b * H + h) * D, dk, j, B * H * D, S, d, D)
-    if WITH_VALUES:
-        c = tl.arange(0, BC)
+    if ONE_BLOCK:
         store_rows(dv_ptr + (b * H + h) * C, dv, j, B * H * C, S, c, C)
 
 
@@ -362,9 +377,9 @@ def position_gradient_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, e_ptr, softmax_ptr,
     padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks,
     v_ptr, v_st, v_sb, v_sh, g_ptr, g_st, g_sb, g_sh, delta_ptr, penalty, limit, de_ptr,
-    C: tl.constexpr, D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr,
-    BN: tl.constexpr, BC: tl.constexpr,
-    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, PENALTY: tl.constexpr,
+    C, D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr,
+    BN: tl.constexpr, BC: tl.constexpr, ONE_BLOCK: tl.constexpr,
+    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """de[b, n] = sum_i ds[b, i, n - (T - 1) + i] p[b, i], for BN offsets n: sums along diagonals; (B, H, P, T + S - 1).
 
@@ -400,14 +415,10 @@ def position_gradient_kernel(
             product(q, tl.trans(k)), i[:, None], j[None, :], b, p_ptr, p_st, e_ptr, padding_ptr,
             mask_ptr, mask_sb, mask_st, T, S, chunk, left_chunks, P, PADDING, MASK, CHUNKS,
         )  # fmt: skip
-        dw = tl.zeros([BN, 2 * BN], tl.float32)
-        for c0 in range(0, C, BC):
-            c = c0 + tl.arange(0, BC)
-            g = load_rows(g_ptr, i, g_st, T, c, C)
-            dw += product(g, tl.trans(load_rows(v_ptr, j, v_st, S, c, C).to(g.dtype)))
+        dw = row_products(g_ptr, i, g_st, T, v_ptr, j, v_st, S, C, BC, ONE_BLOCK)
         delta = tl.load(delta_ptr + i, mask=i < T, other=0.0)
         w = tl.exp2((s - largest[:, None]) * LOG2E) * scale[:, None]
-        ds = score_gradient(w, raw, masked, dw, delta[:, None], penalty, limit, PENALTY)
+        ds = score_gradient(w, raw, masked, dw, delta[:, None], penalty, limit)
         ds = tl.gather(ds, diagonal, 1)  # (BN targets, BN offsets)
         for m in tl.static_range(P):
             pm = tl.load(p_ptr + i.to(tl.int64) * p_st + m, mask=i < T, other=0.0).to(tl.float32)

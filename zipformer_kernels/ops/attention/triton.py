@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from zipformer_kernels.launch import GPU_DTYPES, on_device, unsupported_dtype
+from zipformer_kernels.launch import GPU_DTYPES, cdiv, next_power_of_2, on_device, unsupported_dtype
 from zipformer_kernels.library import Launchers
 from zipformer_kernels.ops.attention import kernels
 from zipformer_kernels.ops.attention.reference import empty_rows
+from zipformer_kernels.ops.attention.tiles import tile_of
 
 
 @dataclass(frozen=True)
@@ -62,40 +61,12 @@ class Weights:
         """The constants that every kernel takes."""
         return {
             "D": self.q.shape[3],
-            "D_TILE": max(16, triton.next_power_of_2(self.q.shape[3])),
+            "D_TILE": max(16, next_power_of_2(self.q.shape[3])),
             "P": 0 if self.p is None else self.p.shape[3],
             "PADDING": self.key_padding_mask is not None,
             "MASK": self.attn_mask is not None,
             "CHUNKS": self.chunk > 0,
         }
-
-
-class Tile(NamedTuple):
-    """How a kernel is cut up: rows a program owns, rows it walks over at a time, and its warps."""
-
-    own: int
-    walk: int
-    warps: int
-
-
-# No kernel spills on sm_90 with these. float32 products run on FMA units and need more registers.
-TILES = {
-    "aggregate": {torch.float32: Tile(32, 32, 4), "half": Tile(64, 32, 4)},
-    "query": {torch.float32: Tile(32, 32, 8), "half": Tile(64, 32, 8)},
-    "key": {torch.float32: Tile(32, 32, 8), "half": Tile(64, 32, 8)},
-    "position": {torch.float32: Tile(16, 16, 8), "half": Tile(32, 32, 8)},
-    "delta": {torch.float32: Tile(32, 0, 4), "half": Tile(32, 0, 4)},
-}
-
-
-def tile_of(kernel: str, dtype: torch.dtype) -> Tile:
-    """The tile of a kernel for elements of a dtype."""
-    return TILES[kernel].get(dtype, TILES[kernel]["half"])
-
-
-def channel_block(channels: int, dtype: torch.dtype) -> int:
-    """Value channels per tile: all of a narrow head, at least the 16 of a matrix instruction."""
-    return min(max(16, triton.next_power_of_2(channels)), 32 if dtype == torch.float32 else 64)
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -119,7 +90,7 @@ def weights_of(
         unit_stride(q),
         unit_stride(k),
         None if p is None else unit_stride(p),
-        None if e is None else e.permute(1, 2, 0).contiguous(),
+        None if e is None else e.permute(1, 2, 0).contiguous(),  # a handle's lies so already
         softmax.contiguous(),
         None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8),
         None if attn_mask is None else unit_stride(attn_mask).view(torch.uint8),
@@ -142,11 +113,11 @@ def softmax_rows(
     softmax = empty_rows(q)
     if softmax.numel() > 0:
         weights = weights_of(q, k, p, e, softmax, key_padding_mask, attn_mask, chunk, left_chunks)
-        tile = tile_of("aggregate", q.dtype)
-        grid = (triton.cdiv(weights.targets, tile.own) * weights.sequences * weights.heads,)
+        tile = tile_of("softmax", q.dtype)
+        grid = (cdiv(weights.targets, tile.targets) * weights.sequences * weights.heads,)
         with on_device(q):
             kernels.softmax_kernel[grid](
-                *weights.arguments(), **weights.constants(), BM=tile.own, BN=tile.walk, num_warps=tile.warps
+                *weights.arguments(), **weights.constants(), BM=tile.targets, BN=tile.sources, **tile.options()
             )
     return (softmax,)
 
@@ -154,18 +125,19 @@ def softmax_rows(
 def aggregate(weights: Weights, v: Tensor, out: Tensor, gate: Tensor, y: Tensor, gated: Tensor, is_gated: bool) -> None:
     """Launches the forward kernel; without a gate the last three tensors are not read."""
     channels = v.shape[3]
-    tile, wide = tile_of("aggregate", v.dtype), channel_block(channels, v.dtype)
-    rows = triton.cdiv(weights.targets, tile.own) * weights.sequences * weights.heads
+    tile = tile_of("aggregate", v.dtype)
+    wide = tile.block(channels)
+    rows = cdiv(weights.targets, tile.targets) * weights.sequences * weights.heads
     with on_device(v):
-        kernels.aggregate_kernel[(rows, triton.cdiv(channels, wide))](
+        kernels.aggregate_kernel[(rows, cdiv(channels, wide))](
             *weights.arguments(),
             *(v, *v.stride()[:3], gate, out, y, gated, channels),
             **weights.constants(),
-            BM=tile.own,
-            BN=tile.walk,
+            BM=tile.targets,
+            BN=tile.sources,
             BC=wide,
             GATED=is_gated,
-            num_warps=tile.warps,
+            **tile.options(),
         )
 
 
@@ -183,53 +155,54 @@ def score_gradients(
     q, k, p = weights.q, weights.k, weights.p
     targets, sources, sequences, heads = weights.targets, weights.sources, weights.sequences, weights.heads
     channels, dtype = v.shape[3], v.dtype
-    wide = channel_block(channels, dtype)
-    position_tile = triton.next_power_of_2(max(1, 0 if p is None else p.shape[3]))
+    position_tile = next_power_of_2(0 if p is None else p.shape[3])
     common = (
         *weights.arguments(),
         *(v, *v.stride()[:3], grad, *grad.stride()[:3], delta, penalty, limit),
     )
-    constants = {**weights.constants(), "C": channels, "BC": wide, "PENALTY": penalty != 0.0}
+    constants = weights.constants()
     dq = dk = dp = de = dv = None
     with on_device(v):
         if need_q or need_p:
             dq = q.new_empty(q.shape)
             dp = None if p is None else p.new_empty(p.shape)
             tile = tile_of("query", dtype)
-            grid = (triton.cdiv(targets, tile.own) * sequences * heads,)
+            grid = (cdiv(targets, tile.targets) * sequences * heads,)
             kernels.query_gradient_kernel[grid](
-                *(*common, dq, dq if dp is None else dp),
+                *(*common, dq, dq if dp is None else dp, channels),
                 **constants,
+                **tile.blocks(channels),
                 P_TILE=position_tile,
-                BM=tile.own,
-                BN=tile.walk,
-                num_warps=tile.warps,
+                BM=tile.targets,
+                BN=tile.sources,
+                **tile.options(),
             )
-        if need_k or (need_v and channels <= wide):
-            with_values = channels <= wide
+        tile = tile_of("key", dtype)
+        one_block = channels <= tile.channels
+        if need_k or (need_v and one_block):
             dk = k.new_empty(k.shape)
-            dv = v.new_empty(v.shape) if with_values else None
-            tile = tile_of("key", dtype)
-            grid = (triton.cdiv(sources, tile.own) * sequences * heads,)
+            dv = v.new_empty(v.shape) if one_block else None
+            grid = (cdiv(sources, tile.sources) * sequences * heads,)
             kernels.key_gradient_kernel[grid](
-                *(*common, dk, dk if dv is None else dv),
+                *(*common, dk, dk if dv is None else dv, channels),
                 **constants,
-                WITH_VALUES=with_values,
-                BM=tile.walk,
-                BN=tile.own,
-                num_warps=tile.warps,
+                **tile.blocks(channels),
+                BM=tile.targets,
+                BN=tile.sources,
+                **tile.options(),
             )
         if need_e:
             # One part per sequence, added in a fixed order; each is as long as two rows of scores.
             parts = torch.empty(sequences, *weights.e.shape, dtype=torch.float32, device=v.device)
             tile = tile_of("position", dtype)
-            grid = (triton.cdiv(targets + sources - 1, tile.own) * sequences * heads,)
+            grid = (cdiv(targets + sources - 1, tile.targets) * sequences * heads,)
             kernels.position_gradient_kernel[grid](
-                *(*common, parts),
-                **{**constants, "BC": min(wide, 32)},
+                *(*common, parts, channels),
+                **constants,
+                **tile.blocks(channels),
                 P_TILE=position_tile,
-                BN=tile.own,
-                num_warps=tile.warps,
+                BN=tile.targets,
+                **tile.options(),
             )
             de = parts.sum(0).permute(2, 0, 1).to(weights.e.dtype)
     return dq, dk, dp, de, dv
@@ -240,18 +213,19 @@ def value_gradient(
 ) -> None:
     """Launches the kernel for the gradient of wide values; without a gate only `dv` is written."""
     channels = x.shape[3]
-    tile, wide = tile_of("key", x.dtype), channel_block(channels, x.dtype)
-    rows = triton.cdiv(weights.sources, tile.own) * weights.sequences * weights.heads
+    tile = tile_of("value", x.dtype)
+    wide = tile.block(channels)
+    rows = cdiv(weights.sources, tile.sources) * weights.sequences * weights.heads
     with on_device(x):
-        kernels.value_gradient_kernel[(rows, triton.cdiv(channels, wide))](
+        kernels.value_gradient_kernel[(rows, cdiv(channels, wide))](
             *weights.arguments(),
             *(x, gate, *x.stride()[:3], grad, *grad.stride()[:3], dv, dgate, channels),
             **weights.constants(),
-            BM=tile.walk,
-            BN=tile.own,
+            BM=tile.targets,
+            BN=tile.sources,
             BC=wide,
             GATED=is_gated,
-            num_warps=tile.warps,
+            **tile.options(),
         )
 
 
@@ -259,11 +233,11 @@ def compute_delta(grad: Tensor, out: Tensor, **gated: Tensor) -> Tensor:
     """delta[h, b, i] = sum_c grad out, (H, B, T). With x, gate, y: the gated form, which fills inner, dy, values."""
     targets, sequences, heads, channels = out.shape
     delta = torch.empty(heads, sequences, targets, dtype=torch.float32, device=out.device)
-    tile, wide = tile_of("delta", out.dtype), channel_block(channels, out.dtype)
+    tile = tile_of("delta", out.dtype)
     x = gated.get("x", out)
     others = [gated.get(name, out) for name in ("inner", "dy", "values")]
     with on_device(out):
-        kernels.delta_kernel[(triton.cdiv(targets, tile.own) * sequences * heads,)](
+        kernels.delta_kernel[(cdiv(targets, tile.targets) * sequences * heads,)](
             *(
                 grad,
                 *grad.stride()[:3],
@@ -274,12 +248,11 @@ def compute_delta(grad: Tensor, out: Tensor, **gated: Tensor) -> Tensor:
                 gated.get("y", out),
                 *x.stride()[:3],
             ),
-            *(*others, targets, sequences, heads),
-            C=channels,
-            BM=tile.own,
-            BC=wide,
+            *(*others, targets, sequences, heads, channels),
+            BM=tile.targets,
+            BC=tile.block(channels),
             GATED=bool(gated),
-            num_warps=tile.warps,
+            **tile.options(),
         )
     return delta
 

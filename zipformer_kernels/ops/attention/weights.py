@@ -109,6 +109,9 @@ class AttentionWeights:
         self.softmax: Tensor | None = None
         largest = max(self.shape[0] - 1, 1), *self.shape[1:], q.dtype
         self.keeps = self.backend == "eager" or (self.backend == "cpu" and native.keeps_weights(*largest))
+        if self.backend == "triton" and e is not None:
+            self.scores = q, k, p, _offsets_last(e)
+            detached = *detached[:3], self.scores[3].detach()
         if not self.keeps:
             self.softmax = attention._softmax(*detached, *self.masks, backend=self.backend)
 
@@ -130,18 +133,17 @@ class AttentionWeights:
     def constant(self) -> AttentionWeights:
         """Weights that are equal for every source with W > 0: a masked mean. They carry no gradient.
 
-        The fused backends count every source that is not masked, also one whose weight would underflow to zero.
+        The fused backends count every source that is not masked, also one whose weight would underflow to zero. Where W
+        is not kept they are the weights of zeros, positions included: the same compiled kernels serve them.
         """
         if self.keeps:
             part = self[:]
             part._part_of, part.scores = None, tuple(None if x is None else x.detach() for x in self.scores)
             part._made = tuple(Piece(constant_attention(piece.w)) for piece in self.pieces())
             return part
-        q, k, _, _ = self.scores
         key_padding_mask, mask, chunk, left_chunks = self.masks
         equal = AttentionWeights(
-            torch.zeros_like(q, requires_grad=False),
-            torch.zeros_like(k, requires_grad=False),
+            *(None if x is None else torch.zeros_like(x, requires_grad=False) for x in self.scores),
             key_padding_mask=key_padding_mask,
             attn_mask=ChunkMask(chunk, left_chunks) if chunk > 0 else mask,
             backend=self.backend,
@@ -269,6 +271,11 @@ def _slice_heads(pieces: tuple[Piece, ...], heads: slice) -> tuple[Piece, ...]:
             parts.append(piece if end - begin == len(piece) else Piece(piece.w[begin:end]))
         first, last = first - len(piece), last - len(piece)
     return tuple(parts)
+
+
+def _offsets_last(e: Tensor) -> Tensor:
+    """e, (offsets, H, P), with the offsets side by side in memory, as GPU kernels read it; copied once for all uses."""
+    return e.permute(1, 2, 0).contiguous().permute(2, 0, 1)
 
 
 def penalized(scores: Tensor, penalty: float, limit: float) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipformer_kernels.launch import GPU_DTYPES, multiprocessors, on_device
+from zipformer_kernels.launch import GPU_DTYPES, cdiv, multiprocessors, next_power_of_2, on_device
 from zipformer_kernels.library import Launchers
 from zipformer_kernels.ops.bias_norm.rows import Gradients, Rows, unsupported
 
@@ -195,7 +195,7 @@ def sum_parts(
 
 def _tile(channels: int) -> tuple[int, int]:
     """Rows and channels of a tile that holds whole rows, or no rows where a row is too long for that."""
-    block = triton.next_power_of_2(channels)
+    block = next_power_of_2(channels)
     return (min(TILE // block, 32), block) if block <= TILE else (0, TILE)
 
 
@@ -208,7 +208,7 @@ def _forward(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor
         tensors = rows.x, rows.bias, rows.log_scale, y, inverse_rms
         with on_device(x):
             if height > 0:
-                grid = (triton.cdiv(count, height),)
+                grid = (cdiv(count, height),)
                 forward_tiles[grid](*tensors, count, channels, height, block, num_warps=WARPS)
             else:
                 forward_row[(count,)](*tensors, channels, block, num_warps=WARPS)
@@ -231,7 +231,7 @@ def _backward(needs: tuple, grads: tuple, saved: tuple, x: Tensor, bias: Tensor,
             else:
                 backward_row[(parts,)](*tensors, count, channels, *wanted, block, num_warps=WARPS)
             if out.partials is not None:
-                grid = (triton.cdiv(channels + 1, SUM_COLUMNS),)
+                grid = (cdiv(channels + 1, SUM_COLUMNS),)
                 sums = out.partials, out.dbias, out.dlog_scale
                 sum_parts[grid](*sums, parts, channels, *needs[1:], SUM_PARTS, SUM_COLUMNS, num_warps=WARPS)
     return out.returned()

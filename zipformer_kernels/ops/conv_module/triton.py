@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipformer_kernels.launch import GPU_DTYPES, multiprocessors, on_device
+from zipformer_kernels.launch import GPU_DTYPES, cdiv, multiprocessors, on_device
 from zipformer_kernels.library import Launchers
 from zipformer_kernels.ops.conv_module.arguments import Arguments, Gradients, unsupported
 
@@ -220,8 +220,8 @@ class _Tiles:
     def __init__(self, arguments: Arguments) -> None:
         frames, batch, channels = arguments.a.shape
         self.sizes = frames, batch, channels
-        self.across = triton.cdiv(frames, FRAMES)
-        self.grid = batch * self.across, triton.cdiv(channels, CHANNELS)
+        self.across = cdiv(frames, FRAMES)
+        self.grid = batch * self.across, cdiv(channels, CHANNELS)
         self.constants = {"FRAMES": FRAMES, "CHANNELS": CHANNELS, "num_warps": WARPS}
 
 
@@ -321,14 +321,14 @@ def _launch_inputs(arguments: Arguments, tiles: _Tiles, dy: Tensor, scaled: Tens
 def _launch_parameters(arguments: Arguments, x: Tensor, dy: Tensor, scaled: Tensor, out: Gradients) -> None:
     frames, batch, channels = sizes = arguments.a.shape
     kernel, chunk = arguments.kernel, arguments.chunk
-    total, blocks = out.partials.shape[1], triton.cdiv(channels, SUM_CHANNELS)
+    total, blocks = out.partials.shape[1], cdiv(channels, SUM_CHANNELS)
     weight_at, bias_at, causal_at, causal_bias_at, edge_at = (*out.offsets, 0, 0, 0)[:5]
-    across = triton.cdiv(frames, SUM_FRAMES)
+    across = cdiv(frames, SUM_FRAMES)
     split = out.parts, blocks, total
     constants = {"FRAMES": SUM_FRAMES, "CHANNELS": SUM_CHANNELS, "num_warps": WARPS}
 
     def add_taps(d: Tensor, taps: int, within: bool, *places: int) -> None:
-        grid = out.parts * blocks, triton.cdiv(taps, SUM_TAPS)
+        grid = out.parts * blocks, cdiv(taps, SUM_TAPS)
         tiles = across, batch * across, *split
         taps_kernel[grid](
             x, d, out.partials, *sizes, chunk, *tiles, *places, kernel, taps, within, SUM_TAPS, **constants
@@ -338,7 +338,7 @@ def _launch_parameters(arguments: Arguments, x: Tensor, dy: Tensor, scaled: Tens
     if arguments.chunked:
         add_taps(dy, kernel // 2 + 1, False, causal_at, causal_bias_at)
         weight, bias = arguments.parameters[:2]
-        edges_kernel[out.parts * blocks, triton.cdiv(2 * kernel, SUM_FRAMES)](
+        edges_kernel[out.parts * blocks, cdiv(2 * kernel, SUM_FRAMES)](
             x,
             dy,
             weight,
@@ -346,7 +346,7 @@ def _launch_parameters(arguments: Arguments, x: Tensor, dy: Tensor, scaled: Tens
             out.partials,
             *sizes,
             chunk,
-            triton.cdiv(frames, chunk),
+            cdiv(frames, chunk),
             *split,
             edge_at,
             K=kernel,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipformer_kernels.launch import GPU_DTYPES, dense, like, on_device, unsupported_dtype
+from zipformer_kernels.launch import GPU_DTYPES, cdiv, dense, like, on_device, unsupported_dtype
 from zipformer_kernels.library import Launchers
 from zipformer_kernels.ops.swoosh.reference import OFFSET, SHIFT
 
@@ -82,7 +82,7 @@ def _forward(x: Tensor, kind: str) -> tuple[Tensor]:
     y = torch.empty_like(x)
     if x.numel() > 0:
         with on_device(x):
-            grid = (triton.cdiv(x.numel(), BLOCK),)
+            grid = (cdiv(x.numel(), BLOCK),)
             forward_kernel[grid](x, y, x.numel(), SHIFT[kind], OFFSET[kind], BLOCK, num_warps=WARPS)
     return (y,)
 
@@ -93,7 +93,7 @@ def _backward(needs: tuple, grads: tuple, saved: tuple, x: Tensor, kind: str) ->
     dx = torch.empty_like(x)
     if x.numel() > 0:
         with on_device(x):
-            grid = (triton.cdiv(x.numel(), BLOCK),)
+            grid = (cdiv(x.numel(), BLOCK),)
             backward_kernel[grid](dy, x, dx, x.numel(), SHIFT[kind], BLOCK, num_warps=WARPS)
     return (dx,)
 

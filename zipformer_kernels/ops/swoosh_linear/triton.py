@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipformer_kernels.launch import GPU_DTYPES, as_empty_like, on_device
+from zipformer_kernels.launch import GPU_DTYPES, as_empty_like, cdiv, next_power_of_2, on_device
 from zipformer_kernels.ops.swoosh.reference import OFFSET, SHIFT
 from zipformer_kernels.ops.swoosh.triton import swoosh_derivative, swoosh_value
 from zipformer_kernels.ops.swoosh_linear.layout import layout
@@ -96,9 +96,9 @@ class _Tiles:
         self.mask, outer, shared, inner = layout(x, mask)
         if mask is None:  # one long row leaves no columns of a tile idle
             shared, inner = 1, x.numel()
-        columns = min(WIDEST, triton.next_power_of_2(inner))
-        rows = min(tile // columns, triton.next_power_of_2(shared))
-        across, down = triton.cdiv(inner, columns), triton.cdiv(shared, rows)
+        columns = min(WIDEST, next_power_of_2(inner))
+        rows = min(tile // columns, next_power_of_2(shared))
+        across, down = cdiv(inner, columns), cdiv(shared, rows)
         self.grid = (outer * across * down,)
         self.sizes = shared, inner, across, down
         self.constants = {"MASKED": mask is not None, "ROWS": rows, "COLUMNS": columns, "num_warps": WARPS}

@@ -1,0 +1,66 @@
+"""How the Triton kernels of attention are cut up: one table, read at every launch."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from zipformer_kernels.launch import next_power_of_2
+
+
+class Tile(NamedTuple):
+    """A kernel's share of the scores that it has at a time, and what it gets of a multiprocessor.
+
+    Attributes:
+        targets, sources: rows and columns of scores. A program owns the rows of one and walks over those of the other.
+        warps: warps of a program.
+        channels: value channels at a time, at most.
+        stages: how many steps of the walk are loaded ahead, where the compiler can.
+    """
+
+    targets: int
+    sources: int
+    warps: int
+    channels: int
+    stages: int = 3
+
+    def block(self, channels: int) -> int:
+        """Value channels per tile: all of a narrow head, at least the 16 of a matrix instruction."""
+        return min(max(16, next_power_of_2(channels)), self.channels)
+
+    def blocks(self, channels: int) -> dict[str, int | bool]:
+        """The constants of a kernel that goes over all value channels."""
+        return {"BC": self.block(channels), "ONE_BLOCK": channels <= self.channels}
+
+    def options(self) -> dict[str, int]:
+        """The options of a launch."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+TILES: dict[tuple[str, int], Tile] = {
+    ("softmax", 2): Tile(64, 32, 4, 16),
+    ("aggregate", 2): Tile(64, 32, 4, 64),
+    ("query", 2): Tile(64, 16, 4, 64),
+    ("key", 2): Tile(16, 64, 4, 64),
+    ("value", 2): Tile(16, 64, 4, 64),
+    ("position", 2): Tile(16, 32, 4, 32),
+    ("delta", 2): Tile(32, 0, 4, 32),
+    ("softmax", 4): Tile(32, 32, 4, 16),
+    ("aggregate", 4): Tile(32, 32, 4, 32, stages=1),
+    ("query", 4): Tile(32, 16, 4, 32, stages=1),
+    ("key", 4): Tile(16, 32, 4, 32, stages=2),
+    ("value", 4): Tile(16, 32, 4, 32, stages=2),
+    ("position", 4): Tile(16, 32, 4, 32, stages=2),
+    ("delta", 4): Tile(32, 0, 4, 32),
+}
+"""Tiles by kernel and bytes of an element. Another entry, ``TILES["query", 2] = Tile(...)``, holds at the next launch.
+
+The kernel `position` owns offsets, as many as it takes targets at a time, and needs twice as many sources. Chosen from
+machine code for sm_90 (docs/kernels.md): none spills, and programs of 4 warps share a multiprocessor.
+"""
+
+
+def tile_of(kernel: str, dtype: torch.dtype) -> Tile:
+    """The tile of a kernel for elements of a dtype."""
+    return TILES[kernel, dtype.itemsize]
