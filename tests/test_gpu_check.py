@@ -86,9 +86,9 @@ def test_an_output_that_cannot_be_made_is_told(check, tmp_path):
 
 # A run of stages like the real ones: what each does is its program.
 TOY = """
-import json, sys
-from pathlib import Path
-X = [stages.Stage(name, seconds, (sys.executable, "-c", program), 9) for name, seconds, program in {toys!r}]
+import sys
+from benchmarks.gpu import run, stages
+toys = [stages.Stage(name, seconds, (sys.executable, "-c", program), 9) for name, seconds, program in {toys!r}]
 run.expand = lambda names: toys
 run.device = lambda rehearse: "a toy"
 sys.argv = ["run.py", "--limit", "60"]
