@@ -96,7 +96,7 @@ def scaled_adam(loads: int, stores: int) -> Rule:
 
     def rule(n: dict[str, Any], body: Body, depth: int) -> float:
         packs, rest = divmod(body["LD.E.128"], loads)
-        alike = body["LD"] == packs * loads and body["ST"] == body["ST.E.128"] == packs * stores
+        alike = body["LD"] == packs * loads and body["STG"] == body["STG.E.128"] == packs * stores
         no_gradient = stores == 0 and body["FFMA"] > 6 * body["LD"]
         whole = packs > 0 and rest == 0 and alike and not no_gradient
         return n["call"][5] / 1024 / packs if whole and packs == WHOLE_PACKS[stores] else 0
@@ -108,12 +108,15 @@ WHOLE_PACKS = {0: 4, 3: 1}
 """How many packs the unrolled loop of each kernel takes, by its stores; the loop for what is left takes fewer."""
 
 
-def scaled_adam_plan(n: dict[str, Any], body: Body, depth: int) -> float:
-    """A warp at a time adds up a tensor's parts; a thread at a time plans it."""
-    tensors = n["call"][1]
-    if depth > 0:
-        return 0 if body["F2F"] >= 16 else 1  # 16 x 32 parts a time: few tensors have so many
-    return ceil_div(tensors, 16) if body["LDG.E"] > 40 else 1
+def scaled_adam_plan(lanes: int | str, tensors: int | str) -> Rule:
+    """One group; tensors are planned `lanes` at a time; scales move every fourth step, from four gradients each."""
+
+    def rule(n: dict[str, Any], body: Body, depth: int) -> float:
+        if depth != 1:
+            return 1
+        return ceil_div(n["call"][tensors] if "call" in n else n[tensors], n.get(lanes, lanes))
+
+    return rule
 
 
 RULES: dict[str, Rule] = {
@@ -131,7 +134,8 @@ RULES: dict[str, Rule] = {
     "attention.delta_kernel": lambda n, body, depth: ceil_div(n["C"], n["BC"]),
     "scaled_adam.partials_kernel": chunk_loop,
     "scaled_adam.update_kernel": chunk_loop,
-    "scaled_adam.plan_kernel": lambda n, body, depth: ceil_div(n["tensors"], n["LANES"]) if depth == 0 else 4,
+    "scaled_adam.plan_kernel": scaled_adam_plan("LANES", "tensors"),
+    "scaled_adam.sums_kernel": lambda n, body, depth: 1,  # 32 parts at a time: 45 of 863 tensors of L have more
     "bias_norm.forward_in_registers": lambda n, body, depth: 1,  # a second time only where squares leave the range
     "bias_norm.backward_in_registers": bias_norm_backward,
     "bias_norm.add_parts": lambda n, body, depth: ceil_div(n["call"][-4], 16),
@@ -143,7 +147,7 @@ RULES: dict[str, Rule] = {
 CUDA_RULES: dict[str, Rule] = {
     "scaled_adam.partials_kernel": scaled_adam(2, 0),
     "scaled_adam.update_kernel": scaled_adam(4, 3),
-    "scaled_adam.plan_kernel": scaled_adam_plan,
+    "scaled_adam.plan_kernel": scaled_adam_plan(512, 1),
 }
 """Of kernels whose names Triton's have as well."""
 
