@@ -48,6 +48,30 @@ def pytest_addoption(parser):
     parser.addoption("--gpu", action="store_true", help="only the tests that use a GPU")
 
 
+def pytest_ignore_collect(collection_path, config):
+    """With --gpu files that never use one are not even imported: what they need may be missing on such a machine."""
+    if config.getoption("--gpu") and collection_path.name.startswith("test_"):
+        text = collection_path.read_text()
+        return not any(
+            name in text for name in ("import lanes", "from lanes", "small_layer", "optim_steps", "mark.gpu")
+        )
+    return None
+
+
+def pytest_configure(config):
+    if config.getoption("--gpu"):
+        config.pluginmanager.register(FailuresAtOnce())
+
+
+class FailuresAtOnce:
+    """Says what failed when it fails: a run on a lent machine may not live to its end."""
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            last = (report.longreprtext.splitlines() or ["no message"])[-1]
+            print(f"\nFAILED {report.nodeid}: {last}", flush=True)
+
+
 def pytest_collection_modifyitems(config, items):
     if config.getoption("--gpu"):
         config.hook.pytest_deselected(items=[item for item in items if not uses_gpu(item)])

@@ -5,14 +5,10 @@ import random
 
 import torch
 import upstream
+from draws import generators, seed_all
 from tolerances import PARITY, assert_parity
 
 from zipformer_kernels.ops.attention import AttentionWeights
-
-
-def seed_all(seed):
-    random.seed(seed)
-    torch.manual_seed(seed)
 
 
 def build_pair(our_class, their_class, *args, seed=0, dtype=torch.float64, **kwargs):
@@ -41,15 +37,6 @@ def assert_same_weights(ours, theirs):
         assert torch.equal(actual[key], value), key
 
 
-def set_batch_count(model, batch_count):
-    """What icefall's training loop does before every batch."""
-    for name, module in model.named_modules():
-        if hasattr(module, "batch_count"):
-            module.batch_count = batch_count
-        if hasattr(module, "name"):
-            module.name = name
-
-
 def run(module, seed, args, kwargs=None):
     """Forward and backward under a seed.
 
@@ -72,13 +59,6 @@ def run(module, seed, args, kwargs=None):
     results |= {f"gradient of input {i}": a.grad for i, a in enumerate(args) if torch.is_tensor(a)}
     results |= {f"gradient of {name}": p.grad for name, p in module.named_parameters()}
     return results, generators()
-
-
-def generators():
-    """The states of all random generators: Python's, torch's, and each GPU's."""
-    states = {"Python's random": random.getstate(), "torch's generator": torch.get_rng_state().tolist()}
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return states | {f"GPU {i}'s generator": state.tolist() for i, state in enumerate(gpus)}
 
 
 def assert_same_run(ours, theirs, args, kwargs=None, *, seed=1, tolerance=None):

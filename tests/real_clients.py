@@ -18,7 +18,7 @@ import parity
 import recipes
 import torch
 import typer
-from parity import seed_all
+from draws import seed_all
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress

@@ -21,7 +21,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from parity import seed_all, set_batch_count
+from draws import seed_all, set_batch_count
 from torch import nn
 
 from zipformer_kernels.presets import CAUSAL, PRESETS

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import upstream
 import upstream_models
-from parity import seed_all
+from draws import seed_all
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from upstream_models import build

@@ -4,8 +4,8 @@ import contextlib
 
 import pytest
 import torch
+from draws import generators, seed_all, set_batch_count
 from lanes import Lane
-from parity import generators, seed_all, set_batch_count
 from tolerances import rounding
 
 from zipformer_kernels import backend

@@ -6,8 +6,9 @@ With a GPU both run on it, where the backend does. An op without kernels on a ba
 import pytest
 import torch
 import upstream
+from draws import seed_all, set_batch_count
 from lanes import Lane
-from parity import build_pair, run, seed_all, set_batch_count
+from parity import build_pair, run
 from tolerances import relative_error
 
 from zipformer_kernels import backend

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from parity import set_batch_count
+from draws import set_batch_count
 from small_layer import (  # noqa: F401
     CHANNELS,
     assert_close,

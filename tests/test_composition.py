@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from parity import seed_all
+from draws import seed_all
 from small_layer import (  # noqa: F401
     CHANNELS,
     all_lanes,

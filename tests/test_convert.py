@@ -12,7 +12,7 @@ import parity
 import pytest
 import torch
 import upstream
-from parity import seed_all, set_batch_count
+from draws import seed_all, set_batch_count
 from test_streaming import feed
 from tolerances import PARITY, assert_parity
 from torch import nn

@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 import upstream
+from draws import seed_all, set_batch_count
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from parity import assert_same_run, build_pair, seed_all, set_batch_count
+from parity import assert_same_run, build_pair
 from tolerances import PARITY, assert_parity, rounding
 
 from zipformer_kernels.encoder import Zipformer, Zipformer2

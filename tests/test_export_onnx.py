@@ -10,8 +10,8 @@ import onnxruntime
 import pytest
 import torch
 import upstream
+from draws import seed_all
 from onnxruntime.quantization import QuantType, quantize_dynamic
-from parity import seed_all
 from tolerances import assert_parity, rounding
 from torch import nn
 

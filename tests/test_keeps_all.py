@@ -3,7 +3,8 @@
 import pytest
 import torch
 import upstream
-from parity import assert_same_run, build_pair, seed_all
+from draws import seed_all
+from parity import assert_same_run, build_pair
 from test_modules_upstream import LAYER, POS_DIM, B, C, T, padding
 from torch import nn
 

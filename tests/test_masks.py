@@ -6,7 +6,8 @@ There every padding mask is cast to bools where it is used, and a mask of pairs 
 import pytest
 import torch
 import upstream
-from parity import assert_same_run, build_pair, seed_all
+from draws import seed_all
+from parity import assert_same_run, build_pair
 from test_encoder_upstream import CONFIG
 from tolerances import PARITY, assert_parity
 from torch import nn

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import upstream
-from parity import assert_same_run, build_pair, set_batch_count
+from draws import set_batch_count
+from parity import assert_same_run, build_pair
 from tolerances import PARITY, assert_parity, relative_error
 
 from zipformer_kernels import modules, training

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from draws import seed_all
 from lanes import lanes
-from parity import seed_all
 from tolerances import assert_agrees, assert_rounded, rounding
 
 from zipformer_kernels import use_backend

@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 import upstream
-from parity import seed_all, set_batch_count
+from draws import seed_all, set_batch_count
 from tolerances import rounding
 from torch import nn
 from torch.nn.modules import module as torch_module

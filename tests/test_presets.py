@@ -3,7 +3,8 @@
 import pytest
 import torch
 import upstream
-from parity import assert_same_weights, seed_all
+from draws import seed_all
+from parity import assert_same_weights
 from tolerances import PARITY, assert_parity
 from torch.utils.flop_counter import FlopCounterMode
 

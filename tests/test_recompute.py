@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import upstream
+from draws import seed_all, set_batch_count
 from hypothesis import given
 from hypothesis import strategies as st
-from parity import assert_same_run, build_pair, seed_all, set_batch_count
+from parity import assert_same_run, build_pair
 from tolerances import PARITY, relative_error, rounding
 
 from zipformer_kernels.modules import Conv2dSubsampling, ConvNeXt, convnext

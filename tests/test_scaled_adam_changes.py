@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import upstream
-from parity import seed_all
+from draws import seed_all
 from test_plain_tensors import Scaled, Tagged
 from torch import nn
 

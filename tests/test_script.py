@@ -3,7 +3,7 @@
 import pytest
 import torch
 import upstream
-from parity import seed_all
+from draws import seed_all
 from tolerances import PARITY, assert_parity
 from torch import nn
 

@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 import upstream
+from draws import seed_all
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import build_pair, seed_all
+from parity import build_pair
 from tolerances import PARITY, assert_parity, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 from unseen import unseen

@@ -3,9 +3,10 @@
 import pytest
 import torch
 import upstream
+from draws import set_batch_count
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import assert_same_run, build_pair, set_batch_count
+from parity import assert_same_run, build_pair
 from tolerances import PARITY
 
 from zipformer_kernels.modules import Conv2dSubsampling

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 import upstream_models
-from parity import seed_all, set_batch_count
+from draws import seed_all, set_batch_count
 from tolerances import PARITY, assert_agrees
 from upstream_models import BINS, build
 

@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 import upstream
+from draws import seed_all, set_batch_count
 from hypothesis import given
 from hypothesis import strategies as st
-from parity import assert_same_run, seed_all, set_batch_count
+from parity import assert_same_run
 from tolerances import PARITY, assert_parity, relative_error
 
 from zipformer_kernels import modules, training

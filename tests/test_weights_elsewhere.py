@@ -15,7 +15,7 @@ import pytest
 import sharded_models
 import torch
 import upstream_models
-from parity import seed_all
+from draws import seed_all
 from sharded_models import CHUNKS, KINDS, MODES, PARTS, SIDES, result
 from tolerances import PARITY, assert_parity
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (

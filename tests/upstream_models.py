@@ -11,7 +11,7 @@ from pathlib import Path
 import parity
 import torch
 import upstream
-from parity import seed_all, set_batch_count
+from draws import seed_all, set_batch_count
 from test_encoder_upstream import CONFIG
 from torch import nn
 

@@ -1,14 +1,14 @@
-"""From audio files to the filterbank features that icefall's recipes train on."""
+"""From audio files to the filterbank features that icefall's recipes train on.
+
+What reads audio is imported where it is used: the commands that read none run without it.
+"""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-import kaldi_native_fbank
 import numpy as np
-import soundfile
-import soxr
 import torch
 from torch import Tensor
 
@@ -46,6 +46,9 @@ def read_audio(path: str | Path) -> np.ndarray:
     Raises:
         AudioError: the file is missing, broken, cut short or empty, or holds NaN or infinite samples.
     """
+    import soundfile
+    import soxr
+
     if Path(path).is_dir():
         raise AudioError(f"{path}: is a folder, wanted a recording")
     if not Path(path).exists():
@@ -87,6 +90,8 @@ def fbank(samples: np.ndarray) -> Tensor:
     Returns:
         float32 (frames, 80); frames = samples / 160, rounded.
     """
+    import kaldi_native_fbank
+
     options = kaldi_native_fbank.FbankOptions()
     options.frame_opts.samp_freq = SAMPLE_RATE
     options.frame_opts.dither = 0.0

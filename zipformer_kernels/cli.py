@@ -12,12 +12,18 @@ EXTRA = ("typer", "rich", "soundfile", "kaldi_native_fbank", "soxr", "safetensor
 def main() -> None:
     """Runs the command line; exits with code 2 and one line on stderr where the user's input is at fault."""
     try:
-        from zipformer_kernels import commands
+        run()
     except ModuleNotFoundError as error:
         missing = str(error.name).split(".")[0]
         if missing not in EXTRA:
             raise
         fail(f"{missing} is not installed: pip install 'zipformer-kernels[cli]'")
+
+
+def run() -> None:
+    """Runs the command line, and raises what is the package's fault or its installation's."""
+    from zipformer_kernels import commands
+
     try:
         sys.exit(commands.app(sys.argv[1:] or ["--help"], prog_name="zipformer-kernels", standalone_mode=False))
     except commands.UsageError as error:

@@ -16,12 +16,12 @@ import argparse
 import importlib
 import json
 import math
-import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.found import Found, ends
+from benchmarks.gpu.stages import cores
 from zipformer_kernels import backend, ops
 from zipformer_kernels.bench import optimizer
 from zipformer_kernels.bench.job import off_by
@@ -43,7 +44,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch
 ROUNDINGS = 4  # in a row, of one element: an input's product, a weight, a sum, the result
 SMALL = 0.01  # a gradient smaller than this share of all is what is left of larger terms, and rounds as they do
 SOFTMAX = {"attention": 5, "nonlin_attention": 7}  # which argument the softmax's numbers are, each backend's own
-LIMIT = 120  # seconds of one process
+LIMIT = 75  # seconds of one process
 
 
 def cases_of(name: str, dtype: torch.dtype) -> list[Case]:
@@ -142,6 +143,16 @@ def in_a_process(name: str, where: str, dtype: str) -> dict[str, Any]:
     return row | {"at": f"the process ended with {result.returncode}: {last[:150]}"}
 
 
+@contextmanager
+def at_once(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[list[Future]]:
+    """Many calls, as many at a time as there are cores; an exception within the block begins no more of them."""
+    pool = ThreadPoolExecutor(cores())
+    try:
+        yield [pool.submit(function, *one) for one in calls]
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 def main() -> int:
     """Checks all ops; 1 if one is wrong or nothing ran."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -163,8 +174,9 @@ def main() -> int:
     missing = {where: backend.missing[where] for where in arguments.backends if backend.missing[where]}
     for where, reason in missing.items():
         found.add(f"BAD  all ops             {where:7s} {reason}", backend=where, ok=False, at=reason)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for task in as_completed(pool.submit(in_a_process, *one) for one in wanted if one[1] not in missing):
+    wanted.sort(key=lambda one: one[0] not in SOFTMAX)  # those that compile longest begin first
+    with at_once(in_a_process, [one for one in wanted if one[1] not in missing]) as tasks:
+        for task in as_completed(tasks):
             row = task.result()
             found.add(
                 f"{'ok ' if row['ok'] else 'BAD'}  {row['op']:18s} {row['backend']:7s} {row['dtype']:9s} "

@@ -24,7 +24,6 @@ from pathlib import Path
 
 from benchmarks.gpu.stages import ALL, GROUPS, QUICK, ROOT, STAGES, Stage, expand
 
-GRACE = 5  # seconds between the interrupt that ends a stage and the end of it by force
 LEAST = 5  # seconds in which it is worth while to begin a stage
 DESCRIPTION = """Checks and measures the kernels on a machine with an NVIDIA GPU, what is worth most first.
 
@@ -46,13 +45,13 @@ class Run:
     Args:
         stages: what to run.
         out: where summary.txt and results.tgz go.
-        limit: seconds for all stages.
+        limit: seconds for all stages but `build`.
         about: the first line of the summary.
     """
 
     def __init__(self, stages: list[Stage], out: Path, limit: float, about: str) -> None:
         self.out, self.about = out, about
-        self.end = time.monotonic() + limit
+        self.limit, self.end = limit, 0.0
         self.folder = Path(tempfile.mkdtemp(prefix="gpu-check-"))
         self.states: dict[str, str] = {stage.name: "not reached" for stage in stages}
         self.seconds: dict[str, float] = {}
@@ -89,7 +88,9 @@ class Run:
         """Runs the stages; whether all went well. An interrupt ends the stage that runs, and all that follow."""
         places = places | {"out": str(self.folder)}
         for stage in self.stages:
-            most = min(stage.seconds, self.end - time.monotonic())
+            if stage.name != "build":  # which takes what it takes
+                self.end = self.end or time.monotonic() + self.limit
+            most = min(stage.seconds, self.end - time.monotonic()) if self.end else stage.seconds
             if most < LEAST:
                 self.states[stage.name] = "no time was left"
                 continue
@@ -128,12 +129,12 @@ class Run:
             try:
                 code = process.wait(most)
             except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
-                end(process)
-                reader.join(GRACE)
+                end(process, stage.grace)
+                reader.join(LEAST)
                 if isinstance(stopped, KeyboardInterrupt):
                     raise
                 return f"FAILED: over {most:.0f} s"
-            reader.join(GRACE)
+            reader.join(LEAST)
         return "ok" if code == 0 else f"FAILED: code {code}"
 
     def _read(self, stage: Stage, process: subprocess.Popen, log: object) -> None:
@@ -144,12 +145,12 @@ class Run:
             self.tell()
 
 
-def end(process: subprocess.Popen) -> None:
+def end(process: subprocess.Popen, grace: float) -> None:
     """Interrupts a stage with all that it started, so that it can say what it has; then ends it by force."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(GRACE)
+            process.wait(grace)
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
@@ -195,7 +196,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.error = lambda message: sys.exit(complain(message))
     parser.add_argument("stages", nargs="*", metavar="STAGE", help="stages or groups; by default all")
     parser.add_argument("--out", type=Path, help="folder for summary.txt and results.tgz; $OUT, else gpu-check")
-    parser.add_argument("--limit", type=float, help=f"seconds for all; {QUICK} for quick alone, else {ALL}")
+    parser.add_argument("--limit", type=float, help=f"seconds for all but build; {QUICK} for quick alone, else {ALL}")
     parser.add_argument("--prepared", type=Path, help="a folder that prepared.py made; what fits of it is used")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU too: small sizes, on the CPU")
     return parser.parse_args(arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import sys
 
 import torch
@@ -17,17 +18,14 @@ def main() -> int:
         print("torch sees no CUDA device", file=sys.stderr)
         return 1
     ran = 0
-    for name in ops.names():
+    for where, name in itertools.product(sys.argv[1:] or ["cuda"], ops.names()):
         operation = ops.get(name)
+        if where not in operation.backends or backend.missing[where] is not None:
+            continue
         cases = [case for case in importlib.import_module(f"{ops.__name__}.{name}.cases").CASES if not case.large]
-        for where in sys.argv[1:] or ["cuda"]:
-            if where not in operation.backends or backend.missing[where] is not None:
-                continue
-            count = sum(
-                run(operation, case, dtype, where) for case in cases for dtype in (torch.float32, torch.bfloat16)
-            )
-            print(f"{name}: {count} runs on {where}", flush=True)
-            ran += count
+        count = sum(run(operation, case, dtype, where) for case in cases for dtype in (torch.float32, torch.bfloat16))
+        print(f"{name}: {count} runs on {where}", flush=True)
+        ran += count
     torch.cuda.synchronize()
     return int(ran == 0)
 

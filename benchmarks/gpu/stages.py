@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
-QUICK = 330  # seconds for all of "quick"
+QUICK = 330  # seconds for all of "quick" once there are compiled kernels
 ALL = 570  # and for anything else
+MOST_CORES = 16  # a process for each holds half a gigabyte of the GPU's memory
+
+
+def cores() -> int:
+    """How many processes run at once."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, MOST_CORES)
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,7 @@ class Stage:
         command: its arguments; ``{out}`` stands for the folder of its files.
         shown: how many of its last lines the summary shows.
         variables: of its environment, besides those of the run.
+        grace: seconds between the interrupt that ends it and the end by force.
     """
 
     name: str
@@ -29,6 +38,7 @@ class Stage:
     command: tuple[str, ...]
     shown: int = 12
     variables: tuple[tuple[str, str], ...] = ()
+    grace: float = 5
 
 
 def _python(*arguments: str) -> tuple[str, ...]:
@@ -46,14 +56,13 @@ def _model(name: str, seconds: int, shown: int) -> Stage:
 def _sanitizer(tool: str) -> Stage:
     """With torch's allocator nothing is freed, and what runs over the end of a tensor is not seen."""
     tool_command = ("compute-sanitizer", "--tool", tool, "--error-exitcode", "1")
-    command = (*tool_command, *_script("sanitize.py", "triton", "cuda"))
+    command = (*tool_command, *_script("sanitize.py", "cuda", "triton"))
     return Stage(tool, 60, command, 6, (("PYTORCH_NO_CUDA_MEMORY_CACHING", "1"),))
 
 
-def _tests(selected: str = "--gpu") -> tuple[str, ...]:
-    """By as many workers as there are cores, where pytest-xdist is installed; one would be too slow."""
-    workers = ("-n", "auto", "--dist", "loadgroup")
-    return _python("-m", "pytest", "-q", *workers, selected, "--junit-xml={out}/tests.xml", str(ROOT / "tests"))
+def _tests() -> tuple[str, ...]:
+    workers = ("-n", str(cores()), "--dist", "loadgroup")
+    return _python("-m", "pytest", "-q", *workers, "--gpu", "--junit-xml={out}/tests.xml", str(ROOT / "tests"))
 
 
 NCU = ("ncu", "--clock-control", "none", "--profile-from-start", "off", "--csv", "--log-file", "{out}/ncu.csv")
@@ -64,13 +73,13 @@ STAGES = {
     for stage in (
         Stage("build", 120, _script("prepared.py", "use", "{prepared}"), 4),
         Stage("check", 80, _script("check.py", "{out}/check.json"), 60),
-        _model("right", 45, 8),
+        _model("right", 80, 8),
         _model("train", 75, 26),
         _model("infer", 50, 26),
         Stage("table", 60, _script("table.py", "{out}/table.json", "--seconds", "55"), 120),
         _model("latency", 30, 6),
         _model("adam", 25, 16),
-        Stage("tests", 200, _tests(), 20, (("OMP_NUM_THREADS", "1"),)),
+        Stage("tests", 200, _tests(), 60, (("OMP_NUM_THREADS", "1"),), 20),
         *map(_sanitizer, ("memcheck", "racecheck", "initcheck", "synccheck")),
         Stage("sweep", 90, _script("sweep.py", "{out}/sweep.json"), 30),
         Stage("ncu", 90, (*NCU, *(f"--section={s}" for s in SECTIONS), *_script("once.py")), 4),

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from zipformer_kernels.ops.attention.tiles import TILES, Tile
 
 from benchmarks.gpu.found import Found, ends
 from benchmarks.gpu.table import DTYPE, sample
@@ -30,19 +29,21 @@ from zipformer_kernels.bench.machine import DEVICE
 from zipformer_kernels.bench.op_jobs import Passes
 from zipformer_kernels.bench.peers import attempt
 from zipformer_kernels.ops import attention
+from zipformer_kernels.ops.attention.tiles import TILES, Tile
 
 KERNELS = ("position", "key", "query", "aggregate", "softmax", "value")
 """Those that take longest first. `value` serves wide values, such as NonlinAttention's."""
 WIDE = ("value",)
 ROWS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (2, 3)
-LARGEST = 128 * 64  # scores of a tile: beyond that registers do not hold them
+LARGEST = 64 * 64  # scores of a tile: beyond that registers do not hold them, and compiling takes half a minute
 
 
-def tiles(now: Tile) -> Iterator[Tile]:
-    """What to try in place of a tile, the nearest to it first."""
+def tiles(kernel: str, now: Tile) -> Iterator[Tile]:
+    """What to try in place of a tile, the nearest to it first. `position` always takes twice as many sources."""
+    shapes = [(n, 2 * n) for n in ROWS] if kernel == "position" else itertools.product(ROWS, ROWS)
     found = [
         now._replace(targets=targets, sources=sources, warps=warps, stages=stages)
-        for targets, sources, warps, stages in itertools.product(ROWS, ROWS, WARPS, STAGES)
+        for (targets, sources), warps, stages in itertools.product(shapes, WARPS, STAGES)
         if targets * sources <= LARGEST
     ]
     others = [tile for tile in found if tile != now]
@@ -76,7 +77,7 @@ def sweep(found: Found, kernel: str, end: float) -> None:
     expected = results()
     least = timed(run, results, expected)["us"]
     found.add(f"{kernel:10s} {short(best)} {least:9.1f} us, as it is", kernel=kernel, tile=best._asdict(), us=least)
-    for tile in tiles(best):
+    for tile in tiles(kernel, best):
         if time.monotonic() > end:
             break
         TILES[key] = tile

@@ -105,7 +105,7 @@ def add(found: Found, row: dict[str, Any]) -> None:
         work = {"bytes": sum(case.bytes(dtype.itemsize)[part] for part in parts)}
         work["flops"] = sum(case.flops[part] for part in parts)
         medians[direction] = add_time(found, key | {"direction": direction} | work, run)
-    if medians.get("forward") and medians.get("both"):
+    if None not in medians.values() and medians.get("both", 0) > medians.get("forward", 0):
         work = {"bytes": case.bytes(dtype.itemsize)["backward"], "flops": case.flops["backward"]}
         told(found, key | {"direction": "backward"} | work, medians["both"] - medians["forward"])
 

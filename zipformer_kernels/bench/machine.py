@@ -84,5 +84,8 @@ def _git(*command: str) -> str | None:
     """What git prints in the checkout; None outside of one."""
     if not (ROOT / ".git").exists():
         return None
-    result = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        result = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # a copy of the checkout, on a machine without git
+        return None
     return result.stdout.strip() if result.returncode == 0 else None
