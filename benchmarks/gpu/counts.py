@@ -21,6 +21,7 @@ from benchmarks.gpu.roofline import MACHINES, Machine, predicted, resident_block
 from benchmarks.gpu.sass import Kernel, disassemble, disassemble_cubin
 from benchmarks.gpu.trips import executed
 from zipformer_kernels.bench import models
+from zipformer_kernels.bench.op_jobs import RESIDUAL
 from zipformer_kernels.ops.cases import BATCH, FRAMES, Case
 from zipformer_kernels.ops.scaled_adam.cases import CASES as ADAM_CASES
 
@@ -28,9 +29,6 @@ OPS = ("swoosh", "swoosh_linear", "bias_norm", "conv_module", "attention", "nonl
 STACKS = tuple(f"L stack {i}, {BATCH} x 30 s" for i in range(4))
 BACKENDS = ("triton", "cuda")
 ATTENTION = ("attention", "nonlin_attention")
-RESIDUAL = ("bias_norm",)
-"""Ops on the residual stream, which autocast leaves in float32."""
-
 ADAM_BYTES = {"scaled_adam.partials_kernel": 8, "scaled_adam.update_kernel": 28}
 """A parameter in float32: p, g in; p, g, v, m in and p, v, m out. These kernels find their tensors in a table."""
 
