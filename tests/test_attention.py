@@ -160,7 +160,8 @@ def test_compiles_without_graph_breaks(lane, kept):
     with lane.active(), keeping(kept):
         got = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
         expected = torch.autograd.grad(layer(*inputs).square().sum(), inputs)
-    assert_agrees(got, expected, rounding(torch.float32, 12 * 8))
+    for actual, wanted in zip(got, expected, strict=True):
+        assert relative(actual, wanted) < 3 * TOLERANCE[torch.float32]
 
 
 @pytest.mark.usefixtures("isa")

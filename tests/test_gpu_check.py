@@ -287,7 +287,7 @@ def test_a_kernel_that_is_timed_has_all_its_rows(tmp_path, capsys):
     assert [row.get("direction") for row in written] == [*DIRECTIONS, None, *DIRECTIONS]
     assert "ZeroDivisionError" in written[3]["failed"]
     forward, both, backward = written[:3]
-    assert backward["median_us"] == pytest.approx(both["median_us"] - forward["median_us"])
+    assert backward["median_us"] == pytest.approx(both["median_us"] - forward["median_us"], rel=1e-9)
     assert backward["bytes"] == both["bytes"] - forward["bytes"] > 0
     assert len(capsys.readouterr().out.splitlines()) == len(written)
 

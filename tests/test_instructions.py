@@ -114,10 +114,10 @@ def test_the_longest_bound_is_the_prediction():
     assert roofline.predicted(work(blocks=1), roofline.H100) == (roofline.H100.launch, "launch")
     seconds, bound = roofline.predicted(work(), roofline.H100)
     assert bound == "issue"
-    assert seconds == pytest.approx(800 * 8 * 110 / 3.0 / 1.755e9)
+    assert seconds == pytest.approx(800 * 8 * 110 / 3.0 / 1.755e9, rel=1e-9)
     seconds, bound = roofline.predicted(work(resident=1), roofline.H100)
     assert bound == "latency"
-    assert seconds == pytest.approx(800 * (110 * 4 + 500) / 1.755e9)
+    assert seconds == pytest.approx(800 * (110 * 4 + 500) / 1.755e9, rel=1e-9)
     assert roofline.predicted(work(pipes=Counter(mufu=100.0)), roofline.H100)[1] == "mufu"
 
 
