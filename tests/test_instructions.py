@@ -133,9 +133,21 @@ def test_what_was_measured_fills_its_column(tmp_path):
     row = counts["ops"][0]
     folder = tmp_path / "nvidia-h200" / "gpu_check"
     folder.mkdir(parents=True)
-    rows = [{name: row[name] for name in ("op", "backend", "case", "direction")} | {"median_us": 12.34}]
+    kernel = row["kernels"][0]["kernel"].split(".")[1]
+    profiled = [
+        {"name": f"void zk::{kernel}<float>(long)", "count": 2, "ms": 0.0444},
+        {"name": f"other_{kernel}", "count": 1, "ms": 9.0},
+    ]
+    rows = [
+        {name: row[name] for name in ("op", "backend", "case", "direction")}
+        | {"median_us": 12.34, "kernels": profiled},
+        {"op": "copy", "case": "1 GiB", "median_us": 1.0},
+        {name: row[name] for name in ("op", "backend", "case")} | {"failed": "RuntimeError: no"},
+    ]
     (folder / "table.json").write_text(json.dumps({"rows": rows}))
-    assert page.page(counts, tmp_path).count("| H200 12.3 |") == 1
+    written = page.page(counts, tmp_path)
+    assert written.count("| H200 12.3 |") == 1
+    assert written.count("| H200 22.2 |") == 1
 
 
 def test_every_kernel_has_a_floor_below_its_prediction():

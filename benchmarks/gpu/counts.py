@@ -112,6 +112,7 @@ def counted(launch: Launch, kernels: Kernels, elements: int, scores: int = 0) ->
         "warps": work.warps * resident_blocks(kernel.registers, launch.threads, shared),
         "instructions": round(32 * work.warps * work.blocks * work.instructions / (scores or elements), 1),
         "of": "score" if scores else "element",
+        "matrix_flops": round(work.warps * work.blocks * work.matrix_flops),
         "pipes": {pipe: round(count, 1) for pipe, count in work.pipes.items() if count},
         "accesses": dict(sorted(accesses.items())),
         "bytes": moved,

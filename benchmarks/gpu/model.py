@@ -23,14 +23,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.found import Found, ends
+from benchmarks.gpu.kernels import kernels_of
 from zipformer_kernels import backend, use_backend
 from zipformer_kernels.bench import models, optimizer, statistics
 from zipformer_kernels.bench.check import FACTOR, Errors, Results, boost, errors
 from zipformer_kernels.bench.machine import DEVICE, synchronize
-from zipformer_kernels.bench.memory import peak_bytes, quiet
+from zipformer_kernels.bench.memory import peak_bytes
 from zipformer_kernels.bench.peers import attempt
 from zipformer_kernels.bench.timing import captured
 
@@ -169,18 +169,6 @@ def peak(run: Run) -> int:
     run()
     synchronize()
     return torch.cuda.max_memory_allocated()
-
-
-def kernels_of(run: Run) -> list[dict[str, Any]]:
-    """What runs on the device in one call, longest first: on a CPU torch's operations."""
-    with quiet(), profile(activities=[ProfilerActivity.CUDA if ON_GPU else ProfilerActivity.CPU]) as recorded:
-        run()
-        synchronize()
-    time_of = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
-    where = torch.autograd.DeviceType.CUDA if ON_GPU else torch.autograd.DeviceType.CPU  # not the host's launches
-    events = [event for event in recorded.key_averages() if event.device_type == where]
-    events.sort(key=lambda event: -getattr(event, time_of))
-    return [{"name": event.key, "count": event.count, "ms": getattr(event, time_of) / 1e3} for event in events]
 
 
 def train(found: Found) -> None:

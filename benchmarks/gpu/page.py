@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,53 @@ BEGIN, END = "<!-- written by benchmarks/instructions.py -->", "<!-- end -->"
 DIRECTIONS = ("forward", "backward", "step")
 
 
-def measured(results: Path) -> dict[tuple[str, ...], dict[str, float]]:
-    """Microseconds by op, backend, case and direction, and there by GPU, as benchmarks/gpu/table.py writes them.
+def rows_measured(results: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The GPU, and a row of what was measured on it, as benchmarks/gpu/table.py writes them.
 
     Args:
         results: the folder benchmarks/results. It may hold no such file.
     """
-    found: dict[tuple[str, ...], dict[str, float]] = {}
     for path in sorted(results.glob("*/gpu_check/table.json")):
         device = path.parent.parent.name
         machine = next((m.name for m in MACHINES if m.name.lower() in device), device)
         for row in json.loads(path.read_text())["rows"]:
             if "backend" in row and "median_us" in row:  # else a ceiling, or one that failed
-                key = row["op"], row["backend"], row["case"], row["direction"]
-                found.setdefault(key, {})[machine] = row["median_us"]
+                yield machine, row
+
+
+def measured(results: Path) -> dict[tuple[str, ...], dict[str, float]]:
+    """Microseconds by op, backend, case and direction, and there by GPU."""
+    found: dict[tuple[str, ...], dict[str, float]] = {}
+    for machine, row in rows_measured(results):
+        key = row["op"], row["backend"], row["case"], row["direction"]
+        found.setdefault(key, {})[machine] = row["median_us"]
     return found
+
+
+def kernels_measured(results: Path) -> dict[tuple[str, ...], dict[str, list[dict[str, Any]]]]:
+    """The profiler's kernels by op, backend and case, and there by GPU."""
+    found: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
+    for machine, row in rows_measured(results):
+        if row.get("kernels"):
+            found.setdefault((row["op"], row["backend"], row["case"]), {})[machine] = row["kernels"]
+    return found
+
+
+def of_kernel(name: str, profiled: dict[str, list[dict[str, Any]]]) -> dict[str, float]:
+    """Microseconds of a launch by GPU, of the kernel that is called so behind its op's name, templates aside."""
+    word = re.compile(rf"\b{name.split('.')[-1]}\b")
+    found = {}
+    for machine, kernels in profiled.items():
+        those = [kernel for kernel in kernels if word.search(kernel["name"])]
+        count = sum(kernel["count"] for kernel in those)
+        if count:
+            found[machine] = 1e3 * sum(kernel["ms"] for kernel in those) / count
+    return found
+
+
+def by_machine(times: dict[str, float]) -> str:
+    """Measured microseconds, with the GPU's name."""
+    return " / ".join(f"{name} {number(us)}" for name, us in sorted(times.items()))
 
 
 def page(counts: dict[str, Any], results: Path) -> str:
@@ -47,7 +80,7 @@ def page(counts: dict[str, Any], results: Path) -> str:
         "## Each op",
         ops_table(rows, measured(results)),
         "## Each kernel",
-        kernels_table(rows),
+        kernels_table(rows, kernels_measured(results)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -133,14 +166,14 @@ def ops_table(rows: list[dict[str, Any]], found: dict[tuple[str, ...], dict[str,
                 len(row["kernels"]) + row["torch"],
                 pair(row["floor_us"]),
                 pair(row["predicted_us"]),
-                " / ".join(f"{name} {number(us)}" for name, us in sorted(times.items())),
+                by_machine(times),
             )
         )
     head = "op, case, direction, backend, dtype, MB, GFLOP, launches, floor us, predicted us, measured us"
     return "Whole ops, PyTorch's launches inside them included; us on H100 / H200.\n\n" + table(head, lines)
 
 
-def kernels_table(rows: list[dict[str, Any]]) -> str:
+def kernels_table(rows: list[dict[str, Any]], profiled: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]]) -> str:
     """One line for each kernel of an op, case, direction and backend."""
     lines = []
     for row in rows:
@@ -157,18 +190,21 @@ def kernels_table(rows: list[dict[str, Any]]) -> str:
                     one["shared"],
                     one["warps"],
                     f"{one['bytes'] / 1e6:.0f}",
+                    f"{one['matrix_flops'] / 1e9:.1f}" if one["matrix_flops"] else "",
                     f"{widths(one['accesses'], 'LD')} / {widths(one['accesses'], 'ST')}",
                     f"{number(one['instructions'])} a{'n' * (one['of'] == 'element')} {one['of']}",
                     pair(one["predicted_us"]),
                     bound["H100"] if bound["H100"] == bound["H200"] else f"{bound['H100']} / {bound['H200']}",
+                    by_machine(of_kernel(one["kernel"], profiled.get((row["op"], row["backend"], row["case"]), {}))),
                 )
             )
     head = (
-        "kernel, case, backend, blocks x threads, registers, spills, shared, warps, MB, widths, instructions, us, bound"
+        "kernel, case, backend, blocks x threads, registers, spills, shared, warps, MB, GFLOP, widths, instructions, "
+        "us, bound, measured us"
     )
     text = (
         "Warps of a multiprocessor, 64 at most; spills and shared memory in bytes; widths: bytes that a thread loads / "
-        "stores at a time, in global memory; us on H100 / H200."
+        "stores at a time, in global memory; GFLOP of matrix instructions, padding included; us on H100 / H200."
     )
     return f"{text}\n\n{table(head, lines)}"
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.found import Found, ends
+from benchmarks.gpu.kernels import kernels_of
 from zipformer_kernels import backend, ops
 from zipformer_kernels.bench import statistics
 from zipformer_kernels.bench.machine import DEVICE
@@ -104,6 +105,8 @@ def add(found: Found, row: dict[str, Any]) -> None:
         parts = ("forward", "backward") if direction == "both" else (direction,)
         work = {"bytes": sum(case.bytes(dtype.itemsize)[part] for part in parts)}
         work["flops"] = sum(case.flops[part] for part in parts)
+        if ON_GPU and direction != "forward":
+            work["kernels"], _ = attempt(kernels_of, run)
         medians[direction] = add_time(found, key | {"direction": direction} | work, run)
     if None not in medians.values() and medians.get("both", 0) > medians.get("forward", 0):
         work = {"bytes": case.bytes(dtype.itemsize)["backward"], "flops": case.flops["backward"]}
