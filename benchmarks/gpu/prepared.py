@@ -16,12 +16,16 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from compiled import SUFFIX, build_module  # noqa: E402
+
+from benchmarks.gpu.stages import cores  # noqa: E402
 
 PACKAGE = ROOT / "zipformer_kernels"
 OBJECTS = ROOT / "build" / "objects"
@@ -58,7 +62,9 @@ def make(folder: Path, capability: str) -> int:
     targets = (capability,)
     build_module().build(folder / f"_native{SUFFIX}", OBJECTS, cuda=targets)
     if triton_version():
-        compile_triton(folder / "triton", "sm_" + capability.replace(".", ""))
+        with tempfile.TemporaryDirectory() as cache:
+            compile_triton(Path(cache), "sm_" + capability.replace(".", ""))
+            shutil.make_archive(str(folder / "triton"), "xztar", cache)  # a seventh of the cache, most of it text
     download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder / "wheels"), *WHEELS]
     subprocess.run(download, check=True)
     (folder / MANIFEST).write_text(json.dumps(manifest(targets), indent=1) + "\n")
@@ -73,11 +79,13 @@ def compile_triton(cache: Path, target: str) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests")))}
     names = sorted(path.parent.name for path in PACKAGE.glob("ops/*/triton.py"))
-    commands = ([sys.executable, str(ROOT / "tests" / "aot.py"), name, target] for name in names)
-    running = [subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) for command in commands]
-    for name, process in zip(names, running, strict=True):
-        if process.wait() != 0:
-            raise RuntimeError(f"Triton's kernels of {name} do not compile")
+
+    def compile_op(name: str) -> None:
+        command = [sys.executable, str(ROOT / "tests" / "aot.py"), name, target]
+        subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=True)
+
+    with ThreadPoolExecutor(cores()) as pool:
+        list(pool.map(compile_op, names))
 
 
 def size(path: Path) -> int:
@@ -133,8 +141,9 @@ def take_wheels(folder: Path) -> Iterator[str]:
 def take_triton(folder: Path) -> Iterator[str]:
     """Copies Triton's kernels into the cache of this run."""
     cache = os.environ.get("TRITON_CACHE_DIR")
-    if cache and (folder / "triton").is_dir() and fits(folder, "triton", build_module().cuda_plan(every=False)[0]):
-        shutil.copytree(folder / "triton", cache, dirs_exist_ok=True)
+    archive = folder / "triton.tar.xz"
+    if cache and archive.is_file() and fits(folder, "triton", build_module().cuda_plan(every=False)[0]):
+        shutil.unpack_archive(archive, cache)
         yield f"Triton's cache: {sum(1 for _ in Path(cache).iterdir())} kernels"
 
 
