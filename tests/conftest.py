@@ -64,7 +64,7 @@ def pytest_configure(config):
 
 
 class FailuresAtOnce:
-    """Says what failed when it fails: a run on a lent machine may not live to its end."""
+    """Says what failed when it fails: a run may be cut off before its summary."""
 
     def pytest_runtest_logreport(self, report):
         if report.failed:

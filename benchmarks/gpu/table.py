@@ -106,7 +106,8 @@ def add(found: Found, row: dict[str, Any]) -> None:
         work = {"bytes": sum(case.bytes(dtype.itemsize)[part] for part in parts)}
         work["flops"] = sum(case.flops[part] for part in parts)
         if ON_GPU and direction != "forward":
-            work["kernels"], _ = attempt(kernels_of, run)
+            work["kernels"], reason = attempt(kernels_of, run)
+            work |= {} if reason is None else {"not_profiled": reason}
         medians[direction] = add_time(found, key | {"direction": direction} | work, run)
     if None not in medians.values() and medians.get("both", 0) > medians.get("forward", 0):
         work = {"bytes": case.bytes(dtype.itemsize)["backward"], "flops": case.flops["backward"]}
