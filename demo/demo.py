@@ -16,8 +16,8 @@ from rich.table import Table
 from torch import Tensor
 
 import zipformer_kernels
-from zipformer_kernels.audio import FRAMES_PER_SECOND, features_of
-from zipformer_kernels.batching import encode
+from zipformer_kernels.commands.audio import FRAMES_PER_SECOND, features_of
+from zipformer_kernels.commands.batching import encode
 from zipformer_kernels.commands.encode import make_model
 from zipformer_kernels.commands.info import ops_table
 

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from zipformer_kernels.library import Launchers, Op
+from zipformer_kernels.core.op import Launchers, Op
 from zipformer_kernels.ops.scaled_adam.stepper import Stepper
 
 TARGETS = {

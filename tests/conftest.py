@@ -31,7 +31,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 @pytest.fixture(params=["baseline", "avx2", "avx512"])
 def isa(request):
     """Runs a test once for each instruction set of the CPU kernels; its name."""
-    from zipformer_kernels import backend
+    from zipformer_kernels.core import backend
 
     if backend.missing["cpu"]:
         pytest.skip(backend.missing["cpu"])

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from compiled import emulated_module
 
-from zipformer_kernels import backend
+from zipformer_kernels.core import backend
 
 
 @contextmanager

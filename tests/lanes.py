@@ -12,8 +12,8 @@ import torch
 from emulator import emulated_cuda
 from torch.utils import deterministic
 
-from zipformer_kernels import backend
-from zipformer_kernels.library import Op
+from zipformer_kernels.core import backend
+from zipformer_kernels.core.op import Op
 from zipformer_kernels.ops.cases import Case
 
 HAS_GPU = torch.cuda.is_available()

@@ -5,7 +5,7 @@ import pathlib
 import numpy as np
 import soundfile
 
-from zipformer_kernels.audio import SAMPLE_RATE
+from zipformer_kernels.commands.audio import SAMPLE_RATE
 
 RECORDINGS = sorted((pathlib.Path(__file__).parent.parent / "demo" / "recordings").glob("*.wav"))
 

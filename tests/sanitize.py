@@ -22,8 +22,8 @@ TESTS = (
 )
 READS_PAST_THE_END = """
 import torch, zipformer_kernels
-from zipformer_kernels import backend
-from zipformer_kernels.launch import DTYPE_CODES
+from zipformer_kernels.core import backend
+from zipformer_kernels.core.launch import DTYPE_CODES
 x = torch.zeros(1000)
 y = torch.zeros(100000)
 backend.native.swoosh_forward_cpu(x.data_ptr(), y.data_ptr(), 100000, DTYPE_CODES[x.dtype], 0, 1)

@@ -8,7 +8,7 @@ from draws import generators, seed_all, set_batch_count
 from lanes import Lane
 from tolerances import rounding
 
-from zipformer_kernels import backend
+from zipformer_kernels.core import backend
 from zipformer_kernels.modules import CompactRelPositionalEncoding, ZipformerEncoderLayer
 
 FRAMES, BATCH, CHANNELS = 12, 2, 16

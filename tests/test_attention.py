@@ -10,7 +10,7 @@ from lanes import lanes
 from tolerances import assert_agrees, rounding
 from unseen import unseen
 
-from zipformer_kernels import backend
+from zipformer_kernels.core import backend
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask
 from zipformer_kernels.ops.attention.cases import CASES, padding, weights_inputs

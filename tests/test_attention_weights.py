@@ -6,7 +6,7 @@ from lanes import lanes
 from test_attention import TOLERANCE, keeping, relative
 from tolerances import assert_agrees, rounding
 
-from zipformer_kernels import backend
+from zipformer_kernels.core import backend
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import AttentionWeights
 from zipformer_kernels.ops.attention.cases import CASES, padding, weights_inputs

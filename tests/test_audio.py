@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from recordings import RECORDINGS, tone
 from tiny import tiny
 
-from zipformer_kernels import batching
-from zipformer_kernels.audio import SAMPLE_RATE, AudioError, fbank, read_audio
+from zipformer_kernels.commands import batching
+from zipformer_kernels.commands.audio import SAMPLE_RATE, AudioError, fbank, read_audio
 
 
 def kaldi_fbank(samples):

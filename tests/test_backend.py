@@ -12,9 +12,10 @@ import pytest
 import torch
 from lanes import Lane
 
-from zipformer_kernels import backend, explain, ops, swoosh_l, use_backend
-from zipformer_kernels.backend import BackendError
-from zipformer_kernels.library import gradient_hook
+from zipformer_kernels import explain, ops, swoosh_l, use_backend
+from zipformer_kernels.core import backend
+from zipformer_kernels.core.autograd import gradient_hook
+from zipformer_kernels.core.backend import BackendError
 from zipformer_kernels.ops.attention import AttentionWeights
 
 X = torch.zeros(4)

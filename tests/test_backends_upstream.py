@@ -11,8 +11,8 @@ from lanes import Lane
 from parity import build_pair, run
 from tolerances import relative_error
 
-from zipformer_kernels import backend
-from zipformer_kernels.encoder import Zipformer
+from zipformer_kernels.core import backend
+from zipformer_kernels.modules.encoder import Zipformer
 
 CONFIG = {
     "downsampling_factor": (1, 2),

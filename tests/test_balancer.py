@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from lanes import poisoned_memory
 from tolerances import assert_rounded, relative_error, rounding
 
-from zipformer_kernels import backend, use_backend
+from zipformer_kernels import use_backend
+from zipformer_kernels.core import backend
 from zipformer_kernels.training import balancer_native
 from zipformer_kernels.training.balancer import Balancer, Moments, balanced_gradient
 

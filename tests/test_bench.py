@@ -18,7 +18,7 @@ import upstream  # noqa: F401  it must be there, or no peer of upstream's would 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zipformer_kernels import backend, cli
+from zipformer_kernels import cli
 from zipformer_kernels.bench import (
     job,
     length,
@@ -35,6 +35,7 @@ from zipformer_kernels.bench import (
 )
 from zipformer_kernels.bench.compare import compare
 from zipformer_kernels.bench.peers import Prepared
+from zipformer_kernels.core import backend
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import native
 from zipformer_kernels.ops.attention.cases import CASES as ATTENTION

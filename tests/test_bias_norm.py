@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lanes import assert_reads_only_what_is_written, lanes
 from tolerances import assert_agrees, assert_rounded, rounding
 
-from zipformer_kernels import backend
+from zipformer_kernels.core import backend
 from zipformer_kernels.ops.bias_norm import _op, bias_norm
 from zipformer_kernels.ops.bias_norm.cases import CASES
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from lanes import Lane, assert_reads_only_what_is_written, lanes
 from tolerances import assert_agrees, assert_rounded, relative_error, rounding
 
-from zipformer_kernels import backend
+from zipformer_kernels.core import backend
 from zipformer_kernels.modules import BypassModule
 from zipformer_kernels.ops.bypass import _op, bypass
 from zipformer_kernels.ops.bypass.cases import CASES

@@ -13,9 +13,11 @@ import torch
 from recordings import RECORDINGS, tone
 from tiny import TINY, tiny, weights_of
 
-from zipformer_kernels import Conv2dSubsampling, Zipformer, backend, batching, cli, ops
-from zipformer_kernels.audio import SAMPLE_RATE, features_of
+from zipformer_kernels import Conv2dSubsampling, Zipformer, cli, ops
+from zipformer_kernels.commands import batching
+from zipformer_kernels.commands.audio import SAMPLE_RATE, features_of
 from zipformer_kernels.commands.encode import recording_names
+from zipformer_kernels.core import backend
 
 
 @pytest.fixture

@@ -19,8 +19,9 @@ from small_layer import (  # noqa: F401
 from tolerances import assert_agrees, rounding
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
-from zipformer_kernels import backend, swoosh_l
-from zipformer_kernels.backend import BackendError
+from zipformer_kernels import swoosh_l
+from zipformer_kernels.core import backend
+from zipformer_kernels.core.backend import BackendError
 from zipformer_kernels.modules import BiasNorm
 from zipformer_kernels.training import Balancer, ScheduledFloat, checkpoint_contexts, without_draws
 

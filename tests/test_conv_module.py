@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lanes import assert_reads_only_what_is_written, lanes
 from tolerances import assert_agrees, assert_rounded, relative_error, rounding
 
-from zipformer_kernels import backend
+from zipformer_kernels.core import backend
 from zipformer_kernels.ops.conv_module import _op, chunk_conv_module, conv_module
 from zipformer_kernels.ops.conv_module.cases import CASES
 

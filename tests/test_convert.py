@@ -22,7 +22,7 @@ from zipformer_kernels import modules, training
 from zipformer_kernels.convert import ORIGINAL, convert, revert
 from zipformer_kernels.convert.known import KNOWN
 from zipformer_kernels.convert.rows import ROWS
-from zipformer_kernels.encoder import Zipformer
+from zipformer_kernels.modules.encoder import Zipformer
 
 ATTENTION = {
     "Zipformer",

@@ -127,7 +127,7 @@ def test_imports_without_a_driver(every_target):
     code = f"""
 import torch, zipformer_kernels
 from compiled import load
-from zipformer_kernels import backend
+from zipformer_kernels.core import backend
 backend.native = load("_all_targets", {str(module)!r})
 backend.refresh()
 print(zipformer_kernels.explain("swoosh", backend="cpu").splitlines()[0])

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lanes import assert_reads_only_what_is_written, lanes
 from tolerances import assert_agrees, assert_rounded, relative_error, rounding
 
-from zipformer_kernels import backend
+from zipformer_kernels.core import backend
 from zipformer_kernels.ops.depthwise_conv2d import _op, depthwise_conv2d
 from zipformer_kernels.ops.depthwise_conv2d.cases import CASES
 from zipformer_kernels.ops.depthwise_conv2d.native import _weight_gradient

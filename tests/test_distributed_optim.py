@@ -9,7 +9,8 @@ import pytest
 import torch
 from distributed_optim import STEPS, Model, batch, optimizer_for, train
 
-from zipformer_kernels import backend, use_backend
+from zipformer_kernels import use_backend
+from zipformer_kernels.core import backend
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch has no torch.distributed")
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from parity import assert_same_run, build_pair
 from tolerances import PARITY, assert_parity, rounding
 
-from zipformer_kernels.encoder import Zipformer, Zipformer2
 from zipformer_kernels.modules import Conv2dSubsampling
+from zipformer_kernels.modules.encoder import Zipformer, Zipformer2
 
 CHUNKS = {"chunk_size": (8, 16, -1), "left_context_frames": (32, 64, -1)}
 

@@ -14,8 +14,8 @@ from test_export_onnx import CHUNKS, TOLERANCE, batch_of, pair
 from tolerances import PARITY, assert_agrees, assert_parity
 from torch.fx.experimental import _config as export_config
 
-from zipformer_kernels.encoder import Zipformer
 from zipformer_kernels.modules import Conv2dSubsampling
+from zipformer_kernels.modules.encoder import Zipformer
 
 # Shape checks are decided while recording, and jit.trace says so each time.
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")

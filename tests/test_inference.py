@@ -7,7 +7,8 @@ import torch
 from lanes import lanes
 from tolerances import PARITY, assert_agrees
 
-from zipformer_kernels import backend, use_backend
+from zipformer_kernels import use_backend
+from zipformer_kernels.core import backend
 from zipformer_kernels.modules import FeedforwardModule, ZipformerEncoderLayer
 from zipformer_kernels.modules.stack import DownsampledZipformerEncoder, ZipformerEncoder
 from zipformer_kernels.ops import swoosh

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from zipformer_kernels.joint import empty_beside, side_by_side, split
+from zipformer_kernels.core.joint import empty_beside, side_by_side, split
 
 FRAMES, BATCH, WIDTHS = 5, 3, [8, 8, 4]
 CHANNELS = sum(WIDTHS)

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from unseen import unseen
 
-from zipformer_kernels import backend
-from zipformer_kernels.joint import side_by_side, split
+from zipformer_kernels.core import backend
+from zipformer_kernels.core.joint import side_by_side, split
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, kept
 from zipformer_kernels.ops.attention.cases import padding, weights_inputs
 from zipformer_kernels.ops.nonlin_attention import nonlin_attention

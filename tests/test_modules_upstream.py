@@ -8,7 +8,7 @@ from parity import assert_same_run, build_pair
 from tolerances import PARITY, assert_parity, relative_error
 
 from zipformer_kernels import modules, training
-from zipformer_kernels.encoder import convert_num_channels
+from zipformer_kernels.modules.encoder import convert_num_channels
 from zipformer_kernels.ops.attention import constant_attention
 
 T, B, C = 13, 3, 16

@@ -7,8 +7,8 @@ from lanes import lanes
 from tolerances import assert_agrees, assert_rounded, rounding
 
 from zipformer_kernels import use_backend
-from zipformer_kernels.backend import missing
-from zipformer_kernels.joint import side_by_side, split
+from zipformer_kernels.core.backend import missing
+from zipformer_kernels.core.joint import side_by_side, split
 from zipformer_kernels.modules import NonlinAttention
 from zipformer_kernels.ops import nonlin_attention as package
 from zipformer_kernels.ops.attention import AttentionWeights

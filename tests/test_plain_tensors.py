@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from zipformer_kernels.call import LOWEST, plain, unreadable, watcher
+from zipformer_kernels.core.call import LOWEST, plain, unreadable, watcher
 
 
 class Tagged(Tensor):
@@ -120,6 +120,6 @@ def test_plain():
 
 
 def test_memory_at_low_addresses_is_looked_into(monkeypatch):
-    monkeypatch.setattr("zipformer_kernels.call.LOWEST", 1 << 64)
+    monkeypatch.setattr("zipformer_kernels.core.call.LOWEST", 1 << 64)
     assert plain(torch.ones(3), torch.ones(6)[2:])
     assert not plain(freed(torch.ones(3)))

@@ -14,7 +14,8 @@ import torch
 from compiled import ROOT, build_module
 from tolerances import assert_agrees, rounding
 
-from zipformer_kernels import backend, swoosh_l
+from zipformer_kernels import swoosh_l
+from zipformer_kernels.core import backend
 
 PACKAGES = {  # what brings a command, on Debian
     "g++": "g++",

@@ -8,8 +8,8 @@ from parity import assert_same_weights
 from tolerances import PARITY, assert_parity
 from torch.utils.flop_counter import FlopCounterMode
 
-from zipformer_kernels.encoder import Zipformer
 from zipformer_kernels.modules import Conv2dSubsampling
+from zipformer_kernels.modules.encoder import Zipformer
 from zipformer_kernels.presets import PRESETS
 
 # Parameters, and GFLOPs for 30 s of speech, of encoder and conv embed. Counted on upstream; the paper (table

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from parity import assert_same_run, build_pair
 from tolerances import PARITY, relative_error, rounding
 
+from zipformer_kernels.branch.recompute import pointwise_branch
 from zipformer_kernels.modules import Conv2dSubsampling, ConvNeXt, convnext
-from zipformer_kernels.recompute import pointwise_branch
 from zipformer_kernels.training.balancer import Moments
 
 BATCH, ROWS, KEPT = 3, 11, [True, False, True]

@@ -9,7 +9,8 @@ from draws import seed_all
 from test_plain_tensors import Scaled, Tagged
 from torch import nn
 
-from zipformer_kernels import BackendError, backend, use_backend
+from zipformer_kernels import BackendError, use_backend
+from zipformer_kernels.core import backend
 from zipformer_kernels.optim import ScaledAdam
 from zipformer_kernels.optim.memory import check_memory
 

@@ -12,7 +12,8 @@ from tolerances import relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 from unseen import unseen
 
-from zipformer_kernels import BackendError, backend, ops, use_backend
+from zipformer_kernels import BackendError, ops, use_backend
+from zipformer_kernels.core import backend
 from zipformer_kernels.ops.scaled_adam import native, table
 from zipformer_kernels.optim import ScaledAdam
 

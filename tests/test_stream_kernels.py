@@ -7,8 +7,9 @@ from lanes import lanes
 from test_inference import SIZES, arguments, called, layer
 from tolerances import PARITY, assert_agrees, assert_rounded
 
-from zipformer_kernels import backend, use_backend
-from zipformer_kernels.launch import FEW_ROWS, few_rows
+from zipformer_kernels import use_backend
+from zipformer_kernels.core import backend
+from zipformer_kernels.core.launch import FEW_ROWS, few_rows
 from zipformer_kernels.ops import swoosh_linear
 from zipformer_kernels.ops.attention import stream as attention_stream
 from zipformer_kernels.ops.attention.stream import stream_attention

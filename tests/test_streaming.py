@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from parity import build_pair
 from tolerances import PARITY, assert_parity
 
-from zipformer_kernels.encoder import Zipformer
 from zipformer_kernels.modules import Conv2dSubsampling
+from zipformer_kernels.modules.encoder import Zipformer
 from zipformer_kernels.modules.streaming import join_cache
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from lanes import lanes
 from tolerances import assert_agrees, rounding
 
-from zipformer_kernels import backend
+from zipformer_kernels.core import backend
 from zipformer_kernels.modules.swoosh import SwooshL, SwooshR
 from zipformer_kernels.ops.swoosh import _op, swoosh_l, swoosh_r
 from zipformer_kernels.ops.swoosh.cases import CASES

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lanes import lanes, poisoned_memory
 from tolerances import assert_agrees, assert_rounded, relative_error, rounding
 
-from zipformer_kernels import backend
+from zipformer_kernels.core import backend
 from zipformer_kernels.ops.swoosh_linear import _op, swoosh_linear
 from zipformer_kernels.ops.swoosh_linear.cases import CASES
 

@@ -17,7 +17,8 @@ from test_swoosh import assert_values
 from tolerances import relative_error, rounding
 from torch.utils.data import DataLoader
 
-from zipformer_kernels import backend, ops, swoosh_l, use_backend
+from zipformer_kernels import ops, swoosh_l, use_backend
+from zipformer_kernels.core import backend
 from zipformer_kernels.optim import ScaledAdam
 
 pytestmark = [
@@ -231,7 +232,8 @@ def test_fork_alone():
     """os.fork, with nothing set in the child; a kernel, for torch's own operations hang there."""
     code = """
 import os, signal, torch
-from zipformer_kernels import backend, swoosh_l
+from zipformer_kernels import swoosh_l
+from zipformer_kernels.core import backend
 torch.set_num_threads(2)
 x = torch.randn(1 << 18)
 expected = swoosh_l(x, backend="cpu").numpy()

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from zipformer_kernels import Conv2dSubsampling, Zipformer2
-from zipformer_kernels.call import has_values
+from zipformer_kernels.core.call import has_values
 from zipformer_kernels.ops.attention import AttentionWeights
 from zipformer_kernels.training import Balancer, ScaleGrad, Whiten, limit_param_value, penalize_abs_values_gt
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from zipformer_kernels.encoder import Zipformer
+from zipformer_kernels.modules.encoder import Zipformer
 from zipformer_kernels.modules.subsampling import Conv2dSubsampling
 
 TINY = {

@@ -21,7 +21,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import zipformer_kernels
-from zipformer_kernels import backend
+from zipformer_kernels.core import backend
 from zipformer_kernels.modules import CompactRelPositionalEncoding, ZipformerEncoderLayer
 from zipformer_kernels.modules import attention as attention_module
 from zipformer_kernels.modules import layer as layer_module

@@ -1,11 +1,11 @@
 """Fused Triton, CUDA and CPU kernels for the Zipformer speech encoder, behind upstream's modules and arguments."""
 
-from zipformer_kernels.backend import BackendError, use_backend
 from zipformer_kernels.checkpoint import load_checkpoint, load_encoder
 from zipformer_kernels.convert import convert, revert
-from zipformer_kernels.encoder import Zipformer, Zipformer2
+from zipformer_kernels.core.backend import BackendError, use_backend
 from zipformer_kernels.modules import *  # noqa: F403
 from zipformer_kernels.modules import __all__ as _modules
+from zipformer_kernels.modules.encoder import Zipformer, Zipformer2
 from zipformer_kernels.ops import explain
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask
 from zipformer_kernels.ops.bias_norm import bias_norm

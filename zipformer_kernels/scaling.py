@@ -13,7 +13,6 @@ from typing import Optional  # noqa: F401  (icefall's subsampling.py imports it 
 
 from torch import nn
 
-from zipformer_kernels.encoder import convert_num_channels
 from zipformer_kernels.modules import (
     ActivationDropoutAndLinear,
     BiasNorm,
@@ -23,6 +22,7 @@ from zipformer_kernels.modules import (
     SwooshL,
     SwooshR,
 )
+from zipformer_kernels.modules.encoder import convert_num_channels
 from zipformer_kernels.ops.attention.weights import softmax
 from zipformer_kernels.training import (
     Balancer,

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.found import Found, ends
 from benchmarks.gpu.kernels import kernels_of
-from zipformer_kernels import backend, use_backend
+from zipformer_kernels import use_backend
 from zipformer_kernels.bench import models, optimizer, statistics
 from zipformer_kernels.bench.check import FACTOR, Errors, Results, boost, errors
 from zipformer_kernels.bench.machine import DEVICE, synchronize
 from zipformer_kernels.bench.memory import peak_bytes
 from zipformer_kernels.bench.peers import attempt
 from zipformer_kernels.bench.timing import captured
+from zipformer_kernels.core import backend
 
 ON_GPU = DEVICE.type == "cuda"
 NAME, BATCH, SECONDS = ("L", 30, 30) if ON_GPU else ("S", 1, 2)

@@ -149,7 +149,7 @@ def take_triton(folder: Path) -> Iterator[str]:
 
 def missing(name: str) -> str | None:
     """Why a backend cannot run in a new process, or None if it can."""
-    code = f"from zipformer_kernels import backend; print(backend.missing[{name!r}] or '')"
+    code = f"from zipformer_kernels.core import backend; print(backend.missing[{name!r}] or '')"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=ROOT)
     if result.returncode != 0:

@@ -36,7 +36,7 @@ TARGET = "9.0"
 MULTIPROCESSORS = 132  # of an H100 and of an H200
 
 with mock.patch("torch.cuda.is_available", return_value=True):  # else the package leaves Triton out
-    from zipformer_kernels import backend, launch
+    from zipformer_kernels.core import backend, launch
 
 
 @dataclass(frozen=True)

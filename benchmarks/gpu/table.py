@@ -21,12 +21,13 @@ import torch
 
 from benchmarks.gpu.found import Found, ends
 from benchmarks.gpu.kernels import kernels_of
-from zipformer_kernels import backend, ops
+from zipformer_kernels import ops
 from zipformer_kernels.bench import statistics
 from zipformer_kernels.bench.machine import DEVICE
 from zipformer_kernels.bench.op_jobs import RESIDUAL, Passes
 from zipformer_kernels.bench.peers import Run, Unserved, attempt
 from zipformer_kernels.bench.timing import captured, take_turns
+from zipformer_kernels.core import backend
 from zipformer_kernels.ops.cases import Case
 
 ON_GPU = DEVICE.type == "cuda"

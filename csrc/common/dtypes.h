@@ -1,4 +1,4 @@
-// Element types as Python numbers them (zipformer_kernels/launch.py), their storage, and conversions to and from the
+// Element types as Python numbers them (zipformer_kernels/core/launch.py), their storage, and conversions to and from the
 // types that arithmetic is done in.
 #pragma once
 

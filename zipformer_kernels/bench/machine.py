@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from zipformer_kernels import backend
+from zipformer_kernels.core import backend
 
 ROOT = Path(__file__).parent.parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

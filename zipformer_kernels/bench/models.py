@@ -18,7 +18,7 @@ from zipformer_kernels.bench.machine import DEVICE
 from zipformer_kernels.bench.op_jobs import no_compiler
 from zipformer_kernels.bench.peers import Prepared, Run, Unserved
 from zipformer_kernels.bench.timing import captured
-from zipformer_kernels.encoder import Zipformer
+from zipformer_kernels.modules.encoder import Zipformer
 from zipformer_kernels.modules.subsampling import Conv2dSubsampling
 from zipformer_kernels.presets import FBANK_BINS, preset
 

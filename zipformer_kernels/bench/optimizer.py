@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels import backend, ops, use_backend
+from zipformer_kernels import ops, use_backend
 from zipformer_kernels.bench import models, peers, upstream
 from zipformer_kernels.bench.job import Job, off_by
 from zipformer_kernels.bench.machine import DEVICE
 from zipformer_kernels.bench.peers import Agreement, Prepared, Run, Unserved
+from zipformer_kernels.core import backend
 from zipformer_kernels.optim import ScaledAdam
 
 ON_GPU = DEVICE.type == "cuda"

@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zipformer_kernels import backend
 from zipformer_kernels.bench import memory, models, peers, upstream
 from zipformer_kernels.bench.job import Job, Measured
 from zipformer_kernels.bench.machine import DEVICE, synchronize
 from zipformer_kernels.bench.peers import Prepared, Run, Unserved, attempt
 from zipformer_kernels.bench.statistics import median
 from zipformer_kernels.bench.timing import times
+from zipformer_kernels.core import backend
 
 BATCH, SECONDS = 4, 16
 ALONE = "its products alone"

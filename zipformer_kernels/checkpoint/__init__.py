@@ -16,7 +16,7 @@ from zipformer_kernels.checkpoint.sizes import (
     embed_arguments,
     encoder_arguments,
 )
-from zipformer_kernels.encoder import Zipformer
+from zipformer_kernels.modules.encoder import Zipformer
 from zipformer_kernels.modules.subsampling import Conv2dSubsampling
 from zipformer_kernels.presets import preset
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import typer
 
-from zipformer_kernels.audio import AudioError
-from zipformer_kernels.backend import BackendError
 from zipformer_kernels.bench.results import ResultsError
 from zipformer_kernels.checkpoint import CheckpointError
+from zipformer_kernels.commands.audio import AudioError
 from zipformer_kernels.commands.bench import bench
 from zipformer_kernels.commands.encode import ArgumentError, encode
 from zipformer_kernels.commands.info import info
+from zipformer_kernels.core.backend import BackendError
 
 UsageError = typer.BadParameter.__base__
 """What typer raises for a command line that it cannot parse; it gives no other name to it."""

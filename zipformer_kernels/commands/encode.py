@@ -23,13 +23,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
-from zipformer_kernels.audio import FRAMES_PER_SECOND, AudioError, features_of
-from zipformer_kernels.backend import check_request, use_backend
-from zipformer_kernels.batching import encode as encode_batch
-from zipformer_kernels.batching import encode_all
 from zipformer_kernels.checkpoint import load_checkpoint
 from zipformer_kernels.cli import tell
-from zipformer_kernels.encoder import Zipformer
+from zipformer_kernels.commands.audio import FRAMES_PER_SECOND, AudioError, features_of
+from zipformer_kernels.commands.batching import encode as encode_batch
+from zipformer_kernels.commands.batching import encode_all
+from zipformer_kernels.core.backend import check_request, use_backend
+from zipformer_kernels.modules.encoder import Zipformer
 from zipformer_kernels.modules.subsampling import MIN_FRAMES, Conv2dSubsampling
 from zipformer_kernels.presets import FBANK_BINS, PRESETS
 

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from zipformer_kernels import backend, ops
+from zipformer_kernels import ops
+from zipformer_kernels.core import backend
 
 
 def info() -> None:

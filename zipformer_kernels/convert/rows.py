@@ -14,7 +14,7 @@ from torch import nn
 
 from zipformer_kernels import modules as ours
 from zipformer_kernels import training
-from zipformer_kernels.encoder import Zipformer
+from zipformer_kernels.modules.encoder import Zipformer
 
 Shapes = dict[str, tuple["int | None", ...]]  # by dotted path; None for any size
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from zipformer_kernels.convert.rows import ROWS, Row
-from zipformer_kernels.encoder import Zipformer, join_interface
+from zipformer_kernels.modules.encoder import Zipformer, join_interface
 
 ORIGINAL = "_upstream_original"  # the attribute under which a swapped module keeps its `Original`
 MISSING = object()

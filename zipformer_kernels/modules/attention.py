@@ -7,12 +7,12 @@ import copy
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipformer_kernels.call import being_traced
-from zipformer_kernels.joint import split
-from zipformer_kernels.launch import few_rows
-from zipformer_kernels.module import Module
+from zipformer_kernels.branch.plain import made_of
+from zipformer_kernels.core.call import being_traced
+from zipformer_kernels.core.joint import split
+from zipformer_kernels.core.launch import few_rows
 from zipformer_kernels.modules.inference import add_product
-from zipformer_kernels.modules.plain import made_of
+from zipformer_kernels.modules.module import Module
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import average_chunk, check_cache, join_cache
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, aggregate

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.module import Module
-from zipformer_kernels.modules.plain import made_of
+from zipformer_kernels.branch.plain import made_of
+from zipformer_kernels.modules.module import Module
 from zipformer_kernels.ops.bias_norm import bias_norm
 from zipformer_kernels.training import FloatLike, limit_param_value
 from zipformer_kernels.training.randomness import number

@@ -7,9 +7,9 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.module import Module
+from zipformer_kernels.branch.plain import made_of
 from zipformer_kernels.modules.inference import only_computes
-from zipformer_kernels.modules.plain import made_of
+from zipformer_kernels.modules.module import Module
 from zipformer_kernels.ops.bypass import bypass
 from zipformer_kernels.training import FloatLike, ScheduledFloat, limit_param_value
 from zipformer_kernels.training.randomness import number

@@ -8,15 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipformer_kernels.call import autocast_dtype, watcher
-from zipformer_kernels.library import gradient_hook
-from zipformer_kernels.module import Module
-from zipformer_kernels.modules.plain import convolution, depthwise, made_of, plain_part
+from zipformer_kernels.branch.plain import convolution, depthwise, made_of, plain_part
+from zipformer_kernels.branch.recompute import pointwise_branch
+from zipformer_kernels.core.autograd import gradient_hook
+from zipformer_kernels.core.call import autocast_dtype, watcher
+from zipformer_kernels.modules.module import Module
 from zipformer_kernels.modules.scaled_init import ScaledConv2d
 from zipformer_kernels.modules.swoosh import SwooshL
 from zipformer_kernels.ops.depthwise_conv2d import depthwise_conv2d
 from zipformer_kernels.ops.swoosh import swoosh_, swoosh_backward_, swoosh_l
-from zipformer_kernels.recompute import pointwise_branch
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten
 from zipformer_kernels.training.balancer import Moments, balanced_gradient
 from zipformer_kernels.training.randomness import number

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipformer_kernels.joint import split
-from zipformer_kernels.launch import few_rows
-from zipformer_kernels.module import Module
+from zipformer_kernels.branch.plain import Way, depthwise, made_of, matches, plain_module, plain_part
+from zipformer_kernels.core.joint import split
+from zipformer_kernels.core.launch import few_rows
 from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
 from zipformer_kernels.modules.inference import add_product, only_computes
-from zipformer_kernels.modules.plain import Way, depthwise, made_of, matches, plain_module, plain_part
+from zipformer_kernels.modules.module import Module
 from zipformer_kernels.modules.streaming import join_cache
 from zipformer_kernels.ops.conv_module import chunk_conv_module, conv_module, infer_conv_module
 from zipformer_kernels.ops.conv_module.reference import chunk_convolution, chunk_factors

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipformer_kernels.launch import few_rows
-from zipformer_kernels.module import Module
+from zipformer_kernels.branch.plain import made_of
+from zipformer_kernels.core.launch import few_rows
 from zipformer_kernels.modules.activation_dropout_linear import ACTIVATIONS, ActivationDropoutAndLinear
 from zipformer_kernels.modules.inference import add_product
-from zipformer_kernels.modules.plain import made_of
+from zipformer_kernels.modules.module import Module
 from zipformer_kernels.ops.swoosh import swoosh_
 from zipformer_kernels.ops.swoosh_linear import infer_feed_forward
 from zipformer_kernels.training import Balancer, FloatLike, Whiten, whitening_schedule

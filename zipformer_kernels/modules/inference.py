@@ -1,7 +1,7 @@
 """What a module may leave out when it only computes its result: no gradient, and nobody who looks on.
 
 A module with a method ``add_to(src, ..., over)`` returns there src + module(src, ...), and leaves out the calls of its
-parts: who calls it asks `zipformer_kernels.modules.plain` before. It writes over its own intermediate results, with
+parts: who calls it asks `zipformer_kernels.branch.plain` before. It writes over its own intermediate results, with
 `over` also over src, and the sum is taken inside its last product, which starts from src in place of zeros.
 """
 
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import plain
-from zipformer_kernels.launch import INFERENCE_DTYPES
+from zipformer_kernels.core.call import plain
+from zipformer_kernels.core.launch import INFERENCE_DTYPES
 
 
 def only_computes(x: Tensor, *others: Tensor) -> bool:

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.launch import few_rows
-from zipformer_kernels.module import Module
+from zipformer_kernels.branch.plain import NONE, Way, made_of, plain_module, plain_parts
+from zipformer_kernels.core.launch import few_rows
 from zipformer_kernels.modules.attention import RelPositionMultiheadAttentionWeights, SelfAttention, given_mask
 from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.bypass import BypassModule
 from zipformer_kernels.modules.convolution import ConvolutionModule
 from zipformer_kernels.modules.feedforward import FeedforwardModule
 from zipformer_kernels.modules.inference import only_computes
+from zipformer_kernels.modules.module import Module
 from zipformer_kernels.modules.nonlin_attention import NonlinAttention
-from zipformer_kernels.modules.plain import NONE, Way, made_of, plain_module, plain_parts
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, constant_attention
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
 from zipformer_kernels.training.randomness import happens, keeps_all, number

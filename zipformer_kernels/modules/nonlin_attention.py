@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipformer_kernels.joint import split
-from zipformer_kernels.launch import few_rows
-from zipformer_kernels.module import Module
+from zipformer_kernels.branch.plain import made_of, plain_part
+from zipformer_kernels.core.joint import split
+from zipformer_kernels.core.launch import few_rows
 from zipformer_kernels.modules.inference import add_product
-from zipformer_kernels.modules.plain import made_of, plain_part
+from zipformer_kernels.modules.module import Module
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import average_chunk, check_cache, join_cache
 from zipformer_kernels.ops.attention import AttentionWeights, aggregate, merge_heads, split_heads

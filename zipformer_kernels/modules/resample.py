@@ -7,10 +7,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.call import being_traced
-from zipformer_kernels.module import Module
+from zipformer_kernels.branch.plain import made_of
+from zipformer_kernels.core.call import being_traced
 from zipformer_kernels.modules.inference import only_computes
-from zipformer_kernels.modules.plain import made_of
+from zipformer_kernels.modules.module import Module
 from zipformer_kernels.training import FloatLike
 
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from zipformer_kernels.module import Module
+from zipformer_kernels.branch.plain import Way, made_of, plain_part
 from zipformer_kernels.modules.attention import given_mask
 from zipformer_kernels.modules.bypass import BypassModule
 from zipformer_kernels.modules.inference import only_computes
 from zipformer_kernels.modules.layer import ZipformerEncoderLayer
-from zipformer_kernels.modules.plain import Way, made_of, plain_part
+from zipformer_kernels.modules.module import Module
 from zipformer_kernels.modules.positional import CompactRelPositionalEncoding
 from zipformer_kernels.modules.resample import SimpleDownsample, SimpleUpsample
 from zipformer_kernels.ops.attention import ChunkMask, downsample_mask

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipformer_kernels.call import being_traced, has_values
-from zipformer_kernels.module import Module
+from zipformer_kernels.branch.plain import Expected, Way, convolution, made_of, plain_part, sequential
+from zipformer_kernels.core.call import being_traced, has_values
 from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.convnext import ConvNeXt, channels_last
-from zipformer_kernels.modules.plain import Expected, Way, convolution, made_of, plain_part, sequential
+from zipformer_kernels.modules.module import Module
 from zipformer_kernels.modules.swoosh import SwooshR
 from zipformer_kernels.ops.shapes import check_lengths
 from zipformer_kernels.ops.sizes import compact, of_every_size

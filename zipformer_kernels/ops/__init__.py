@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from zipformer_kernels.library import Op
+from zipformer_kernels.core.op import Op
 
 
 def names() -> list[str]:

@@ -15,7 +15,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import being_traced, exports_calls
+from zipformer_kernels.core.call import being_traced, exports_calls
 
 P, R = ParamSpec("P"), TypeVar("R")
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from zipformer_kernels.call import unreadable
+from zipformer_kernels.core.call import unreadable
 from zipformer_kernels.optim.memory import check_within
 from zipformer_kernels.optim.packed import Packed, blocks
 from zipformer_kernels.optim.shards import local, placed_like

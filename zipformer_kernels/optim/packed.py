@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import unreadable
+from zipformer_kernels.core.call import unreadable
 from zipformer_kernels.ops.scaled_adam import Statistics
 from zipformer_kernels.optim.memory import check_memory
 from zipformer_kernels.optim.shards import is_sharded, local

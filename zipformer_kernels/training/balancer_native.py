@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels import backend
-from zipformer_kernels.call import plain
-from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, call_cpu, contiguous, like, pointer
+from zipformer_kernels.core import backend
+from zipformer_kernels.core.call import plain
+from zipformer_kernels.core.launch import CPU_DTYPES, DTYPE_CODES, call_cpu, contiguous, like, pointer
 
 PARTS = 64  # groups of rows that are summed apart at most: so many that threads share them out evenly
 SHORTEST = 64  # rows of a group at least

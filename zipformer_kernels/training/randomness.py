@@ -13,7 +13,7 @@ from typing import SupportsFloat
 
 from torch import Tensor
 
-from zipformer_kernels.call import being_traced, has_values, watcher
+from zipformer_kernels.core.call import being_traced, has_values, watcher
 
 _drawing = True
 

@@ -7,9 +7,9 @@ import logging
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import has_values
-from zipformer_kernels.library import gradient_hook
-from zipformer_kernels.module import Module
+from zipformer_kernels.core.autograd import gradient_hook
+from zipformer_kernels.core.call import has_values
+from zipformer_kernels.modules.module import Module
 from zipformer_kernels.training.randomness import being_traced, happens, logging_draw, number
 from zipformer_kernels.training.schedule import FloatLike, ScheduledFloat
 

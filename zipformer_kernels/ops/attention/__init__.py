@@ -17,7 +17,7 @@ Source: section 3.2 of the Zipformer paper (arXiv:2310.11230); ``RelPositionMult
 
 from __future__ import annotations
 
-from zipformer_kernels.library import Op, triton_launchers
+from zipformer_kernels.core.op import Op, triton_launchers
 from zipformer_kernels.ops.attention import native, reference
 
 _softmax = Op(

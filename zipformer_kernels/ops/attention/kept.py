@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import autocast_dtype, plain, without_autocast
-from zipformer_kernels.library import keep, kept_tensors, reference_gradients
+from zipformer_kernels.core.autograd import keep, kept_tensors, reference_gradients
+from zipformer_kernels.core.call import autocast_dtype, plain, without_autocast
 from zipformer_kernels.ops.attention import native, reference
 
 Use = tuple[Tensor, Tensor, Tensor]  # V_u, O_u, G_u: (frames, B, H, C)

@@ -7,9 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from zipformer_kernels.joint import empty_beside
-from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, INFERENCE_DTYPES, call_cpu, pointer, unsupported_dtype
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.joint import empty_beside
+from zipformer_kernels.core.launch import (
+    CPU_DTYPES,
+    DTYPE_CODES,
+    INFERENCE_DTYPES,
+    call_cpu,
+    pointer,
+    unsupported_dtype,
+)
+from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention.reference import empty_rows
 
 Rows = tuple[int, int, int, int]

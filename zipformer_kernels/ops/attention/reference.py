@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import being_traced
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.call import being_traced
+from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.sizes import compact, fill
 
 # exp(-1000) is zero in every dtype, and a row with every entry masked becomes uniform rather than NaN.

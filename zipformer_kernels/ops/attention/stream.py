@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.launch import (
+from zipformer_kernels.core.launch import (
     DTYPE_CODES,
     INFERENCE_DTYPES,
     call_cpu,
@@ -17,7 +17,7 @@ from zipformer_kernels.launch import (
     pointer,
     unsupported_dtypes,
 )
-from zipformer_kernels.library import Launchers, Op
+from zipformer_kernels.core.op import Launchers, Op
 from zipformer_kernels.ops.shapes import check_shapes
 
 
@@ -100,7 +100,7 @@ def stream_attention(
     Where `gated`, values are x tanh(s) and averages are multiplied by y, of the thirds s, x, y of linear(src).
 
     Args:
-        src: (T, batch, channels). ``auto`` takes the kernel for few rows, see `zipformer_kernels.launch.few_rows`.
+        src: (T, batch, channels). ``auto`` takes the kernel for few rows, see `zipformer_kernels.core.launch.few_rows`.
         in_weight: (V, channels), or (3 V, channels) where `gated`.
         in_bias: (V,) or (3 V,); or None.
         context: (L, batch, V), the values of the frames before src.
@@ -108,7 +108,7 @@ def stream_attention(
         out_weight: (channels, V).
         out_bias: (channels,), or None. All of one dtype.
         gated: whether the module is NonlinAttention.
-        backend: which backend to use; see `zipformer_kernels.backend`.
+        backend: which backend to use; see `zipformer_kernels.core.backend`.
     Returns:
         (T, batch, channels); and the values, (L + T, batch, V), the context first.
     Raises:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from zipformer_kernels.launch import next_power_of_2
+from zipformer_kernels.core.launch import next_power_of_2
 
 
 class Tile(NamedTuple):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from zipformer_kernels.launch import GPU_DTYPES, cdiv, next_power_of_2, on_device, unsupported_dtype
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, next_power_of_2, on_device, unsupported_dtype
+from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention import kernels
 from zipformer_kernels.ops.attention.reference import empty_rows
 from zipformer_kernels.ops.attention.tiles import tile_of

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels import backend as backends
-from zipformer_kernels.call import autocast_dtype, barred, watcher
-from zipformer_kernels.library import gradient_hook
+from zipformer_kernels.core import backend as backends
+from zipformer_kernels.core.autograd import gradient_hook
+from zipformer_kernels.core.call import autocast_dtype, barred, watcher
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import native, reference
 from zipformer_kernels.ops.attention.kept import Piece, average, make
@@ -71,7 +71,7 @@ class AttentionWeights:
         key_padding_mask: (B, S), bools, or integers other than 0, for sources that no target may attend to.
         attn_mask: bool (T, S) or (B, T, S), True where a target may not attend to a source, or a `ChunkMask`.
         penalty, limit: the gradient of the scores gains penalty sign(s) where abs(s) > limit, once for all uses.
-        backend: which backend to use; see `zipformer_kernels.backend`.
+        backend: which backend to use; see `zipformer_kernels.core.backend`.
     Raises:
         ValueError: a shape does not fit the others.
         TypeError: key_padding_mask is neither of bools nor of integers, or attn_mask not of bools.

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from zipformer_kernels.library import Op, triton_launchers
+from zipformer_kernels.core.op import Op, triton_launchers
 from zipformer_kernels.ops.bias_norm import native, reference
 
 _op = Op(
@@ -47,7 +47,7 @@ def bias_norm(
         bias: (channels,), floating-point.
         log_scale: floating-point, of no dimensions.
         channel_dim: which dimension of x holds the channels; may be negative.
-        backend: which backend to use; see `zipformer_kernels.backend`.
+        backend: which backend to use; see `zipformer_kernels.core.backend`.
     Returns:
         A tensor of the shape of x and of the dtype that x and bias promote to, as upstream's: half precision
         with float32 parameters gives float32, also under autocast. Sums are taken in float32 or better. All

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from zipformer_kernels.launch import (
+from zipformer_kernels.core.launch import (
     CPU_DTYPES,
     DTYPE_CODES,
     GPU_DTYPES,
@@ -17,7 +17,7 @@ from zipformer_kernels.launch import (
     multiprocessors,
     pointer,
 )
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.bias_norm.rows import Gradients, Rows, unsupported
 
 BLOCKS_PER_MULTIPROCESSOR = 4

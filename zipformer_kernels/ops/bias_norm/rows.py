@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.launch import as_empty_like, unsupported_dtype
+from zipformer_kernels.core.launch import as_empty_like, unsupported_dtype
 from zipformer_kernels.ops.bias_norm.reference import result_dtype, wide_dtype
 
 

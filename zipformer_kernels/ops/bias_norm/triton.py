@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipformer_kernels.launch import GPU_DTYPES, cdiv, multiprocessors, next_power_of_2, on_device
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, multiprocessors, next_power_of_2, on_device
+from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.bias_norm.rows import Gradients, Rows, unsupported
 
 TILE = 2048  # elements of a program at a time

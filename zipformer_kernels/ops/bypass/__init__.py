@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from zipformer_kernels.library import Op
+from zipformer_kernels.core.op import Op
 from zipformer_kernels.ops.bypass import native, reference
 
 _op = Op(
@@ -35,7 +35,7 @@ def bypass(src_orig: Tensor, src: Tensor, scale: Tensor, *, backend: str | None 
         src_orig: (..., B, C), floating-point, on any device. Contiguous is the fast layout; others are copied.
         src: of the same shape; of any floating-point dtype.
         scale: (C,), or (B, C) with a scale for each sequence; of any floating-point dtype.
-        backend: which backend to use; see `zipformer_kernels.backend`.
+        backend: which backend to use; see `zipformer_kernels.core.backend`.
     Returns:
         A tensor of the shape of src_orig and of the dtype that the three promote to. ``cpu`` computes
         half precision in float32; ``eager`` rounds after each operation.

@@ -7,7 +7,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from zipformer_kernels.launch import (
+from zipformer_kernels.core.launch import (
     CPU_DTYPES,
     DTYPE_CODES,
     as_empty_like,
@@ -16,7 +16,7 @@ from zipformer_kernels.launch import (
     pointer,
     unsupported_dtype,
 )
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.op import Launchers
 
 # Groups of rows whose gradients of the scale are summed apart: so many that threads share them out evenly, each so long
 # that adding up the groups costs little.

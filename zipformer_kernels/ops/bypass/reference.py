@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.launch import like
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.launch import like
+from zipformer_kernels.core.op import Launchers
 
 
 def bypass(src_orig: Tensor, src: Tensor, scale: Tensor) -> Tensor:

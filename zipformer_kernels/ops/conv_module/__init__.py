@@ -25,8 +25,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import autocast_dtype
-from zipformer_kernels.library import Op, triton_launchers
+from zipformer_kernels.core.call import autocast_dtype
+from zipformer_kernels.core.op import Op, triton_launchers
 from zipformer_kernels.ops.conv_module import native, reference
 from zipformer_kernels.ops.shapes import as_mask
 
@@ -77,7 +77,7 @@ def conv_module(
         weight: (channels, 1, K), K odd; of the dtype of a, or any under autocast.
         bias: (channels,), or None.
         key_padding_mask: (batch, T), bools, or integers other than 0, for padding; or None.
-        backend: which backend to use; see `zipformer_kernels.backend`.
+        backend: which backend to use; see `zipformer_kernels.core.backend`.
     Returns:
         (T, batch, channels), of the dtype of a, or of autocast's dtype under autocast (but float64 stays). The kernels
         take gate and sums in float32 or better and round once; Triton's round the gated input to the dtype of a.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.joint import side_by_side
-from zipformer_kernels.launch import like, unsupported_dtype
+from zipformer_kernels.core.joint import side_by_side
+from zipformer_kernels.core.launch import like, unsupported_dtype
 
 
 def unsupported(dtypes: tuple[torch.dtype, ...], a: Tensor, *rest: object) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.launch import (
+from zipformer_kernels.core.launch import (
     CPU_DTYPES,
     DTYPE_CODES,
     GPU_DTYPES,
@@ -21,7 +21,7 @@ from zipformer_kernels.launch import (
     pointer,
     unsupported_dtypes,
 )
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.conv_module.arguments import Arguments, Gradients, chunk_length, unsupported
 
 TILE = 128  # frames that kernels take at a time

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.call import being_traced
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.call import being_traced
+from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.sizes import compact, fill, first
 from zipformer_kernels.ops.swoosh.reference import swoosh
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.launch import (
+from zipformer_kernels.core.launch import (
     DTYPE_CODES,
     INFERENCE_DTYPES,
     call_cpu,
@@ -17,7 +17,7 @@ from zipformer_kernels.launch import (
     pointer,
     unsupported_dtypes,
 )
-from zipformer_kernels.library import Launchers, Op
+from zipformer_kernels.core.op import Launchers, Op
 from zipformer_kernels.ops.conv_module import reference
 from zipformer_kernels.ops.shapes import as_mask, check_shapes
 
@@ -104,14 +104,14 @@ def stream_conv_module(
 
     Args:
         src: (T, batch, channels), the whole chunk. ``auto`` takes the kernel for few rows, see
-            `zipformer_kernels.launch.few_rows`.
+            `zipformer_kernels.core.launch.few_rows`.
         in_weight: (2 channels, channels).
         in_bias: (2 channels,), or None.
         left: (batch, channels, K // 2), the gated input of the frames before src.
         weight, bias, causal_weight, causal_bias, edge_scale, key_padding_mask: as of `chunk_conv_module`.
         out_weight: (channels, channels).
         out_bias: (channels,), or None. All of one dtype.
-        backend: which backend to use; see `zipformer_kernels.backend`.
+        backend: which backend to use; see `zipformer_kernels.core.backend`.
     Returns:
         (T, batch, channels), and `left` for the next chunk.
     Raises:

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipformer_kernels.launch import GPU_DTYPES, cdiv, multiprocessors, on_device
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, multiprocessors, on_device
+from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.conv_module.arguments import Arguments, Gradients, unsupported
 
 FRAMES, CHANNELS = 32, 64  # of a tile

@@ -19,8 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import autocast_dtype
-from zipformer_kernels.library import Op
+from zipformer_kernels.core.call import autocast_dtype
+from zipformer_kernels.core.op import Op
 from zipformer_kernels.ops.depthwise_conv2d import native, reference
 
 _op = Op(
@@ -39,7 +39,7 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, b
         x: (batch, channels, T, frequencies), floating-point, on any device. `torch.channels_last` is the fast layout.
         weight: (channels, 1, I, J), I and J odd; of the dtype of x, or any under autocast.
         bias: (channels,), or None; of the same dtype.
-        backend: which backend to use; see `zipformer_kernels.backend`.
+        backend: which backend to use; see `zipformer_kernels.core.backend`.
     Returns:
         A tensor of the shape, dtype and memory format of x; under autocast, of autocast's dtype (float64 stays).
     Raises:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.launch import CPU_DTYPES, DTYPE_CODES, call_cpu, like, pointer, unsupported_dtype
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.launch import CPU_DTYPES, DTYPE_CODES, call_cpu, like, pointer, unsupported_dtype
+from zipformer_kernels.core.op import Launchers
 
 TILE = 16  # frames that the kernel takes at a time
 PARTS = 64  # groups of frames that are summed apart at most: so many that threads share them out evenly

@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.library import Op, triton_launchers
+from zipformer_kernels.core.op import Op, triton_launchers
 from zipformer_kernels.ops.attention import AttentionWeights
 from zipformer_kernels.ops.nonlin_attention import kept, native, reference
 from zipformer_kernels.ops.sizes import split_last

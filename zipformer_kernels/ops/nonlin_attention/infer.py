@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.launch import DTYPE_CODES, INFERENCE_DTYPES, call_cpu, contiguous, pointer, unsupported_dtypes
-from zipformer_kernels.library import Launchers, Op
+from zipformer_kernels.core.launch import (
+    DTYPE_CODES,
+    INFERENCE_DTYPES,
+    call_cpu,
+    contiguous,
+    pointer,
+    unsupported_dtypes,
+)
+from zipformer_kernels.core.op import Launchers, Op
 from zipformer_kernels.ops.attention import merge_heads, split_heads
 from zipformer_kernels.ops.shapes import check_shapes
 
@@ -73,7 +80,7 @@ def infer_nonlin_attention(
         projected: (T, batch, 3 channels), less its bias.
         bias: (3 channels,), or None.
         weights: W, (heads, batch, T, T), of one head in the encoder. All of one dtype.
-        backend: which backend to use; see `zipformer_kernels.backend`.
+        backend: which backend to use; see `zipformer_kernels.core.backend`.
     Returns:
         (T, batch, channels).
     Raises:

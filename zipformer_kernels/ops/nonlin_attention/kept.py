@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import plain, without_autocast
-from zipformer_kernels.joint import side_by_side
-from zipformer_kernels.launch import DTYPE_CODES, INFERENCE_DTYPES, call_cpu, pointer
-from zipformer_kernels.library import keep, kept_tensors, reference_gradients
+from zipformer_kernels.core.autograd import keep, kept_tensors, reference_gradients
+from zipformer_kernels.core.call import plain, without_autocast
+from zipformer_kernels.core.joint import side_by_side
+from zipformer_kernels.core.launch import DTYPE_CODES, INFERENCE_DTYPES, call_cpu, pointer
 from zipformer_kernels.ops.attention.kept import Piece, Uses
 from zipformer_kernels.ops.nonlin_attention.infer import close, infer, open_
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention.triton import (
     aggregate,
     compute_delta,

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from zipformer_kernels.library import triton_launchers
+from zipformer_kernels.core.op import triton_launchers
 from zipformer_kernels.ops.scaled_adam import native, reference
 from zipformer_kernels.ops.scaled_adam.reference import EARLY_ESTIMATES, Group, Hyper, Statistics
 from zipformer_kernels.ops.scaled_adam.stepper import StepOp, Stepper

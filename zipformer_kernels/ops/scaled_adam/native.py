@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from zipformer_kernels.launch import CPU_DTYPES, GPU_DTYPES, call_cpu, call_cuda
+from zipformer_kernels.core.launch import CPU_DTYPES, GPU_DTYPES, call_cpu, call_cuda
 from zipformer_kernels.ops.scaled_adam.stepper import Stepper
 from zipformer_kernels.ops.scaled_adam.table import Table, run
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels import backend as backends
-from zipformer_kernels.call import WATCHERS, watcher
-from zipformer_kernels.library import Op
+from zipformer_kernels.core import backend as backends
+from zipformer_kernels.core.call import WATCHERS, watcher
+from zipformer_kernels.core.op import Op
 from zipformer_kernels.ops.scaled_adam.reference import Group
 
 Reduce = Callable[[Tensor], None]

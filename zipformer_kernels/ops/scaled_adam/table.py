@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from zipformer_kernels.launch import DTYPE_CODES
+from zipformer_kernels.core.launch import DTYPE_CODES
 from zipformer_kernels.ops.scaled_adam.reference import Group, Statistics
 
 TENSOR_COLUMNS = ("p", "g", "v", "m", "numel", "first_chunk", "group", "p_dtype", "g_dtype")

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipformer_kernels.launch import DTYPE_CODES, GPU_DTYPES, on_device
+from zipformer_kernels.core.launch import DTYPE_CODES, GPU_DTYPES, on_device
 from zipformer_kernels.ops.scaled_adam import reference
 from zipformer_kernels.ops.scaled_adam.stepper import Stepper
 from zipformer_kernels.ops.scaled_adam.table import GROUP_COLUMNS, GROUP_PLAN, TENSOR_COLUMNS, TENSOR_PLAN, Table, run

@@ -13,8 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import plain
-from zipformer_kernels.library import Op, triton_launchers
+from zipformer_kernels.core.call import plain
+from zipformer_kernels.core.op import Op, triton_launchers
 from zipformer_kernels.ops.swoosh import native, reference
 
 _op = Op(
@@ -36,7 +36,7 @@ def swoosh_l(x: Tensor, *, backend: str | None = None) -> Tensor:
 
     Args:
         x: a floating-point tensor of any shape, strides and device.
-        backend: which backend to use; see `zipformer_kernels.backend`.
+        backend: which backend to use; see `zipformer_kernels.core.backend`.
     Returns:
         A tensor of the shape and dtype of x. Half precision is computed in float32. Finite for every finite x.
     Raises:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from zipformer_kernels.launch import (
+from zipformer_kernels.core.launch import (
     CPU_DTYPES,
     DTYPE_CODES,
     GPU_DTYPES,
@@ -19,7 +19,7 @@ from zipformer_kernels.launch import (
     pointer,
     unsupported_dtype,
 )
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.op import Launchers
 
 KINDS = {"l": 0, "r": 1}
 

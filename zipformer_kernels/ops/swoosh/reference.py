@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.op import Launchers
 
 SHIFT = {"l": 4.0, "r": 1.0}
 OFFSET = {"l": 0.035, "r": 0.313261687}

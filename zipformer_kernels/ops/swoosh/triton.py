@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipformer_kernels.launch import GPU_DTYPES, cdiv, dense, like, on_device, unsupported_dtype
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, dense, like, on_device, unsupported_dtype
+from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.swoosh.reference import OFFSET, SHIFT
 
 BLOCK = 1024

@@ -20,8 +20,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import autocast_dtype
-from zipformer_kernels.library import Op, triton_launchers
+from zipformer_kernels.core.call import autocast_dtype
+from zipformer_kernels.core.op import Op, triton_launchers
 from zipformer_kernels.ops.shapes import check_shapes
 from zipformer_kernels.ops.swoosh_linear import native, reference
 
@@ -68,7 +68,7 @@ def swoosh_linear(
             of size 1 where it is shared, e.g. (1, batch, in_channels) for x in (time, batch, in_channels). A
             constant: it gets no gradient.
         kind: ``l`` for SwooshL, ``r`` for SwooshR.
-        backend: which backend to use; see `zipformer_kernels.backend`.
+        backend: which backend to use; see `zipformer_kernels.core.backend`.
     Returns:
         (..., out_channels), of the dtype of x, or of autocast's dtype under autocast (but float64 stays), as
         `torch.nn.functional.linear` would give. The activation and the mask are applied in float32 or better
@@ -121,13 +121,13 @@ def infer_feed_forward(
     """src + linear(Swoosh(linear(src, in_weight, in_bias)), out_weight, out_bias); the result carries no gradient.
 
     Args:
-        src: (..., channels). ``auto`` takes the kernel for few rows, see `zipformer_kernels.launch.few_rows`.
+        src: (..., channels). ``auto`` takes the kernel for few rows, see `zipformer_kernels.core.launch.few_rows`.
         in_weight: (hidden, channels).
         in_bias: (hidden,), or None.
         out_weight: (channels, hidden).
         out_bias: (channels,), or None. All of one dtype.
         kind: ``l`` for SwooshL, ``r`` for SwooshR.
-        backend: which backend to use; see `zipformer_kernels.backend`.
+        backend: which backend to use; see `zipformer_kernels.core.backend`.
     Returns:
         A new tensor of the shape and dtype of src.
     Raises:

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from zipformer_kernels.launch import (
+from zipformer_kernels.core.launch import (
     CPU_DTYPES,
     DTYPE_CODES,
     GPU_DTYPES,
@@ -21,7 +21,7 @@ from zipformer_kernels.launch import (
     pointer,
     unsupported_dtypes,
 )
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.swoosh_linear.layout import layout
 from zipformer_kernels.ops.swoosh_linear.product import around_product, unsupported
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.launch import as_empty_like, unsupported_dtype
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.launch import as_empty_like, unsupported_dtype
+from zipformer_kernels.core.op import Launchers
 
 
 def around_product(

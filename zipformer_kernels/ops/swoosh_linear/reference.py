@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.library import Launchers
+from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.swoosh.reference import derivative, swoosh
 from zipformer_kernels.ops.swoosh_linear.product import around_product
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from zipformer_kernels.launch import GPU_DTYPES, as_empty_like, cdiv, next_power_of_2, on_device
+from zipformer_kernels.core.launch import GPU_DTYPES, as_empty_like, cdiv, next_power_of_2, on_device
 from zipformer_kernels.ops.swoosh.reference import OFFSET, SHIFT
 from zipformer_kernels.ops.swoosh.triton import swoosh_derivative, swoosh_value
 from zipformer_kernels.ops.swoosh_linear.layout import layout

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.call import plain, unreadable
+from zipformer_kernels.core.call import plain, unreadable
 
 
 def side_by_side(*parts: Tensor | None) -> Tensor | None:

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.backend import requested, use_backend
-from zipformer_kernels.call import plain, without_autocast
-from zipformer_kernels.library import keep, kept_tensors, reference_gradients
+from zipformer_kernels.core.autograd import keep, kept_tensors, reference_gradients
+from zipformer_kernels.core.backend import requested, use_backend
+from zipformer_kernels.core.call import plain, without_autocast
 
 
 class Activation(Protocol):

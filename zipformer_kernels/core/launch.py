@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from zipformer_kernels import backend
-from zipformer_kernels.call import LOWEST, PLAIN, unreadable
+from zipformer_kernels.core import backend
+from zipformer_kernels.core.call import LOWEST, PLAIN, unreadable
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 """Dtypes as `csrc/common/dtypes.h` numbers them."""

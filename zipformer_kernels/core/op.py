@@ -13,15 +13,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from zipformer_kernels import backend as backends
-from zipformer_kernels.call import barred, plain, watcher, without_autocast
-from zipformer_kernels.launch import like
+from zipformer_kernels.core import backend as backends
+from zipformer_kernels.core.autograd import OpFunction
+from zipformer_kernels.core.call import barred, watcher, without_autocast
+from zipformer_kernels.core.launch import like
 
 _LIBRARY = torch.library.Library("zipformer_kernels", "FRAGMENT")
 
@@ -38,8 +38,8 @@ class Launchers:
         backward: ``(needs, grads, saved, *args)`` -> one gradient, or None, per tensor argument. `needs` says which
             are wanted; `grads` has one tensor per output, of any strides; `saved` are the op's saved outputs followed
             by the extras; tensor arguments that the op does not save arrive as None. Gradients are allocated as
-            `torch.empty_like` would, or side by side as the arguments lie (`zipformer_kernels.joint`). None where the
-            op's results carry no gradient.
+            `torch.empty_like` would, or side by side as the arguments lie (`zipformer_kernels.core.joint`). None where
+            the op's results carry no gradient.
         worthwhile: ``(*args)`` -> whether ``auto`` should choose this backend for the call, as far as measured.
     """
 
@@ -87,6 +87,8 @@ class Op:
         fake: Callable[..., tuple[Tensor, ...]] | None = None,
     ) -> None:
         self.name = name
+        self.when: str | None = None
+        self.variants: dict[str, Op] = {}
         self.reference = reference
         self.backends = backends
         self.outputs = outputs
@@ -97,6 +99,19 @@ class Op:
         self.tensors = tuple(i for i, kind in enumerate(kinds) if kind.startswith("Tensor"))
         self.saved = tuple(i for i in self.tensors if names[i] in saves)
         self._define(schema, kinds, names, extras)
+
+    def variant(self, name: str, schema: str, *, when: str, **kwargs: Any) -> Op:
+        """Adds a variant: the op for special calls, such as those without gradients, by launchers of its own.
+
+        Args:
+            name: its name among the op's variants; torch knows it as ``<op>_<name>``.
+            schema: its arguments.
+            when: which calls it is for, in a few words, for `explain` and ``zipformer-kernels info``.
+            **kwargs: as of an op; a variant has its own reference, made of the op's.
+        """
+        variant = self.variants[name] = Op(f"{self.name}_{name}", schema, **kwargs)
+        variant.when = when
+        return variant
 
     # ---- choosing a backend ----
 
@@ -162,8 +177,12 @@ class Op:
             return self._results((results,) if isinstance(results, Tensor) else results)
         launchers = self.backends[name]
         if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.tensors):
-            return _Function.apply(self, launchers, *args)
+            return OpFunction.apply(self, launchers, *args)
         return self._results(without_autocast(launchers.forward, *args))
+
+    def launch(self, name: str, *args: Any) -> Any:
+        """Runs the op forward on a backend that was settled before: it asks nothing and carries no gradient."""
+        return self._results(self.backends[name].forward(*args))
 
     def _tensors(self, args: Sequence[Any]) -> list[Tensor | None]:
         return [args[i] for i in self.tensors]
@@ -286,111 +305,3 @@ class Op:
 
 def _one_or_all(results: tuple[Tensor, ...]) -> Any:
     return results[0] if len(results) == 1 else results
-
-
-def keep(ctx: Any, *tensors: Tensor | None) -> None:
-    """Saves tensors for the backward pass of a Function that hands them to kernels; `kept_tensors` returns them."""
-    ctx.save_for_backward(*tensors)
-    ctx.forms = [None if x is None else (x.shape, x.device, x.dtype) for x in tensors]
-
-
-def kept_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
-    """The tensors that `keep` saved, on the device and in the dtype in which they were.
-
-    Hooks on saved tensors (`torch.autograd.graph.saved_tensors_hooks`) may put others in their place.
-
-    Raises:
-        ValueError: a hook returned another shape.
-    """
-    tensors = []
-    for x, form in zip(ctx.saved_tensors, ctx.forms, strict=True):
-        if x is not None and x.shape != form[0]:
-            raise ValueError(f"a hook on saved tensors must return shape {tuple(form[0])}, got {tuple(x.shape)}")
-        tensors.append(x if x is None else x.to(*form[1:]))
-    return tuple(tensors)
-
-
-def reference_gradients(
-    reference: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
-) -> list[Tensor | None]:
-    """Gradients of the inputs of a Function by autograd of a reference, themselves differentiable in grad mode.
-
-    Args:
-        reference: ``(*inputs)`` -> what the Function returned.
-        inputs: as it saved them.
-        needs: which gradients are wanted; None stands for the others.
-        grad: of what it returned.
-    """
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        out = reference(*inputs)
-    wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph))
-    return [next(found) if need else None for need in needs]
-
-
-class _Function(torch.autograd.Function):
-    """Forward and backward of one call of an `Op` on one backend, outside of tracing."""
-
-    @staticmethod
-    def forward(ctx: Any, op: Op, launchers: Launchers, *args: Any) -> Any:
-        results = without_autocast(launchers.forward, *args)
-        ctx.op, ctx.launchers, ctx.values = op, launchers, op._values(args)
-        keep(ctx, *op._keep(args, results))
-        return op._results(results)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        op, kept = ctx.op, kept_tensors(ctx)
-        needs = tuple(ctx.needs_input_grad[2 + i] for i in op.tensors)
-        saved, args = kept[len(op.saved) :], op._arguments(kept, ctx.values)
-        # With create_graph=True gradients are differentiated in turn: the kernels' cannot be, the reference's can.
-        if torch.is_grad_enabled():
-            launch = op._reference_backward
-        else:
-            launch = (ctx.launchers if plain(*grads, *kept) else op.backends["eager"]).backward
-        return None, None, *op._spread(without_autocast(launch, needs, grads, saved, *args))
-
-
-class _GradientHook(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[..., Tensor], *saved: Tensor) -> Tensor:
-        ctx.function, ctx.count = function, len(saved)
-        ctx.save_for_backward(*saved)
-        return torch.ops.aten.alias(x)  # unlike view_as, keeps the strides of dimensions of one element
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return without_autocast(ctx.function, grad, *ctx.saved_tensors), None, *(None,) * ctx.count
-
-
-def _as_asked(request: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
-    """The function's result with the choice of backends of its forward pass, whichever thread runs it."""
-    with backends.use_backend(request):
-        return function(*args)
-
-
-def gradient_hook(x: Tensor, function: Callable[..., Tensor], *saved: Tensor) -> Tensor:
-    """Returns x; in backward the gradient of x becomes ``function(grad, *saved)``.
-
-    Every mechanism of Zipformer's training that is the identity forward (Balancer, Whiten, limits on parameters,
-    penalties) is one such function.
-
-    Args:
-        x: any tensor.
-        function: from the gradient of the result, and `saved`, to the gradient of x, of the same shape and dtype.
-            It runs with autocast off and without grad mode.
-        saved: tensors that `function` reads, kept as autograd keeps tensors (checked against in-place changes).
-    Raises:
-        NotImplementedError: a transform of torch.func is around the call.
-    """
-    if watcher() == "transform":
-        raise NotImplementedError(
-            "balancers, whitening and limits change the backward pass and cannot be transformed by torch.func "
-            "(vmap, grad, jvp, ...): use zipformer_kernels.training.without_draws()"
-        )
-    if torch.compiler.is_compiling():  # the compiler takes no tensor twice
-        saved = tuple(tensor.detach() for tensor in saved)
-    else:
-        function = partial(_as_asked, backends.requested(), function)
-    return _GradientHook.apply(x, function, *saved)
