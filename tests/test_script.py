@@ -8,7 +8,7 @@ from tolerances import PARITY, assert_parity
 from torch import nn
 
 from zipformer_kernels import Zipformer, convert, modules, revert, training
-from zipformer_kernels.modules.module import Module
+from zipformer_kernels.core.module import Module
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

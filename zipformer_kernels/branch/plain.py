@@ -11,13 +11,17 @@ right only where each of them is exactly what the way was written for. So a call
 - its parameters are ordinary tensors, not of a subclass of `torch.Tensor`;
 - the same holds of every part that its own ``forward`` would call.
 
-Everything else is called, as upstream calls it. `made_of` tells what the parts of a class are.
+Everything else is called, as upstream calls it. `made_of` tells what the parts of a class are, `matches` asks all of
+the above, and `plain_parts` remembers what it said of a layer for as long as nothing has changed that it looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Set
-from itertools import repeat
+from collections.abc import Callable, Iterable, Set
+from itertools import chain, repeat
+from operator import attrgetter, contains, is_, itemgetter
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -26,7 +30,7 @@ from torch.nn.parameter import Parameter
 from zipformer_kernels.training import Balancer, ScaleGrad, Whiten
 
 
-class Way:
+class When:
     """What a fused way is for, which decides what is asked of modules: numbers, by which torch.compile can index."""
 
     ANY = 0
@@ -35,7 +39,7 @@ class Way:
 
 
 Expected = type[nn.Module] | Callable[[nn.Module, int], bool]
-"""What a module has to be: of a class, or what a function of the module, and of the way, says."""
+"""What a module has to be: of a class, or what a function of the module, and of when, says."""
 
 NONE: Set[str] = frozenset()
 """The names of no parts."""
@@ -49,58 +53,79 @@ _KINDS: dict[type[nn.Module], tuple[Callable, Callable | None, tuple[dict[str, E
     kind: (kind.forward, None, ({}, {}, {})) for kind in _LEAVES
 }
 """Of each class that a fused way can leave out: the ``forward`` and ``streaming_forward`` that it was written with, and
-its parts for each `Way`."""
+its parts for each `When`."""
 
 
 def made_of(
-    not_in_chunks: dict[str, Expected] | None = None, **parts: Expected
+    not_in_chunks: dict[str, Expected] | None = None, calls_parts: bool = False, **parts: Expected
 ) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Declares, as a decorator, what a module is made of: the expected module for each attribute.
 
     Args:
         not_in_chunks: the parts that ``forward`` calls but ``streaming_forward`` does not.
+        calls_parts: whether who leaves out its call, with gradients, calls all of its parts himself.
         **parts: all others.
     """
     every = {**parts, **(not_in_chunks or {})}
 
     def declare(kind: type[nn.Module]) -> type[nn.Module]:
-        _KINDS[kind] = kind.forward, getattr(kind, "streaming_forward", None), (every, every, parts)
+        any_time = {} if calls_parts else every
+        _KINDS[kind] = kind.forward, getattr(kind, "streaming_forward", None), (any_time, every, parts)
         return kind
 
     return declare
 
 
-def plain_module(module: nn.Module, expected: Expected, way: int = Way.ANY) -> bool:
+def plain_module(module: nn.Module, expected: Expected, when: int = When.ANY) -> bool:
     """Whether the call of a module, and those of its parts, may be left out.
 
     Args:
         module: whatever stands in the expected module's place.
         expected: what a fused way was written for.
-        way: what that way is for.
+        when: what that way is for.
     """
-    return not _has_global_hooks() and matches(module, expected, way)
+    return not _has_global_hooks() and matches(module, expected, when)
 
 
-def plain_part(module: nn.Module, name: str, way: int = Way.ANY) -> bool:
+def plain_part(module: nn.Module, name: str, when: int = When.ANY) -> bool:
     """`plain_module` of the part that a module, of a class declared by `made_of` or of a subclass, has under a name."""
     part = module._modules.get(name)
-    return part is not None and plain_module(part, _parts_of(module, way)[name], way)
+    return part is not None and plain_module(part, _parts_of(module, when)[name], when)
 
 
-def plain_parts(module: nn.Module, way: int) -> Set[str]:
+def plain_parts(module: nn.Module, when: int) -> Set[str]:
     """The names of all parts of a module, of such a class, whose calls may be left out."""
     if _has_global_hooks():
         return NONE
-    children = module._modules
-    return {
-        name
-        for name, expected in _parts_of(module, way).items()
-        if (part := children.get(name)) is not None and matches(part, expected, way)
-    }
+    known = _known.setdefault(module, {})
+    said = known.get(when)
+    if said is not None and said.holds():
+        return said.names
+    expected, children = _parts_of(module, when), module._modules
+    names = frozenset(n for n in expected if n in children and matches(children[n], expected[n], when))
+    if len(names) == len(expected.keys() & children.keys()):  # a part that is not plain is asked anew each time
+        known[when] = _Said(module, names, when)
+    return names
 
 
-def _parts_of(module: nn.Module, way: int) -> dict[str, Expected]:
-    return next(_KINDS[kind][2][way] for kind in type(module).__mro__ if kind in _KINDS)
+def parameters_of(module: nn.Module, names: Set[str]) -> Iterable[Tensor | None]:
+    """The parameters of parts of a module, of which `plain_parts` has just said that their calls may be left out."""
+    said = next((said for said in _known[module].values() if said.names is names), None)
+    if said is not None:
+        return said.parameters()
+    return chain.from_iterable(module._modules[name].parameters() for name in names)
+
+
+def takes(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether a module, called or not, takes what only classes of ours do, as handles of weights and rules of masks.
+
+    Classes and functions in the place of ours want tensors.
+    """
+    return type(module) in kinds and "forward" not in module.__dict__
+
+
+def _parts_of(module: nn.Module, when: int) -> dict[str, Expected]:
+    return next(_KINDS[kind][2][when] for kind in type(module).__mro__ if kind in _KINDS)
 
 
 def _has_global_hooks() -> bool:
@@ -113,44 +138,135 @@ def _has_global_hooks() -> bool:
     )
 
 
-def matches(module: nn.Module, expected: Expected, way: int) -> bool:
+def matches(module: nn.Module, expected: Expected, when: int) -> bool:
     """`plain_module` but for global hooks, which are asked for once."""
     kind = type(module)
     if kind is not expected:
-        return not isinstance(expected, type) and expected(module, way)
+        return not isinstance(expected, type) and expected(module, when)
     forward, streaming_forward, parts = _KINDS[kind]
     own = module.__dict__  # to get its items takes half of the time that attributes take
-    if kind.forward is not forward or "forward" in own or (way and own["training"]):
+    if kind.forward is not forward or "forward" in own or (when and own["training"]):
         return False
     if (
-        way == Way.CHUNK
+        when == When.CHUNK
         and streaming_forward is not None
         and (kind.streaming_forward is not streaming_forward or "streaming_forward" in own)
     ):
         return False
     if own["_forward_hooks"] or own["_forward_pre_hooks"]:
         return False
-    if not way and (own["_backward_hooks"] or own["_backward_pre_hooks"]):  # an inference has no backward pass
+    if not when and (own["_backward_hooks"] or own["_backward_pre_hooks"]):  # an inference has no backward pass
         return False
     for parameter in own["_parameters"].values():
         if type(parameter) is not Parameter and parameter is not None and type(parameter) is not Tensor:
             return False
-    if parts := parts[way]:
+    if parts := parts[when]:
         children = own["_modules"]
         for name, part in parts.items():
             child = children.get(name)
-            if child is None or not matches(child, part, way):
+            if child is None or not matches(child, part, when):
                 return False
     return True
+
+
+_READ = ("training", "_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks")
+_SETTINGS = {
+    **dict.fromkeys(
+        (nn.Conv1d, nn.Conv2d),
+        itemgetter(
+            *("kernel_size", "stride", "padding", "dilation", "groups", "in_channels", "out_channels", "padding_mode")
+        ),
+    ),
+}
+"""Of classes of which an expectation reads attributes: those attributes, of the module's ``__dict__``."""
+
+_own, _read = attrgetter("__dict__"), itemgetter(*_READ)
+_parameters_of, _children_of, _forward_of = itemgetter(1), itemgetter(2), attrgetter("forward")
+
+
+def reads(kind: type[nn.Module], *attributes: str) -> None:
+    """Declares which attributes of a class an expectation of it reads."""
+    _SETTINGS[kind] = itemgetter(*attributes)
+
+
+class _Said:
+    """That `matches` said yes to parts of a module, and everything that it looked at.
+
+    As long as all that is the same, the answer is. To compare costs a third of asking: it is done by loops in C.
+
+    Args:
+        module: the module.
+        names: of its parts.
+        when: what it was asked for.
+    """
+
+    def __init__(self, module: nn.Module, names: Set[str], when: int) -> None:
+        self.names = names
+        self.children_of_module, self.parts = module._modules, [module._modules[name] for name in names]
+        self.modules = [inside for part in self.parts for inside in _looked_at(part, when)]
+        self.kinds = list(map(type, self.modules))
+        self.classes = list(dict.fromkeys(self.kinds))
+        self.forwards = self._forwards()
+        states = list(map(_read, map(_own, self.modules)))
+        self.state = list(chain.from_iterable(states))
+        self.hooks = [hooks for state in states for hooks in state[3:]]
+        self.parents = [children for children in map(_children_of, states) if children]
+        self.children = self._children()
+        self.holders = [parameters for parameters in map(_parameters_of, states) if parameters]
+        self.parameter_kinds = self._parameter_kinds()
+        self.set = [(m, _SETTINGS[kind]) for m, kind in zip(self.modules, self.kinds, strict=True) if kind in _SETTINGS]
+        self.settings = self._settings()
+
+    def holds(self) -> bool:
+        """Whether nothing has changed."""
+        owns = list(map(_own, self.modules))
+        return (
+            list(map(type, self.modules)) == self.kinds
+            and all(map(is_, chain.from_iterable(map(_read, owns)), self.state))  # which holds dictionaries themselves
+            and not any(self.hooks)
+            and not any(map(contains, owns, repeat("forward")))
+            and not any(map(contains, owns, repeat("streaming_forward")))
+            and list(map(self.children_of_module.get, self.names)) == self.parts
+            and self._children() == self.children
+            and self._parameter_kinds() == self.parameter_kinds
+            and self._settings() == self.settings
+            and self._forwards() == self.forwards
+        )
+
+    def parameters(self) -> Iterable[Tensor | None]:
+        return chain.from_iterable(map(dict.values, self.holders))
+
+    def _children(self) -> list[tuple[nn.Module, ...]]:
+        return list(map(tuple, map(dict.items, self.parents)))
+
+    def _parameter_kinds(self) -> list[type]:
+        return list(map(type, self.parameters()))
+
+    def _settings(self) -> list[Any]:
+        return [read(module.__dict__) for module, read in self.set]
+
+    def _forwards(self) -> list[Any]:
+        return [*map(_forward_of, self.classes), *(getattr(kind, "streaming_forward", None) for kind in self.classes)]
+
+
+def _looked_at(module: nn.Module, when: int) -> Iterable[nn.Module]:
+    """The modules that `matches` looks at before it says yes."""
+    yield module
+    kind = type(module)
+    for name in module._modules if kind is nn.Sequential else _KINDS[kind][2][when]:
+        yield from _looked_at(module._modules[name], when)
+
+
+_known: WeakKeyDictionary[nn.Module, dict[int, _Said]] = WeakKeyDictionary()
 
 
 def sequential(*layers: Expected) -> Expected:
     """Expects an `nn.Sequential` of just these layers."""
 
-    def expected(module: nn.Module, way: int) -> bool:
-        if not matches(module, nn.Sequential, way) or len(module._modules) != len(layers):
+    def expected(module: nn.Module, when: int) -> bool:
+        if not matches(module, nn.Sequential, when) or len(module._modules) != len(layers):
             return False
-        return all(map(matches, module._modules.values(), layers, repeat(way)))
+        return all(map(matches, module._modules.values(), layers, repeat(when)))
 
     return expected
 
@@ -159,8 +275,8 @@ def convolution(kind: type[nn.Module], **settings: object) -> Expected:
     """Expects a convolution of a class with given attributes, such as its ``stride``, that pads with zeros."""
     wanted = {"padding_mode": "zeros", **settings}
 
-    def expected(module: nn.Module, way: int) -> bool:
-        return matches(module, kind, way) and all(getattr(module, name) == wanted[name] for name in wanted)
+    def expected(module: nn.Module, when: int) -> bool:
+        return matches(module, kind, when) and all(getattr(module, name) == wanted[name] for name in wanted)
 
     return expected
 
@@ -168,8 +284,8 @@ def convolution(kind: type[nn.Module], **settings: object) -> Expected:
 def depthwise(kind: type[nn.Module], padded: bool = True) -> Expected:
     """Expects a convolution of each channel by itself, without stride, with as many results as inputs or unpadded."""
 
-    def expected(module: nn.Module, way: int) -> bool:
-        if not matches(module, kind, way) or module.padding_mode != "zeros":
+    def expected(module: nn.Module, when: int) -> bool:
+        if not matches(module, kind, when) or module.padding_mode != "zeros":
             return False
         ones = (1,) * len(module.kernel_size)
         padding = tuple(width // 2 if padded else 0 for width in module.kernel_size)

@@ -11,7 +11,7 @@ from zipformer_kernels.convert.known import KNOWN, Version
 from zipformer_kernels.convert.rows import ROWS, attributes, listed
 from zipformer_kernels.convert.swap import Match
 from zipformer_kernels.convert.trial import Trials
-from zipformer_kernels.modules.module import Module
+from zipformer_kernels.core.module import Module
 
 # Names under which upstream's classes are found beside our own.
 ALIASES = {

@@ -49,6 +49,13 @@ class Launchers:
     worthwhile: Callable[..., bool] = lambda *_: True
 
 
+class Settled(str):
+    """The name of a backend that was settled before the call: an op then asks nothing, and its result has no gradient.
+
+    Who settles it has seen that nobody looks on, that the tensors are plain, and that the backend serves them.
+    """
+
+
 def triton_launchers(package: str, name: str = "launchers") -> dict[str, Launchers]:
     """``<package>.triton.<name>``, or nothing where Triton cannot run: importing it would fail."""
     if backends.missing["triton"] is not None:
@@ -167,6 +174,8 @@ class Op:
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Runs the op. Arguments as in its schema."""
+        if type(backend) is Settled:
+            return self._results(self.backends[backend].forward(*args))
         watched_by = watcher()
         bar = barred(self._tensors(args), watched_by)
         name = self._select(backend, watched_by, bar, args)
@@ -179,10 +188,6 @@ class Op:
         if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.tensors):
             return OpFunction.apply(self, launchers, *args)
         return self._results(without_autocast(launchers.forward, *args))
-
-    def launch(self, name: str, *args: Any) -> Any:
-        """Runs the op forward on a backend that was settled before: it asks nothing and carries no gradient."""
-        return self._results(self.backends[name].forward(*args))
 
     def _tensors(self, args: Sequence[Any]) -> list[Tensor | None]:
         return [args[i] for i in self.tensors]

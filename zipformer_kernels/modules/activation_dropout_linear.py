@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.branch.plain import made_of
-from zipformer_kernels.modules.module import Module
+from zipformer_kernels.branch.plain import made_of, reads
+from zipformer_kernels.core.module import Module
 from zipformer_kernels.modules.scaled_init import ScaledLinear
+from zipformer_kernels.ops.swoosh import swoosh
 from zipformer_kernels.ops.swoosh_linear import swoosh_linear
 from zipformer_kernels.training import FloatLike
 from zipformer_kernels.training.randomness import number
@@ -57,6 +58,10 @@ class ActivationDropoutAndLinear(Module):
         mask = self._dropout_mask(x) if self.training else None
         return swoosh_linear(x, self.weight, self.bias, mask, ACTIVATIONS[self.activation])
 
+    def activated(self, x: Tensor) -> Tensor:
+        """What the product takes in eval mode: Swoosh(x)."""
+        return swoosh(x, ACTIVATIONS[self.activation])
+
     def _dropout_mask(self, x: Tensor) -> Tensor | None:
         """0 or 1 / (1 - p), in the default dtype; shaped like x, but of size 1 along a shared dimension."""
         p = number(self.dropout_p)
@@ -66,3 +71,6 @@ class ActivationDropoutAndLinear(Module):
         if self.dropout_shared_dim is not None:
             shape[self.dropout_shared_dim] = 1
         return (torch.rand(shape, device=x.device, dtype=x.dtype) > p) * (1.0 / (1.0 - p))
+
+
+reads(ActivationDropoutAndLinear, "activation")

@@ -7,15 +7,15 @@ import copy
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipformer_kernels.branch.plain import made_of
+from zipformer_kernels.branch.branch import Branch
+from zipformer_kernels.branch.plain import made_of, takes
 from zipformer_kernels.core.call import being_traced
 from zipformer_kernels.core.joint import split
-from zipformer_kernels.core.launch import few_rows
-from zipformer_kernels.modules.inference import add_product
-from zipformer_kernels.modules.module import Module
+from zipformer_kernels.core.module import Module
+from zipformer_kernels.core.op import Settled
 from zipformer_kernels.modules.scaled_init import ScaledLinear
-from zipformer_kernels.modules.streaming import average_chunk, check_cache, join_cache
-from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, aggregate
+from zipformer_kernels.modules.streaming import average, average_chunk, check_cache, join_cache
+from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, aggregate, attention_weights, stores
 from zipformer_kernels.ops.sizes import split_last
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
 from zipformer_kernels.training.randomness import happens, logging_draw
@@ -30,7 +30,7 @@ def given_mask(
     mask: Tensor | ChunkMask | None, x: Tensor, module: nn.Module, *kinds: type[nn.Module]
 ) -> Tensor | ChunkMask | None:
     """The mask as a module takes it: those classes of ours take a rule, all else a tensor, for the frames of x."""
-    if not isinstance(mask, ChunkMask) or (type(module) in kinds and "forward" not in module.__dict__):
+    if not isinstance(mask, ChunkMask) or takes(module, *kinds):
         return mask
     return mask.materialize(x.shape[0], x.device)
 
@@ -38,7 +38,12 @@ def given_mask(
 POS_EMB_SKIP_RATE = ScheduledFloat((0.0, 0.5), (4000.0, 0.0))
 
 
-@made_of()  # `handle` calls all parts
+@made_of(
+    {"copy_query": nn.Identity, "copy_pos_query": nn.Identity, "balance_keys": Balancer, "whiten_keys": Whiten},
+    calls_parts=True,  # `handle` does
+    in_proj=nn.Linear,
+    linear_pos=nn.Linear,
+)
 class RelPositionMultiheadAttentionWeights(Module):
     """Multi-head attention weights with relative positions, W = softmax(s), for several modules to share.
 
@@ -175,9 +180,55 @@ class RelPositionMultiheadAttentionWeights(Module):
         k, cached_key = join_cache("cached_key", cached_key, k, left_context_len, dim=0)
         return self._weights(q, k, p, pos_emb, key_padding_mask), cached_key
 
+    def tensor(
+        self,
+        backend: Settled,
+        x: Tensor,
+        pos_emb: Tensor,
+        key_padding_mask: Tensor | None = None,
+        attn_mask: Tensor | ChunkMask | None = None,
+        cached_key: Tensor | None = None,
+        left_context_len: int = 0,
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """The weights themselves, without gradients and calls of parts, on a backend that was settled.
+
+        Args:
+            x, pos_emb, key_padding_mask, attn_mask: as of `forward`, or of `streaming_forward`.
+            cached_key, left_context_len: in a stream.
+
+        Returns:
+            (heads, batch, T, L + T), and the next `cached_key`; or None where they are too large to be stored.
+        """
+        frames, batch, _ = x.shape
+        if not stores(self.num_heads, batch, frames, left_context_len + frames, x.dtype):
+            return None
+        q, k, p = self._split(F.linear(x, self.in_proj.weight, self.in_proj.bias))
+        if cached_key is not None:
+            k, cached_key = join_cache("cached_key", cached_key, k, left_context_len, dim=0)
+        self._check_positions(pos_emb, frames, k.shape[0])
+        e = F.linear(pos_emb, self.linear_pos.weight)
+        q, k, p, e = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, p, e))
+        e = e[0] if e.shape[0] == 1 else e
+        return attention_weights(q, k, p, e, key_padding_mask, attn_mask, backend=backend), cached_key
+
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return split(self.in_proj(x), self._widths())
+
+    def _split(self, projected: Tensor) -> tuple[Tensor, ...]:
+        return projected.split(self._widths(), dim=2)
+
+    def _widths(self) -> list[int]:
         query_dim, pos_dim = self.num_heads * self.query_head_dim, self.num_heads * self.pos_head_dim
-        return split(self.in_proj(x), [query_dim, query_dim, pos_dim])
+        return [query_dim, query_dim, pos_dim]
+
+    @staticmethod
+    def _check_positions(pos_emb: Tensor, targets: int, sources: int) -> None:
+        offsets = targets + sources - 1
+        if pos_emb.shape[1] != offsets:
+            raise ValueError(
+                f"pos_emb: wanted {offsets} offsets for {targets} frames over {sources} keys, "
+                f"got {tuple(pos_emb.shape)}"
+            )
 
     def _weights(
         self,
@@ -194,12 +245,7 @@ class RelPositionMultiheadAttentionWeights(Module):
         q, k, p = (split_last(x, self.num_heads) for x in (q, k, p))
         if pos_emb is None:
             return AttentionWeights(q, k, None, None, key_padding_mask, attn_mask, penalty, limit)
-        offsets = q.shape[0] + k.shape[0] - 1
-        if pos_emb.shape[1] != offsets:
-            raise ValueError(
-                f"pos_emb: wanted {offsets} offsets for {q.shape[0]} frames over {k.shape[0]} keys, "
-                f"got {tuple(pos_emb.shape)}"
-            )
+        self._check_positions(pos_emb, q.shape[0], k.shape[0])
         if pos_emb.shape[0] == 1 and being_traced():  # to flatten 1 x n rows ties torch.export to some lengths
             pos_emb = pos_emb[0]
         e = split_last(self.linear_pos(pos_emb), self.num_heads)
@@ -208,7 +254,7 @@ class RelPositionMultiheadAttentionWeights(Module):
 
 
 @made_of({"whiten": Whiten}, in_proj=nn.Linear, out_proj=nn.Linear)
-class SelfAttention(Module):
+class SelfAttention(Branch):
     """Averages values, linear in x, with given attention weights, and projects back.
 
     Args:
@@ -216,6 +262,9 @@ class SelfAttention(Module):
         num_heads: heads of the weights.
         value_head_dim: channels of the values, per head.
     """
+
+    defers_bias = False  # values are read by a product
+    takes_handles = True
 
     def __init__(self, embed_dim: int, num_heads: int, value_head_dim: int) -> None:
         super().__init__()
@@ -238,12 +287,7 @@ class SelfAttention(Module):
         Returns:
             (T, batch, embed_dim).
         """
-        return self.whiten(self.out_proj(aggregate(attn_weights, self.in_proj(x))))
-
-    def add_to(self, src: Tensor, attn_weights: AttentionWeights | Tensor, over: bool) -> Tensor:
-        """src + self(src, attn_weights) in inference; see `zipformer_kernels.modules.inference`."""
-        average = aggregate(attn_weights, self.in_proj(src))
-        return add_product(src, average, self.out_proj.weight, self.out_proj.bias, over)
+        return self.whiten(self.out_proj(self.middle(self.in_proj(x), None, attn_weights)[0]))
 
     def streaming_forward(
         self, x: Tensor, attn_weights: AttentionWeights | Tensor, cached_val: Tensor, left_context_len: int
@@ -259,15 +303,43 @@ class SelfAttention(Module):
         Returns:
             (T, batch, embed_dim), and the next `cached_val`.
         """
-        values, cached_val = join_cache("cached_val", cached_val, self.in_proj(x), left_context_len, dim=0)
-        return self.out_proj(aggregate(attn_weights, values)), cached_val
+        x, cached_val = self.middle(self.in_proj(x), cached_val, attn_weights, left_context_len)
+        return self.out_proj(x), cached_val
 
-    def add_chunk_to(
-        self, src: Tensor, attn_weights: AttentionWeights | Tensor, cached_val: Tensor, left_context_len: int
-    ) -> tuple[Tensor, Tensor]:
-        """src + self.streaming_forward(src, ...) in inference, and the next `cached_val`."""
-        if not few_rows(src):
-            x, cached_val = self.streaming_forward(src, attn_weights, cached_val, left_context_len)
-            return src + x, cached_val
-        check_cache("cached_val", cached_val, left_context_len, dim=0)
-        return average_chunk(self, src, attn_weights, cached_val, gated=False)
+    def middle(
+        self,
+        hidden: Tensor,
+        state: Tensor | None,
+        attn_weights: AttentionWeights | Tensor,
+        left_context_len: int = 0,
+    ) -> tuple[Tensor, Tensor | None]:
+        if state is not None:
+            hidden, state = join_cache("cached_val", state, hidden, left_context_len, dim=0)
+        return aggregate(attn_weights, hidden), state
+
+    def in_place(
+        self,
+        backend: Settled,
+        hidden: Tensor,
+        state: Tensor | None,
+        attn_weights: AttentionWeights | Tensor,
+        left_context_len: int = 0,
+    ) -> tuple[Tensor, Tensor | None]:
+        if not isinstance(attn_weights, Tensor):
+            return self.middle(hidden, state, attn_weights, left_context_len)
+        if state is not None:
+            hidden, state = join_cache("cached_val", state, hidden, left_context_len, dim=0)
+        return average(attn_weights, hidden), state
+
+    def one_kernel(
+        self,
+        backend: Settled,
+        src: Tensor,
+        state: Tensor | None,
+        attn_weights: AttentionWeights | Tensor,
+        left_context_len: int = 0,
+    ) -> tuple[Tensor, Tensor] | None:
+        if state is None:
+            return None
+        check_cache("cached_val", state, left_context_len, dim=0)
+        return average_chunk(backend, self, src, attn_weights, state, gated=False)

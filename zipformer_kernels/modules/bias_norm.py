@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.branch.plain import made_of
-from zipformer_kernels.modules.module import Module
+from zipformer_kernels.core.module import Module
+from zipformer_kernels.core.op import Settled
 from zipformer_kernels.ops.bias_norm import bias_norm
 from zipformer_kernels.training import FloatLike, limit_param_value
 from zipformer_kernels.training.randomness import number
@@ -55,3 +56,7 @@ class BiasNorm(Module):
             self.log_scale, number(self.log_scale_min), number(self.log_scale_max), training=self.training
         )
         return bias_norm(x, self.bias, log_scale, self.channel_dim)
+
+    def settled(self, backend: Settled, x: Tensor) -> Tensor:
+        """`forward` without gradients, on a backend that was settled; x as there."""
+        return bias_norm(x, self.bias, self.log_scale, self.channel_dim, backend=backend)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.branch.plain import made_of
-from zipformer_kernels.modules.inference import only_computes
-from zipformer_kernels.modules.module import Module
+from zipformer_kernels.core.module import Module
 from zipformer_kernels.ops.bypass import bypass
 from zipformer_kernels.training import FloatLike, ScheduledFloat, limit_param_value
 from zipformer_kernels.training.randomness import number
@@ -48,15 +47,7 @@ class BypassModule(Module):
 
     def forward(self, src_orig: Tensor, src: Tensor) -> Tensor:
         """Both inputs and the result are (T, batch, embed_dim)."""
-        if not self.training and only_computes(src, src_orig, self.bypass_scale):
-            return torch.lerp(src_orig, src, self.bypass_scale)  # one pass in place of three
         return bypass(src_orig, src, self._scale(src.shape[1]))
-
-    def write_over(self, src_orig: Tensor, src: Tensor) -> Tensor:
-        """self(src_orig, src) in inference, in the place of src."""
-        if not only_computes(src, src_orig, self.bypass_scale):
-            return self(src_orig, src)
-        return torch.lerp(src_orig, src, self.bypass_scale, out=src)
 
     def _scale(self, batch: int) -> Tensor:
         """c, as (channels,) or, with sequences skipped at random, as (batch, channels)."""

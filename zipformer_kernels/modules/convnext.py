@@ -12,7 +12,7 @@ from zipformer_kernels.branch.plain import convolution, depthwise, made_of, plai
 from zipformer_kernels.branch.recompute import pointwise_branch
 from zipformer_kernels.core.autograd import gradient_hook
 from zipformer_kernels.core.call import autocast_dtype, watcher
-from zipformer_kernels.modules.module import Module
+from zipformer_kernels.core.module import Module
 from zipformer_kernels.modules.scaled_init import ScaledConv2d
 from zipformer_kernels.modules.swoosh import SwooshL
 from zipformer_kernels.ops.depthwise_conv2d import depthwise_conv2d

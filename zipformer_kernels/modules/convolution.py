@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipformer_kernels.branch.plain import Way, depthwise, made_of, matches, plain_module, plain_part
+from zipformer_kernels.branch.branch import Branch
+from zipformer_kernels.branch.plain import depthwise, made_of, matches, plain_part
 from zipformer_kernels.core.joint import split
-from zipformer_kernels.core.launch import few_rows
+from zipformer_kernels.core.module import Module
+from zipformer_kernels.core.op import Settled
 from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
-from zipformer_kernels.modules.inference import add_product, only_computes
-from zipformer_kernels.modules.module import Module
 from zipformer_kernels.modules.streaming import join_cache
 from zipformer_kernels.ops.conv_module import chunk_conv_module, conv_module, infer_conv_module
 from zipformer_kernels.ops.conv_module.reference import chunk_convolution, chunk_factors
@@ -89,19 +86,19 @@ class ChunkCausalDepthwiseConv1d(Module):
         return within + self.causal_conv(joined), cache
 
 
-def _causal_or_not(module: nn.Module, way: int) -> bool:
+def _causal_or_not(module: nn.Module, when: int) -> bool:
     """Expects either of the convolutions that a module can have."""
     if type(module) is ChunkCausalDepthwiseConv1d:
-        return matches(module, ChunkCausalDepthwiseConv1d, way)
-    return _plain_depthwise(module, way)
+        return matches(module, ChunkCausalDepthwiseConv1d, when)
+    return _plain_depthwise(module, when)
 
 
 _plain_depthwise = depthwise(nn.Conv1d)
 
 
-def _swoosh_r(module: nn.Module, way: int) -> bool:
+def _swoosh_r(module: nn.Module, when: int) -> bool:
     """Expects the activation that kernels of the whole module have."""
-    return matches(module, ActivationDropoutAndLinear, way) and module.activation == "SwooshR"
+    return matches(module, ActivationDropoutAndLinear, when) and module.activation == "SwooshR"
 
 
 @made_of(
@@ -117,7 +114,7 @@ def _swoosh_r(module: nn.Module, way: int) -> bool:
     depthwise_conv=_causal_or_not,
     out_proj=_swoosh_r,
 )
-class ConvolutionModule(Module):
+class ConvolutionModule(Branch):
     """Linear with a sigmoid gate, zeros on padding, depthwise convolution, SwooshR, linear.
 
     Args:
@@ -181,37 +178,10 @@ class ConvolutionModule(Module):
         """
         if chunk_size >= 0 and not self.causal:
             raise ValueError(f"chunk_size: {chunk_size} needs a module made with causal=True")
-        x = self._convolve(x, src_key_padding_mask, chunk_size)
-        x = self.balancer2(x.permute(1, 2, 0)).permute(2, 0, 1)
-        return self.out_proj(self.whiten(x))
-
-    def add_to(self, src: Tensor, src_key_padding_mask: Tensor | None, chunk_size: int = -1, *, over: bool) -> Tensor:
-        """src + self(src, ...) in inference; see `zipformer_kernels.modules.inference`."""
-        x, _ = self._infer(src, src_key_padding_mask, chunk_size=chunk_size)
-        return add_product(src, x, self.out_proj.weight, self.out_proj.bias, over)
-
-    def _infer(self, x: Tensor, padding: Tensor | None, **where: Any) -> tuple[Tensor, Tensor | None]:
-        """All but the last product, and the next left context; `where` as of `infer_conv_module`."""
-        _check_padding(padding, x)
-        parameters = _parameters_of(self.depthwise_conv)
-        projected = F.linear(x, self.in_proj.weight)
-        return infer_conv_module(projected, self.in_proj.bias, *parameters, key_padding_mask=padding, **where)
-
-    def _convolve(self, x: Tensor, padding: Tensor | None, chunk_size: int) -> Tensor:
-        """Gate, zeros on padding and convolution, (T, batch, channels): one op, where it may leave out all calls."""
-        projected = self.in_proj(x)
-        x, s = split(projected, [projected.shape[2] // 2] * 2)
-        _check_padding(padding, x)
-        s = self.balancer1(s)
-        x = self.activation1(x)
-        conv = self.depthwise_conv
-        if not all(plain_part(self, name) for name in ("sigmoid", "activation2", "depthwise_conv")):
-            x = _gated(self.activation2(x * self.sigmoid(s)), padding)
-            x = conv(x) if chunk_size < 0 else conv(x, chunk_size=chunk_size)
-            return compact(x.permute(2, 0, 1))
-        if isinstance(conv, ChunkCausalDepthwiseConv1d):
-            return chunk_conv_module(x, s, *_parameters_of(conv), chunk_size, padding)
-        return conv_module(x, s, conv.weight, conv.bias, padding)
+        hidden = self.in_proj(x)
+        return self.out_proj(
+            self.middle(hidden, None, src_key_padding_mask=src_key_padding_mask, chunk_size=chunk_size)[0]
+        )
 
     def streaming_forward(self, x: Tensor, cache: Tensor, src_key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
         """One chunk of a stream.
@@ -224,30 +194,84 @@ class ConvolutionModule(Module):
         Returns:
             (T, batch, channels), and the next `cache`.
         """
+        x, cache = self.middle(self.in_proj(x), cache, src_key_padding_mask=src_key_padding_mask)
+        return self.out_proj(x), cache
+
+    def middle(
+        self, hidden: Tensor, state: Tensor | None, *, src_key_padding_mask: Tensor | None, chunk_size: int = -1
+    ) -> tuple[Tensor, Tensor | None]:
+        if state is None:
+            x = self._convolve(hidden, src_key_padding_mask, chunk_size)
+            return self.whiten(self.balancer2(x.permute(1, 2, 0)).permute(2, 0, 1)), None
         if not self.causal:
             raise ValueError("a stream needs a module made with causal=True")
-        if only_computes(x) and plain_module(self, ConvolutionModule, Way.CHUNK):
-            if cache.shape[2] != self.depthwise_conv.kernel_size // 2:
-                raise ValueError(
-                    f"cache: wanted {self.depthwise_conv.kernel_size // 2} frames, got {tuple(cache.shape)}"
-                )
-            x, cache = self._infer(x, src_key_padding_mask, left=cache.contiguous())
-            return F.linear(x, self.out_proj.weight, self.out_proj.bias), cache
-        x, s = self.in_proj(x).chunk(2, dim=2)
+        x, s = hidden.chunk(2, dim=2)
         _check_padding(src_key_padding_mask, x)
         x = _gated(x * self.sigmoid(s), src_key_padding_mask)
-        x, cache = self.depthwise_conv.streaming_forward(x, cache=cache)
-        return self.out_proj(x.permute(2, 0, 1)), cache
+        x, state = self.depthwise_conv.streaming_forward(x, cache=state)
+        return x.permute(2, 0, 1), state
 
-    def add_chunk_to(self, src: Tensor, cache: Tensor, src_key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """src + self.streaming_forward(src, ...) in inference, and the next `cache`."""
-        if not few_rows(src) or not self.causal:
-            x, cache = self.streaming_forward(src, cache, src_key_padding_mask)
-            return src + x, cache
+    def activated(self, x: Tensor) -> Tensor:
+        return self.out_proj.activated(x)
+
+    def in_place(
+        self,
+        backend: Settled,
+        hidden: Tensor,
+        state: Tensor | None,
+        *,
+        src_key_padding_mask: Tensor | None,
+        chunk_size: int = -1,
+    ) -> tuple[Tensor, Tensor | None]:
+        self._check(hidden, state, src_key_padding_mask, chunk_size)
+        where = {"chunk_size": chunk_size} if state is None else {"left": state.contiguous()}
+        conv = _parameters_of(self.depthwise_conv)
+        masked = {"key_padding_mask": src_key_padding_mask, **where}
+        return infer_conv_module(hidden, self.in_proj.bias, *conv, **masked, backend=backend)
+
+    def one_kernel(
+        self,
+        backend: Settled,
+        src: Tensor,
+        state: Tensor | None,
+        *,
+        src_key_padding_mask: Tensor | None,
+        chunk_size: int = -1,
+    ) -> tuple[Tensor, Tensor] | None:
+        if state is None:
+            return None
+        self._check(src, state, src_key_padding_mask, chunk_size)
         first, last, conv = self.in_proj, self.out_proj, self.depthwise_conv.parameters_of_op()
-        return stream_conv_module(
-            src, first.weight, first.bias, cache, *conv, src_key_padding_mask, last.weight, last.bias
-        )
+        inside = first.weight, first.bias, state, *conv, src_key_padding_mask
+        return stream_conv_module(src, *inside, last.weight, last.bias, backend=backend)
+
+    def _check(self, x: Tensor, state: Tensor | None, padding: Tensor | None, chunk_size: int) -> None:
+        """Raises what the modules would."""
+        _check_padding(padding, x)
+        if chunk_size >= 0 and not self.causal:
+            raise ValueError(f"chunk_size: {chunk_size} needs a module made with causal=True")
+        if state is None:
+            return
+        if not self.causal:
+            raise ValueError("a stream needs a module made with causal=True")
+        if state.shape[2] != self.depthwise_conv.kernel_size // 2:
+            wanted = self.depthwise_conv.kernel_size // 2
+            raise ValueError(f"cache: wanted {wanted} frames along dimension 2, got {tuple(state.shape)}")
+
+    def _convolve(self, projected: Tensor, padding: Tensor | None, chunk_size: int) -> Tensor:
+        """Gate, zeros on padding and convolution, (T, batch, channels): one op, where it may leave out all calls."""
+        x, s = split(projected, [projected.shape[2] // 2] * 2)
+        _check_padding(padding, x)
+        s = self.balancer1(s)
+        x = self.activation1(x)
+        conv = self.depthwise_conv
+        if not all(plain_part(self, name) for name in ("sigmoid", "activation2", "depthwise_conv")):
+            x = _gated(self.activation2(x * self.sigmoid(s)), padding)
+            x = conv(x) if chunk_size < 0 else conv(x, chunk_size=chunk_size)
+            return compact(x.permute(2, 0, 1))
+        if isinstance(conv, ChunkCausalDepthwiseConv1d):
+            return chunk_conv_module(x, s, *_parameters_of(conv), chunk_size, padding)
+        return conv_module(x, s, conv.weight, conv.bias, padding)
 
 
 def _parameters_of(conv: nn.Module) -> tuple[Tensor | None, ...]:

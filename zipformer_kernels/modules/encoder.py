@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zipformer_kernels.core.module import Module
 from zipformer_kernels.modules.attention import given_mask
 from zipformer_kernels.modules.layer import ZipformerEncoderLayer
-from zipformer_kernels.modules.module import Module
 from zipformer_kernels.modules.resample import SimpleDownsample
 from zipformer_kernels.modules.stack import STATES_PER_LAYER, DownsampledZipformerEncoder, ZipformerEncoder
 from zipformer_kernels.ops.attention import ChunkMask

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zipformer_kernels.branch.branch import Branch
 from zipformer_kernels.branch.plain import made_of
-from zipformer_kernels.core.launch import few_rows
+from zipformer_kernels.core.op import Settled
 from zipformer_kernels.modules.activation_dropout_linear import ACTIVATIONS, ActivationDropoutAndLinear
-from zipformer_kernels.modules.inference import add_product
-from zipformer_kernels.modules.module import Module
 from zipformer_kernels.ops.swoosh import swoosh_
 from zipformer_kernels.ops.swoosh_linear import infer_feed_forward
 from zipformer_kernels.training import Balancer, FloatLike, Whiten, whitening_schedule
 
 
 @made_of(in_proj=nn.Linear, hidden_balancer=Balancer, out_proj=ActivationDropoutAndLinear, out_whiten=Whiten)
-class FeedforwardModule(Module):
+class FeedforwardModule(Branch):
     """Linear, SwooshL, dropout with a mask shared over time, linear.
 
     Args:
@@ -51,13 +49,19 @@ class FeedforwardModule(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """From (T, batch, embed_dim) to the same shape."""
-        return self.out_whiten(self.out_proj(self.hidden_balancer(self.in_proj(x))))
+        return self.out_whiten(self.out_proj(self.middle(self.in_proj(x), None)[0]))
 
-    def add_to(self, src: Tensor, over: bool) -> Tensor:
-        """src + self(src) in inference; see `zipformer_kernels.modules.inference`."""
+    def middle(self, hidden: Tensor, state: None) -> tuple[Tensor, None]:
+        return self.hidden_balancer(hidden), None
+
+    def activated(self, x: Tensor) -> Tensor:
+        return self.out_proj.activated(x)
+
+    def in_place(self, backend: Settled, hidden: Tensor, state: None) -> tuple[Tensor, None]:
+        kind = ACTIVATIONS[self.out_proj.activation]
+        return swoosh_(hidden, kind, self.in_proj.bias, backend=backend), None
+
+    def one_kernel(self, backend: Settled, src: Tensor, state: None) -> tuple[Tensor, None]:
         first, last = self.in_proj, self.out_proj
-        activation = ACTIVATIONS[last.activation]
-        if few_rows(src):
-            return infer_feed_forward(src, first.weight, first.bias, last.weight, last.bias, activation)
-        hidden = swoosh_(F.linear(src, first.weight), activation, first.bias)
-        return add_product(src, hidden, last.weight, last.bias, over)
+        weights = first.weight, first.bias, last.weight, last.bias
+        return infer_feed_forward(src, *weights, ACTIVATIONS[last.activation], backend=backend), None

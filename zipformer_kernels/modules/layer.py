@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Set
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.branch.plain import NONE, Way, made_of, plain_module, plain_parts
-from zipformer_kernels.core.launch import few_rows
+from zipformer_kernels.branch.plain import made_of, plain_module
+from zipformer_kernels.branch.run import Run, State
+from zipformer_kernels.core.module import Module
 from zipformer_kernels.modules.attention import RelPositionMultiheadAttentionWeights, SelfAttention, given_mask
 from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.bypass import BypassModule
 from zipformer_kernels.modules.convolution import ConvolutionModule
 from zipformer_kernels.modules.feedforward import FeedforwardModule
-from zipformer_kernels.modules.inference import only_computes
-from zipformer_kernels.modules.module import Module
 from zipformer_kernels.modules.nonlin_attention import NonlinAttention
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, constant_attention
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
-from zipformer_kernels.training.randomness import happens, keeps_all, number
+from zipformer_kernels.training.randomness import happens, keeps_all
 
 DYNAMIC_SKIP_RATE = ScheduledFloat((0.0, 0.2), (4000.0, 0.05), (16000, 0.0), default=0)
 CONST_ATTENTION_RATE = ScheduledFloat((0.0, 0.25), (4000.0, 0.025), default=0)
@@ -40,6 +38,7 @@ BYPASS_SKIP_RATE = ScheduledFloat((0.0, 0.5), (4000.0, 0.02), default=0)
     },
     bypass=BypassModule,
     bypass_mid=BypassModule,
+    self_attn_weights=RelPositionMultiheadAttentionWeights,
     self_attn1=SelfAttention,
     self_attn2=SelfAttention,
     feed_forward1=FeedforwardModule,
@@ -197,130 +196,92 @@ class ZipformerEncoderLayer(Module):
         Returns:
             (T, batch, embed_dim).
         """
-        return self._run(src, pos_emb, chunk_size, attn_mask, src_key_padding_mask)
+        return self._run_offline(src, pos_emb, attn_mask, src_key_padding_mask, {"chunk_size": chunk_size})
 
-    def _run(
+    def _run_offline(
         self,
         src: Tensor,
         pos_emb: Tensor,
-        chunk_size: int | None,
         attn_mask: Tensor | ChunkMask | None,
         src_key_padding_mask: Tensor | None,
+        chunks: dict[str, int],
         time_emb: Tensor | None = None,
     ) -> Tensor:
         """`forward`, and that of `TimedEncoderLayer`, where there are no chunks but an embedding of the time."""
         attn_mask = given_mask(attn_mask, src, self.self_attn_weights, RelPositionMultiheadAttentionWeights)
-        fused = plain_parts(self, Way.INFERENCE) if not self.training and only_computes(src) else NONE
-        src_orig = src
+        mask = attn_mask if isinstance(attn_mask, Tensor) else None
+        run = Run(self, src, (pos_emb, mask, src_key_padding_mask, time_emb))
         # A rate is read before its module runs, so that numbers are drawn in upstream's order.
-        attention_skip_rate = self._rate(self.attention_skip_rate)
-        attention = self.self_attn_weights
-        plain = plain_module(attention, RelPositionMultiheadAttentionWeights)
-        weights = (attention.handle if plain else attention)(
-            src, pos_emb=pos_emb, attn_mask=attn_mask, key_padding_mask=src_key_padding_mask
-        )
-        src = src if time_emb is None else src + time_emb
-        src = self._add(src, "feed_forward1", fused=fused, over=False)
+        skip_rate = run.rate(self.attention_skip_rate)
+        masks = {"attn_mask": attn_mask, "key_padding_mask": src_key_padding_mask}
+        weights = self._weights(run, src, pos_emb, masks)
+        return self._run(run, src, weights, src_key_padding_mask, skip_rate, chunks, time_emb)
+
+    def _run(
+        self,
+        run: Run,
+        src: Tensor,
+        weights: AttentionWeights | Tensor,
+        padding: Tensor | None,
+        attention_skip_rate: float = 0.0,
+        chunks: dict[str, int] | None = None,
+        time_emb: Tensor | None = None,
+    ) -> Tensor:
+        """All that comes after the attention weights, offline, in training, and on a chunk of a stream."""
+        src_orig = src
+        src = run.add("feed_forward1", self._timed(src, time_emb))
 
         mask = self.get_sequence_dropout_mask(src, attention_skip_rate)
-        first_head = self._given_to("nonlin_attention", self._first_head(weights))
-        src = self._add(src, "nonlin_attention", first_head, fused=fused, balancer="balancer_na", mask=mask)
-        src = self._add(src, "self_attn1", self._given_to("self_attn1", weights), fused=fused, mask=mask)
-        src = self._add_convolution(src, "conv_module1", fused, time_emb, chunk_size, src_key_padding_mask)
-        skip_rate = self._rate(self.ff2_skip_rate)
-        src = self._add(src, "feed_forward2", fused=fused, balancer="balancer_ff2", skip_rate=skip_rate)
+        first_head = self._first_head(run, weights)
+        src = run.add("nonlin_attention", src, first_head, balancer="balancer_na", mask=mask)
+        src = run.add("self_attn1", src, weights, mask=mask)
+        src = self._add_convolution(run, "conv_module1", src, time_emb, padding, chunks)
+        src = run.add("feed_forward2", src, balancer="balancer_ff2", skip=self.ff2_skip_rate)
 
-        over = "bypass_mid" in fused  # else who has seen its result may keep it
-        src = self.bypass_mid.write_over(src_orig, src) if over else self.bypass_mid(src_orig, src)
-        src = self._add(src, "self_attn2", self._given_to("self_attn2", weights), fused=fused, over=over, mask=mask)
-        src = self._add_convolution(src, "conv_module2", fused, time_emb, chunk_size, src_key_padding_mask)
-        skip_rate = self._rate(self.ff3_skip_rate)
-        src = self._add(src, "feed_forward3", fused=fused, balancer="balancer_ff3", skip_rate=skip_rate)
-        src = self._bypass(src_orig, self._watch(src, "balancer1", fused), fused)
-        return self._watch(self._watch(src, "balancer2", fused), "whiten", fused)
+        src = run.mix("bypass_mid", src_orig, src)
+        src = run.add("self_attn2", src, weights, mask=mask)
+        src = self._add_convolution(run, "conv_module2", src, time_emb, padding, chunks)
+        src = run.add("feed_forward3", src, balancer="balancer_ff3", skip=self.ff3_skip_rate)
 
-    def _first_head(self, weights: AttentionWeights | Tensor) -> AttentionWeights | Tensor:
+        src = run.normalise("norm", run.watch(src, "balancer1"))
+        return run.watch(run.mix("bypass", src_orig, src), "balancer2", "whiten")
+
+    def _weights(self, run: Run, src: Tensor, pos_emb: Tensor, masks: dict[str, Any]) -> AttentionWeights | Tensor:
+        """The attention weights of whole sequences."""
+        attention = self.self_attn_weights
+        if "self_attn_weights" in run.settled.fused:
+            made = run.settled.backend and attention.tensor(run.settled.backend, src, pos_emb, **masks)
+            return made[0] if made else attention.handle(src, pos_emb, **masks)
+        plain = plain_module(attention, RelPositionMultiheadAttentionWeights)
+        weights = (attention.handle if plain else attention)(src, pos_emb=pos_emb, **masks)
+        if isinstance(weights, Tensor):
+            run.check(weights)
+        return weights
+
+    def _first_head(self, run: Run, weights: AttentionWeights | Tensor) -> AttentionWeights | Tensor:
         """The weights for NonlinAttention: those of the first head, or, drawn in training, constant ones."""
-        constant = self.training == self.const_attention_in_training and happens(self.const_attention_rate)
+        draws = run.states is None and self.training == self.const_attention_in_training
+        constant = draws and happens(self.const_attention_rate)
         return constant_attention(weights[0:1]) if constant else weights[0:1]
 
     def _add_convolution(
         self,
-        src: Tensor,
+        run: Run,
         name: str,
-        fused: Set[str],
+        src: Tensor,
         time_emb: Tensor | None,
-        chunk_size: int | None,
         padding: Tensor | None,
+        chunks: dict[str, int] | None,
     ) -> Tensor:
         """src plus what a convolution module makes of it and of the time, if the layer has convolution modules."""
         if not self.use_conv:
             return src
-        skip_rate = self._rate(self.conv_skip_rate)
-        src = src if time_emb is None else src + time_emb
-        chunks = {} if chunk_size is None else {"chunk_size": chunk_size}
-        return self._add(src, name, fused=fused, skip_rate=skip_rate, src_key_padding_mask=padding, **chunks)
+        settings = {"src_key_padding_mask": padding, **(chunks or {})}
+        return run.add(name, self._timed(src, time_emb), skip=self.conv_skip_rate, **settings)
 
-    def _add(
-        self,
-        src: Tensor,
-        name: str,
-        *args: Any,
-        fused: Set[str],
-        over: bool = True,
-        balancer: str | None = None,
-        mask: Tensor | None = None,
-        skip_rate: float = 0.0,
-        **kwargs: Any,
-    ) -> Tensor:
-        """src plus what a module makes of it, in a new tensor or in the place of src.
-
-        Args:
-            src: (T, batch, embed_dim).
-            name: the module's.
-            *args, **kwargs: its other arguments.
-            fused: the names of the parts whose calls may be left out.
-            over: whether src may be overwritten then.
-            balancer: the name of the balancer of its result.
-            mask, skip_rate: which sequences it is added to, (batch, 1); or how often one is not.
-        """
-        module = getattr(self, name)
-        if name in fused and (balancer is None or balancer in fused):
-            return module.add_to(src, *args, over=over, **kwargs)
-        branch = module(src, *args, **kwargs)
-        if balancer is not None:
-            branch = getattr(self, balancer)(branch)
-        if skip_rate != 0.0:
-            mask = self.get_sequence_dropout_mask(branch, skip_rate)
-        return src + branch if mask is None else torch.addcmul(src, branch, mask)
-
-    def _add_chunk(self, src: Tensor, name: str, *args: Any, fused: Set[str], **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """src plus what a module makes of it and of its left context, and the next left context; else as `_add`."""
-        module = getattr(self, name)
-        if name in fused:
-            return module.add_chunk_to(src, *args, **kwargs)
-        branch, cache = module.streaming_forward(src, *args, **kwargs)
-        return src + branch, cache
-
-    def _watch(self, src: Tensor, name: str, fused: Set[str]) -> Tensor:
-        """src behind a module that changes nothing but gradients."""
-        return src if name in fused else getattr(self, name)(src)
-
-    def _bypass(self, src_orig: Tensor, src: Tensor, fused: Set[str]) -> Tensor:
-        """The norm and the bypass around the layer."""
-        src = self.norm(src)
-        if "norm" in fused and "bypass" in fused:
-            return self.bypass.write_over(src_orig, src)
-        return self.bypass(src_orig, src)
-
-    def _given_to(self, name: str, weights: AttentionWeights | Tensor) -> AttentionWeights | Tensor:
-        """The weights as a module takes them: classes and functions in the place of ours want a tensor."""
-        module = getattr(self, name)
-        takes_handles = type(module) in (SelfAttention, NonlinAttention) and "forward" not in module.__dict__
-        return weights if takes_handles or isinstance(weights, Tensor) else weights.materialize()
-
-    def _rate(self, schedule: FloatLike) -> float:
-        return number(schedule) if self.training else 0.0
+    @staticmethod
+    def _timed(src: Tensor, time_emb: Tensor | None) -> Tensor:
+        return src if time_emb is None else src + time_emb
 
     def streaming_forward(
         self,
@@ -351,44 +312,26 @@ class ZipformerEncoderLayer(Module):
         Returns:
             (T, batch, embed_dim), and the next six caches, in the order of the arguments.
         """
-        src_orig = src
         padding = None if src_key_padding_mask is None else src_key_padding_mask[:, left_context_len:]
-        weights, cached_key = self.self_attn_weights.streaming_forward(
-            src,
-            pos_emb=pos_emb,
-            cached_key=cached_key,
-            left_context_len=left_context_len,
-            key_padding_mask=src_key_padding_mask,
-        )
-        fused = plain_parts(self, Way.CHUNK) if only_computes(src) else NONE
-        if fused and few_rows(src):  # every use would ask for the tensor
-            weights = weights.materialize() if isinstance(weights, AttentionWeights) else weights
-        length = {"left_context_len": left_context_len}
-        src = self._add(src, "feed_forward1", fused=fused, over=False)
-        given = self._given_to("nonlin_attention", weights[0:1])
-        src, cached_nonlin_attn = self._add_chunk(
-            src, "nonlin_attention", given, cached_x=cached_nonlin_attn, fused=fused, **length
-        )
-        given = self._given_to("self_attn1", weights)
-        src, cached_val1 = self._add_chunk(
-            src, "self_attn1", attn_weights=given, cached_val=cached_val1, fused=fused, **length
-        )
-        src, cached_conv1 = self._add_chunk(
-            src, "conv_module1", cache=cached_conv1, src_key_padding_mask=padding, fused=fused
-        )
-        src = self._add(src, "feed_forward2", fused=fused)
-        over = "bypass_mid" in fused  # else who has seen its result may keep it
-        src = self.bypass_mid.write_over(src_orig, src) if over else self.bypass_mid(src_orig, src)
-        given = self._given_to("self_attn2", weights)
-        src, cached_val2 = self._add_chunk(
-            src, "self_attn2", attn_weights=given, cached_val=cached_val2, fused=fused, **length
-        )
-        src, cached_conv2 = self._add_chunk(
-            src, "conv_module2", cache=cached_conv2, src_key_padding_mask=padding, fused=fused
-        )
-        src = self._add(src, "feed_forward3", fused=fused)
-        src = self._bypass(src_orig, src, fused)
-        return src, cached_key, cached_nonlin_attn, cached_val1, cached_val2, cached_conv1, cached_conv2
+        left = {"left_context_len": left_context_len}
+        states = {
+            "nonlin_attention": State("cached_x", cached_nonlin_attn, left),
+            "self_attn1": State("cached_val", cached_val1, left),
+            "self_attn2": State("cached_val", cached_val2, left),
+            "conv_module1": State("cache", cached_conv1, {}),
+            "conv_module2": State("cache", cached_conv2, {}),
+        }
+        run = Run(self, src, (pos_emb, cached_key, src_key_padding_mask), states)
+        attention, made = self.self_attn_weights, None
+        key = {"cached_key": cached_key, "left_context_len": left_context_len, "key_padding_mask": src_key_padding_mask}
+        if "self_attn_weights" in run.settled.fused and run.settled.backend is not None:
+            made = attention.tensor(run.settled.backend, src, pos_emb, **key)
+        weights, cached_key = made or attention.streaming_forward(src, pos_emb=pos_emb, **key)
+        if made is None and isinstance(weights, Tensor):
+            run.check(weights)
+        src = self._run(run, src, weights, padding)
+        following = ("nonlin_attention", "self_attn1", "self_attn2", "conv_module1", "conv_module2")
+        return src, cached_key, *(states[name].value for name in following)
 
     def get_sequence_dropout_mask(self, x: Tensor, dropout_rate: float) -> Tensor | None:
         """Which sequences of x, (T, batch, channels), to keep: (batch, 1) of 0 and 1, or None to keep all."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zipformer_kernels.branch.branch import Branch
 from zipformer_kernels.branch.plain import made_of, plain_part
 from zipformer_kernels.core.joint import split
-from zipformer_kernels.core.launch import few_rows
-from zipformer_kernels.modules.inference import add_product
-from zipformer_kernels.modules.module import Module
+from zipformer_kernels.core.op import Settled
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import average_chunk, check_cache, join_cache
 from zipformer_kernels.ops.attention import AttentionWeights, aggregate, merge_heads, split_heads
@@ -31,7 +29,7 @@ from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whiteni
     tanh=nn.Tanh,
     out_proj=nn.Linear,
 )
-class NonlinAttention(Module):
+class NonlinAttention(Branch):
     """out_proj((W (x * tanh(s))) * y), where s, x, y are the three thirds of in_proj(src).
 
     (Zipformer paper, arXiv:2310.11230, section 3.1, figure 3.)
@@ -40,6 +38,8 @@ class NonlinAttention(Module):
         channels: channels of src and of the result.
         hidden_channels: channels of each of s, x, y.
     """
+
+    takes_handles = True
 
     def __init__(self, channels: int, hidden_channels: int) -> None:
         super().__init__()
@@ -80,27 +80,7 @@ class NonlinAttention(Module):
         Returns:
             (T, batch, channels).
         """
-        return self.whiten2(self.out_proj(self.identity3(self._attend(x, attn_weights))))
-
-    def add_to(self, src: Tensor, attn_weights: AttentionWeights | Tensor, over: bool) -> Tensor:
-        """src + self(src, attn_weights) in inference; see `zipformer_kernels.modules.inference`."""
-        if isinstance(attn_weights, AttentionWeights) and not attn_weights.keeps:
-            x = self._attend(src, attn_weights)
-        else:
-            weights = attn_weights.materialize() if isinstance(attn_weights, AttentionWeights) else attn_weights
-            x = infer_nonlin_attention(F.linear(src, self.in_proj.weight), self.in_proj.bias, weights)
-        return add_product(src, x, self.out_proj.weight, self.out_proj.bias, over)
-
-    def _attend(self, x: Tensor, attn_weights: AttentionWeights | Tensor) -> Tensor:
-        """All but the last layer."""
-        s, x, y = split(self.in_proj(x), [self.hidden_channels] * 3)
-        s = self.balancer(s)
-        x = self.whiten1(x)
-        y = self.identity2(y)
-        gates = plain_part(self, "tanh") and plain_part(self, "identity1")
-        if gates and isinstance(attn_weights, AttentionWeights):
-            return nonlin_attention(attn_weights, s, x, y)
-        return y * aggregate(attn_weights, self.identity1(x * self.tanh(s)))
+        return self.whiten2(self.out_proj(self.middle(self.in_proj(x), None, attn_weights)[0]))
 
     def streaming_forward(
         self, x: Tensor, attn_weights: AttentionWeights | Tensor, cached_x: Tensor, left_context_len: int
@@ -116,19 +96,60 @@ class NonlinAttention(Module):
         Returns:
             (T, batch, channels), and the next `cached_x`.
         """
-        s, x, y = self.in_proj(x).chunk(3, dim=2)
-        gated = x * self.tanh(s)
-        values, cache = join_cache("cached_x", merge_heads(cached_x), gated, left_context_len, dim=0)
-        x = self.out_proj(aggregate(attn_weights, values) * y)
-        return x, split_heads(cache, attn_weights.shape[0])
+        x, cached_x = self.middle(self.in_proj(x), cached_x, attn_weights, left_context_len)
+        return self.out_proj(x), cached_x
 
-    def add_chunk_to(
-        self, src: Tensor, attn_weights: AttentionWeights | Tensor, cached_x: Tensor, left_context_len: int
-    ) -> tuple[Tensor, Tensor]:
-        """src + self.streaming_forward(src, ...) in inference, and the next `cached_x`."""
-        if not few_rows(src):
-            x, cached_x = self.streaming_forward(src, attn_weights, cached_x, left_context_len)
-            return src + x, cached_x
-        check_cache("cached_x", cached_x, left_context_len, dim=2)
-        src, cache = average_chunk(self, src, attn_weights, merge_heads(cached_x), gated=True)
+    def middle(
+        self,
+        hidden: Tensor,
+        state: Tensor | None,
+        attn_weights: AttentionWeights | Tensor,
+        left_context_len: int = 0,
+    ) -> tuple[Tensor, Tensor | None]:
+        if state is None:
+            return self.identity3(self._attend(hidden, attn_weights)), None
+        s, x, y = hidden.chunk(3, dim=2)
+        gated = x * self.tanh(s)
+        values, cache = join_cache("cached_x", merge_heads(state), gated, left_context_len, dim=0)
+        return aggregate(attn_weights, values) * y, split_heads(cache, attn_weights.shape[0])
+
+    def _attend(self, projected: Tensor, attn_weights: AttentionWeights | Tensor) -> Tensor:
+        """The gated average of whole sequences: one op, where it may leave out the calls of the gate."""
+        s, x, y = split(projected, [self.hidden_channels] * 3)
+        s = self.balancer(s)
+        x = self.whiten1(x)
+        y = self.identity2(y)
+        gates = plain_part(self, "tanh") and plain_part(self, "identity1")
+        if gates and isinstance(attn_weights, AttentionWeights):
+            return nonlin_attention(attn_weights, s, x, y)
+        return y * aggregate(attn_weights, self.identity1(x * self.tanh(s)))
+
+    def in_place(
+        self,
+        backend: Settled,
+        hidden: Tensor,
+        state: Tensor | None,
+        attn_weights: AttentionWeights | Tensor,
+        left_context_len: int = 0,
+    ) -> tuple[Tensor, Tensor | None]:
+        bias = self.in_proj.bias
+        if state is None and isinstance(attn_weights, Tensor):
+            return infer_nonlin_attention(hidden, bias, attn_weights, backend=backend), None
+        hidden = hidden if bias is None else hidden.add_(bias)
+        if state is not None:
+            return self.middle(hidden, state, attn_weights, left_context_len)
+        return nonlin_attention(attn_weights, *hidden.chunk(3, dim=2)), None
+
+    def one_kernel(
+        self,
+        backend: Settled,
+        src: Tensor,
+        state: Tensor | None,
+        attn_weights: AttentionWeights | Tensor,
+        left_context_len: int = 0,
+    ) -> tuple[Tensor, Tensor] | None:
+        if state is None:
+            return None
+        check_cache("cached_x", state, left_context_len, dim=2)
+        src, cache = average_chunk(backend, self, src, attn_weights, merge_heads(state), gated=True)
         return src, split_heads(cache, attn_weights.shape[0])

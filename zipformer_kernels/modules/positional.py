@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels.core.call import being_traced, plain, watcher
-from zipformer_kernels.modules.module import Module
+from zipformer_kernels.core.module import Module
 from zipformer_kernels.training import Dropout2, FloatLike
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.branch.plain import made_of
+from zipformer_kernels.branch.ways import only_computes
 from zipformer_kernels.core.call import being_traced
-from zipformer_kernels.modules.inference import only_computes
-from zipformer_kernels.modules.module import Module
+from zipformer_kernels.core.module import Module
 from zipformer_kernels.training import FloatLike
 
 

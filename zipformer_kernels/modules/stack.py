@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from zipformer_kernels.branch.plain import Way, made_of, plain_part
+from zipformer_kernels.branch.plain import When, made_of
+from zipformer_kernels.branch.ways import IN_PLACE, settle
+from zipformer_kernels.core.module import Module
 from zipformer_kernels.modules.attention import given_mask
 from zipformer_kernels.modules.bypass import BypassModule
-from zipformer_kernels.modules.inference import only_computes
 from zipformer_kernels.modules.layer import ZipformerEncoderLayer
-from zipformer_kernels.modules.module import Module
 from zipformer_kernels.modules.positional import CompactRelPositionalEncoding
 from zipformer_kernels.modules.resample import SimpleDownsample, SimpleUpsample
 from zipformer_kernels.ops.attention import ChunkMask, downsample_mask
@@ -203,10 +203,10 @@ class DownsampledZipformerEncoder(Module):
         return self._combine(src, output), states
 
     def _combine(self, src: Tensor, output: Tensor) -> Tensor:
-        if all(plain_part(self, name, Way.INFERENCE) for name in ("upsample", "out_combiner")):
+        settled = settle(self, src, (output,), When.INFERENCE)
+        if IN_PLACE in settled.ways and settled.fused == {"upsample", "out_combiner"}:
             scale, factor = self.out_combiner.bypass_scale, self.upsample.upsample
-            fits = output.shape == (-(-src.shape[0] // factor), *src.shape[1:])
-            if fits and only_computes(src, output, scale):
+            if output.shape == (-(-src.shape[0] // factor), *src.shape[1:]):
                 return _bypass_repeated(src, output, scale, factor)
         return self.out_combiner(src, first(self.upsample(output), src.shape[0], dim=0))
 

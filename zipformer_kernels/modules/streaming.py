@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from zipformer_kernels.branch.branch import Branch
+from zipformer_kernels.core.op import Settled
 from zipformer_kernels.ops.attention import AttentionWeights
 from zipformer_kernels.ops.attention.stream import stream_attention
 
@@ -37,12 +39,13 @@ def check_cache(name: str, cache: Tensor, length: int, dim: int) -> None:
 
 
 def average_chunk(
-    module: nn.Module, src: Tensor, attn_weights: AttentionWeights | Tensor, cache: Tensor, gated: bool
+    backend: Settled, branch: Branch, src: Tensor, attn_weights: AttentionWeights | Tensor, cache: Tensor, gated: bool
 ) -> tuple[Tensor, Tensor]:
-    """src + module(src), in inference.
+    """src + branch(src), without gradients.
 
     Args:
-        module: SelfAttention, or, `gated`, NonlinAttention.
+        backend: that was settled.
+        branch: SelfAttention, or, `gated`, NonlinAttention.
         src: (T, batch, channels), with few rows.
         attn_weights: (heads, batch, T, L + T).
         cache: (L, batch, values).
@@ -51,7 +54,21 @@ def average_chunk(
     Returns:
         (T, batch, channels), and the next `cache`.
     """
-    weights = attn_weights.materialize() if isinstance(attn_weights, AttentionWeights) else attn_weights
-    first, last = module.in_proj, module.out_proj
-    src, joined = stream_attention(src, first.weight, first.bias, cache, weights, last.weight, last.bias, gated)
+    weights = attn_weights if isinstance(attn_weights, Tensor) else attn_weights.materialize()
+    first, last = branch.in_proj, branch.out_proj
+    tensors = first.weight, first.bias, cache, weights, last.weight, last.bias
+    src, joined = stream_attention(src, *tensors, gated, backend=backend)
     return src, joined[joined.shape[0] - cache.shape[0] :]
+
+
+def average(weights: Tensor, values: Tensor) -> Tensor:
+    """The values' average with weights, (heads, batch, T, S), without gradients: (S, batch, V) -> (T, batch, V).
+
+    Raises:
+        ValueError: the values do not fit the weights.
+    """
+    heads, batch, _, sources = weights.shape
+    if values.shape[:2] != (sources, batch):
+        raise ValueError(f"values: wanted {sources} frames of {batch} sequences, got {tuple(values.shape)}")
+    by_head = values.unflatten(2, (heads, -1)).permute(2, 1, 0, 3)
+    return (weights @ by_head).permute(2, 1, 0, 3).flatten(2)

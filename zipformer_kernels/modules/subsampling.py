@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipformer_kernels.branch.plain import Expected, Way, convolution, made_of, plain_part, sequential
+from zipformer_kernels.branch.plain import Expected, When, convolution, made_of, plain_part, sequential
 from zipformer_kernels.core.call import being_traced, has_values
+from zipformer_kernels.core.module import Module
 from zipformer_kernels.modules.bias_norm import BiasNorm
 from zipformer_kernels.modules.convnext import ConvNeXt, channels_last
-from zipformer_kernels.modules.module import Module
 from zipformer_kernels.modules.swoosh import SwooshR
 from zipformer_kernels.ops.shapes import check_lengths
 from zipformer_kernels.ops.sizes import compact, of_every_size
@@ -189,7 +189,7 @@ class Conv2dSubsampling(Module):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             return False
-        return all(plain_part(self, name, Way.INFERENCE) for name in ("conv", "convnext", "out"))
+        return all(plain_part(self, name, When.INFERENCE) for name in ("conv", "convnext", "out"))
 
     def _projected_tiles(self, x: Tensor) -> Tensor:
         """The linear layer's result, of a tile of frames at a time, with the frames that the ConvNeXt block sees."""

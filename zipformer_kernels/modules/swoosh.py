@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from zipformer_kernels.branch.plain import made_of
-from zipformer_kernels.modules.module import Module
+from zipformer_kernels.core.module import Module
 from zipformer_kernels.ops.swoosh import swoosh_l, swoosh_r
 
 

@@ -49,7 +49,7 @@ class TimedEncoderLayer(ZipformerEncoderLayer):
             attn_mask: bool (T, T) or (batch, T, T), True where target (row) may not attend to source (column).
             src_key_padding_mask: bools or integers (batch, T), True for padding.
         """
-        return self._run(src, pos_emb, None, attn_mask, src_key_padding_mask, time_emb)
+        return self._run_offline(src, pos_emb, attn_mask, src_key_padding_mask, {}, time_emb)
 
 
 class TimedEncoder(ZipformerEncoder):

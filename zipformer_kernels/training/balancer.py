@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels.core.autograd import gradient_hook
-from zipformer_kernels.modules.module import Module
+from zipformer_kernels.core.module import Module
 from zipformer_kernels.training import balancer_native
 from zipformer_kernels.training.randomness import being_traced, happens, number
 from zipformer_kernels.training.schedule import FloatLike, ScheduledFloat

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.modules.module import Module
+from zipformer_kernels.core.module import Module
 from zipformer_kernels.training.randomness import number
 from zipformer_kernels.training.schedule import FloatLike
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from zipformer_kernels.core.autograd import gradient_hook
 from zipformer_kernels.core.call import has_values
-from zipformer_kernels.modules.module import Module
+from zipformer_kernels.core.module import Module
 from zipformer_kernels.training.randomness import being_traced, happens, logging_draw, number
 from zipformer_kernels.training.schedule import FloatLike, ScheduledFloat
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from zipformer_kernels.core.op import Op, triton_launchers
 from zipformer_kernels.ops.attention import native, reference
+from zipformer_kernels.ops.attention.native import keeps_weights as stores
 
 _softmax = Op(
     "attention_softmax",
@@ -59,6 +60,7 @@ from zipformer_kernels.ops.attention.weights import (  # noqa: E402  (the handle
     AttentionWeights,
     ChunkMask,
     aggregate,
+    attention_weights,
     constant_attention,
     downsample_mask,
     merge_heads,
@@ -69,8 +71,10 @@ __all__ = [
     "AttentionWeights",
     "ChunkMask",
     "aggregate",
+    "attention_weights",
     "constant_attention",
     "downsample_mask",
     "merge_heads",
     "split_heads",
+    "stores",
 ]

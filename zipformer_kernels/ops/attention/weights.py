@@ -317,6 +317,25 @@ def aggregate(weights: AttentionWeights | Tensor, values: Tensor) -> Tensor:
     return merge_heads(weights @ compact(split_heads(values, weights.shape[0])))
 
 
+def attention_weights(
+    q: Tensor,
+    k: Tensor,
+    p: Tensor | None,
+    e: Tensor | None,
+    key_padding_mask: Tensor | None = None,
+    attn_mask: Tensor | ChunkMask | None = None,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """W itself, (H, B, T, S); arguments and errors as of `AttentionWeights`."""
+    key_padding_mask = as_mask("key_padding_mask", key_padding_mask)
+    _check((q.shape[2], q.shape[1], q.shape[0], k.shape[0]), q, k, p, e, key_padding_mask, attn_mask)
+    rule = attn_mask if isinstance(attn_mask, ChunkMask) else ChunkMask(-1)
+    mask = None if isinstance(attn_mask, ChunkMask) else attn_mask
+    masks = key_padding_mask, mask, rule.chunk, rule.left_chunks
+    return attention._weights(q, k, p, e, *masks, 0.0, 0.0, backend=backend)
+
+
 def constant_attention(weights: AttentionWeights | Tensor) -> AttentionWeights | Tensor:
     """The same weight for every source that has any: a masked mean, for NonlinAttention's const_attention_rate.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels.core.call import plain
-from zipformer_kernels.core.op import Op, triton_launchers
+from zipformer_kernels.core.op import Op, Settled, triton_launchers
 from zipformer_kernels.ops.swoosh import native, reference
 
 _op = Op(
@@ -43,7 +43,7 @@ def swoosh_l(x: Tensor, *, backend: str | None = None) -> Tensor:
         TypeError: x is not a floating-point tensor.
         BackendError: `backend` cannot serve the call.
     """
-    return _swoosh(x, "l", backend)
+    return swoosh(x, "l", backend)
 
 
 def swoosh_r(x: Tensor, *, backend: str | None = None) -> Tensor:
@@ -51,16 +51,17 @@ def swoosh_r(x: Tensor, *, backend: str | None = None) -> Tensor:
 
     Arguments, result and errors as for `swoosh_l`.
     """
-    return _swoosh(x, "r", backend)
+    return swoosh(x, "r", backend)
 
 
-def swoosh_(x: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
-    """Overwrites x with swoosh(x + bias), without a gradient: for inference. The surrounding choice of backends holds.
+def swoosh_(x: Tensor, kind: str, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+    """Overwrites x with swoosh(x + bias), without a gradient: for inference.
 
     Args:
         x: a contiguous floating-point tensor, (..., channels).
         kind: "l" or "r".
         bias: (channels,), contiguous, of the dtype of x; or None.
+        backend: which backend to use; see `zipformer_kernels.core.backend`.
     Returns:
         x.
     Raises:
@@ -68,10 +69,12 @@ def swoosh_(x: Tensor, kind: str, bias: Tensor | None = None) -> Tensor:
         BackendError: the backend asked for cannot serve the call.
     """
     _check_bias(x, bias)
-    if _op.select(None, x, kind) == "cpu" and plain(x, bias) and x.is_contiguous():
+    settled = type(backend) is Settled
+    name = backend if settled else _op.select(backend, x, kind)
+    if name == "cpu" and (settled or plain(x, bias)) and x.is_contiguous():
         native.overwrite(x, kind, bias)
         return x
-    return x.copy_(_op(x if bias is None else x + bias, kind))
+    return x.copy_(_op(x if bias is None else x + bias, kind, backend=backend))
 
 
 def swoosh_backward_(dy: Tensor, x: Tensor, kind: str, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -106,7 +109,8 @@ def _check_bias(x: Tensor, bias: Tensor | None) -> None:
         raise ValueError(f"bias must be of shape {wanted}, got {tuple(bias.shape)} in {bias.dtype}")
 
 
-def _swoosh(x: Tensor, kind: str, backend: str | None) -> Tensor:
+def swoosh(x: Tensor, kind: str, backend: str | None = None) -> Tensor:
+    """`swoosh_l` of x for kind "l", `swoosh_r` for kind "r"."""
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor, got {type(x).__name__}")
     if not x.is_floating_point():

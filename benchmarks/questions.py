@@ -1,0 +1,94 @@
+"""Counts how often a layer asks how it shall run, and how many Python functions a call of it takes.
+
+    python benchmarks/questions.py
+
+A question is a call of a function whose answer decides how something runs: by which way, on which backend, through
+which modules. Does anybody look on, are the tensors plain, does a backend serve them, are the modules as written?
+Questions that a question asks count as well. To read an answer once more does not.
+
+It prints one line of JSON for a layer without gradients and one for a chunk of a stream.
+"""
+
+import json
+import sys
+from collections import Counter
+from types import FrameType
+from typing import Any
+
+import torch
+
+from zipformer_kernels.modules import ZipformerEncoderLayer
+
+LOOKING_ON = """watcher barred unreadable plain _why being_traced exports_calls autocast_dtype has_values keeps_all
+    only_computes _alike few_rows side_by_side"""
+BACKENDS = """requested _innermost unserved_device select _select unsupported _unsupported _unsupported_infer
+    unsupported_dtype unsupported_dtypes supports worthwhile _instead_of settled_backend"""
+MODULES = """plain_module plain_part plain_parts matches _causal_or_not expected _swoosh_r _pointwise _has_global_hooks
+    holds takes given_mask _given _given_to check"""
+WAYS = "settle keeps_weights stores falls_back _trained serves happens"
+QUESTIONS = frozenset(" ".join((LOOKING_ON, BACKENDS, MODULES, WAYS)).split())
+SIZES = {
+    "embed_dim": 192,
+    "pos_dim": 48,
+    "num_heads": 4,
+    "query_head_dim": 32,
+    "pos_head_dim": 4,
+    "value_head_dim": 12,
+    "feedforward_dim": 512,
+}
+LEFT, CHUNK, KERNEL = 128, 16, 31
+
+
+def count(call: Any) -> Counter:
+    """How many Python functions of the package a call takes, by name; one more call before is not counted."""
+    found: Counter = Counter()
+
+    def look(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and "zipformer_kernels" in frame.f_code.co_filename:
+            name = frame.f_code.co_name
+            if name == "<lambda>":  # of an op's launchers: whether they serve a call, and whether it is worth while
+                name = "supports"
+            found[name] += 1
+
+    call()
+    sys.setprofile(look)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def offline() -> Any:
+    """A layer on 100 frames."""
+    layer = ZipformerEncoderLayer(**SIZES, cnn_module_kernel=KERNEL).eval()
+    x, position = torch.randn(100, 2, SIZES["embed_dim"]), torch.randn(1, 199, SIZES["pos_dim"])
+    return lambda: layer(x, position)
+
+
+def stream() -> Any:
+    """A layer on a chunk of a stream."""
+    layer = ZipformerEncoderLayer(**SIZES, cnn_module_kernel=KERNEL, causal=True).eval()
+    channels, heads = SIZES["embed_dim"], SIZES["num_heads"]
+    x, position = torch.randn(CHUNK, 1, channels), torch.randn(1, LEFT + 2 * CHUNK - 1, SIZES["pos_dim"])
+    value, conv = (LEFT, 1, heads * SIZES["value_head_dim"]), (1, channels, KERNEL // 2)
+    key = LEFT, 1, heads * SIZES["query_head_dim"]
+    states = [torch.zeros(shape) for shape in (key, (1, 1, LEFT, 3 * channels // 4), value, value, conv, conv)]
+    padding = torch.zeros(1, LEFT + CHUNK, dtype=torch.bool)
+    return lambda: layer.streaming_forward(x, position, *states, LEFT, padding)
+
+
+def main() -> None:
+    """Prints the counts."""
+    torch.manual_seed(0)
+    for name, make in (("layer without gradients", offline), ("chunk of a stream", stream)):
+        call = make()
+        with torch.no_grad():
+            found = count(call)
+        asked = {question: n for question, n in found.most_common() if question in QUESTIONS}
+        row = {"what": name, "questions": sum(asked.values()), "python calls": sum(found.values()), "asked": asked}
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""One call of a layer: how its branches run, and what is carried from one to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from zipformer_kernels.branch.branch import Branch
+from zipformer_kernels.branch.plain import When, takes
+from zipformer_kernels.branch.ways import MODULES, Given, settle
+from zipformer_kernels.core.call import PLAIN, unreadable
+from zipformer_kernels.ops.attention import AttentionWeights
+from zipformer_kernels.training import FloatLike
+from zipformer_kernels.training.randomness import number
+
+
+class State(NamedTuple):
+    """Left context of a branch in a stream.
+
+    Attributes:
+        name: what the module's ``streaming_forward`` calls it.
+        value: the tensor.
+        settings: other arguments of that function which ``forward`` has not.
+    """
+
+    name: str
+    value: Tensor
+    settings: dict[str, Any]
+
+
+class Run:
+    """A call of a layer: offline, or on a chunk of a stream where there are states.
+
+    Attributes:
+        parts: the layer's modules, by name.
+        settled: how branches run, see `zipformer_kernels.branch.ways`.
+        states: of a stream, by the branch's name; None offline. Each branch puts its next one there.
+
+    Args:
+        layer: of a class declared by `zipformer_kernels.branch.plain.made_of`.
+        src: its input.
+        others: all other tensors of the call.
+        states: as above.
+    """
+
+    def __init__(
+        self, layer: nn.Module, src: Tensor, others: Sequence[Tensor | None], states: dict[str, State] | None = None
+    ) -> None:
+        self.layer, self.parts, self.states = layer, layer._modules, states
+        self.trains = states is None and layer.training
+        if states is not None:
+            others = *others, *(state.value for state in states.values())
+        when = When.INFERENCE if states is None else When.CHUNK
+        self.settled = MODULES if self.trains else settle(layer, src, others, when)
+        self._owns = False  # whether src may be overwritten: the layer's input may not, nor what others have seen
+        self._dtype = src.dtype
+
+    def rate(self, schedule: FloatLike) -> float:
+        """How often a sequence skips something. Schedules are read in training only, for that may draw."""
+        return number(schedule) if self.trains else 0.0
+
+    def check(self, *tensors: Tensor) -> None:
+        """Looks at tensors that come from a module which was called: if kernels cannot take them, modules must."""
+        if self.settled is MODULES:
+            return
+        like = all(type(x) in PLAIN and x.dtype == self._dtype for x in tensors)
+        if not like or unreadable(tensors) is not None:
+            self.settled = MODULES
+
+    def add(
+        self,
+        name: str,
+        src: Tensor,
+        *context: Any,
+        skip: FloatLike = 0.0,
+        mask: Tensor | None = None,
+        balancer: str | None = None,
+        **settings: Any,
+    ) -> Tensor:
+        """src plus a branch of it, in a new tensor or in the place of src.
+
+        Args:
+            name: the branch's.
+            src: (T, batch, channels).
+            *context: other arguments of its ``forward`` and ``streaming_forward``.
+            skip: in training, how often a sequence goes without.
+            mask: which sequences get the branch, (batch, 1), where that was drawn before.
+            balancer: the name of the balancer of the branch's result; in a stream it is not called.
+            **settings: other arguments, by name.
+        """
+        state = None if self.states is None else self.states.get(name)
+        if self.states is not None:
+            balancer = None
+        if state is not None:
+            settings |= state.settings
+        module = self.parts[name]
+        if name in self.settled.fused and (balancer is None or balancer in self.settled.fused):
+            given = Given(self.settled.backend, src, state and state.value, context, settings, self._owns)
+            for way in self.settled.ways:
+                if (added := way.add(module, given)) is not None:
+                    break
+            src, following = added
+        elif state is not None:
+            context = _taken(module, context)
+            result, following = module.streaming_forward(src, *context, **{state.name: state.value}, **settings)
+            src = src + result
+            self.check(src)
+        else:
+            rate = self.rate(skip)  # read before the module runs, so that numbers are drawn in upstream's order
+            result = module(src, *_taken(module, context), **settings)
+            if balancer is not None:
+                result = self.parts[balancer](result)
+            if rate != 0.0:
+                mask = self.layer.get_sequence_dropout_mask(result, rate)
+            src = src + result if mask is None else torch.addcmul(src, result, mask)
+            self.check(src)
+        if state is not None:
+            self.states[name] = state._replace(value=following)
+        self._owns = True
+        return src
+
+    def watch(self, src: Tensor, *names: str) -> Tensor:
+        """src behind modules that change nothing but gradients; in a stream there are none."""
+        if self.states is not None:
+            return src
+        for name in names:
+            if name not in self.settled.fused:
+                src = self.parts[name](src)
+                self._owns = False
+        return src
+
+    def mix(self, name: str, src_orig: Tensor, src: Tensor) -> Tensor:
+        """The bypass of a name, from what came in to what has become of it."""
+        bypass = self.parts[name]
+        if name in self.settled.fused:
+            return torch.lerp(src_orig, src, bypass.bypass_scale, out=src if self._owns else None)
+        src = bypass(src_orig, src)
+        self.check(src)
+        self._owns = False  # who has seen its result may hold it
+        return src
+
+    def normalise(self, name: str, src: Tensor) -> Tensor:
+        """The norm of a name."""
+        norm = self.parts[name]
+        if name in self.settled.fused and self.settled.backend is not None:
+            src, self._owns = norm.settled(self.settled.backend, src), True
+            return src
+        src = norm(src)
+        self.check(src)
+        self._owns = name in self.settled.fused
+        return src
+
+
+def _taken(module: nn.Module, context: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments as a module takes them: other classes and functions in our place want tensors, not handles."""
+    if isinstance(module, Branch) and module.takes_handles and takes(module, type(module)):
+        return context
+    return tuple(x.materialize() if isinstance(x, AttentionWeights) else x for x in context)

@@ -1,0 +1,188 @@
+"""The ways to run a residual branch, ``src + last(middle(first(src)))``, and how a call settles which.
+
+| way | where | what it leaves out |
+|---|---|---|
+| one kernel | CPU, few rows | everything: one call reads the weights once, which takes the time there |
+| in place | CPU | intermediate results, which are overwritten, and the sum, which the last product starts from |
+| epilogue | GPU | the sum, which the last product starts from, and the calls of both products' modules |
+| in parts | CPU, also with gradients | hidden channels of all rows at once (`zipformer_kernels.branch.recompute`) |
+| modules | everywhere | nothing: every module is called, as upstream calls it |
+
+The first three are for calls without gradients. `settle` decides for all branches of a layer at once, and nothing is
+asked again until the call is over. A branch that is not plain (`zipformer_kernels.branch.plain`), or has no such way,
+runs by the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zipformer_kernels.branch.branch import Branch
+from zipformer_kernels.branch.plain import NONE, parameters_of, plain_parts
+from zipformer_kernels.core import backend as backends
+from zipformer_kernels.core.call import autocast_dtype, unreadable, watcher
+from zipformer_kernels.core.launch import INFERENCE_DTYPES, few_rows
+from zipformer_kernels.core.op import Settled
+
+Added = tuple[Tensor, Tensor | None]
+"""src plus a branch, and the next state of a stream."""
+
+
+class Given(NamedTuple):
+    """What a way runs a branch on.
+
+    Attributes:
+        backend: the backend that was settled, or None where each op chooses its own.
+        src: (T, batch, channels).
+        state: left context in a stream, or None.
+        context: other arguments of the branch's forward.
+        settings: its arguments by name.
+        over: whether src may be overwritten.
+    """
+
+    backend: Settled | None
+    src: Tensor
+    state: Tensor | None
+    context: tuple[Any, ...]
+    settings: dict[str, Any]
+    over: bool
+
+
+def _one_kernel(branch: Branch, given: Given) -> Added | None:
+    return branch.one_kernel(given.backend, given.src, given.state, *given.context, **given.settings)
+
+
+def _in_place(branch: Branch, given: Given) -> Added:
+    first, last = branch.in_proj, branch.out_proj
+    bias = None if branch.defers_bias else first.bias
+    x, state = branch.in_place(
+        given.backend, F.linear(given.src, first.weight, bias), given.state, *given.context, **given.settings
+    )
+    return add_product(given.src, x, last.weight, last.bias, given.over), state
+
+
+def _epilogue(branch: Branch, given: Given) -> Added:
+    first, last = branch.in_proj, branch.out_proj
+    hidden = F.linear(given.src, first.weight, first.bias)
+    x, state = branch.middle(hidden, given.state, *given.context, **given.settings)
+    return add_product(given.src, branch.activated(x), last.weight, last.bias, given.over), state
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run a branch.
+
+    Attributes:
+        name: as in the table above.
+        dtypes: of src, that it takes.
+        few: whether it is for few rows only, see `zipformer_kernels.core.launch.few_rows`.
+        add: runs a branch; returns None where the branch has no such way.
+    """
+
+    name: str
+    dtypes: tuple[torch.dtype, ...]
+    few: bool
+    add: Callable[[Branch, Given], Added | None]
+
+
+HALF = torch.float16, torch.bfloat16
+ONE_KERNEL = Way("one kernel", INFERENCE_DTYPES, True, _one_kernel)
+IN_PLACE = Way("in place", INFERENCE_DTYPES, False, _in_place)
+EPILOGUE = Way("epilogue", (*INFERENCE_DTYPES, *HALF), False, _epilogue)
+
+WAYS: dict[str, tuple[Way, ...]] = {"cpu": (ONE_KERNEL, IN_PLACE), "cuda": (EPILOGUE,)}
+"""For each type of device its ways without gradients, the best first; where none serves, modules are called."""
+
+
+class Settlement(NamedTuple):
+    """How the branches of one call run.
+
+    Attributes:
+        ways: the ways to try, in order; none where modules are called.
+        backend: what the ops of those ways run on; None: each chooses its own.
+        fused: the names of the layer's parts whose calls may be left out.
+    """
+
+    ways: tuple[Way, ...] = ()
+    backend: Settled | None = None
+    fused: Set[str] = NONE
+
+
+MODULES = Settlement()
+
+
+def settle(module: nn.Module, src: Tensor, others: Sequence[Tensor | None], when: int) -> Settlement:
+    """How a module's branches run in this call, asked once.
+
+    Args:
+        module: of a class declared by `zipformer_kernels.branch.plain.made_of`.
+        src: (T, batch, channels).
+        others: all other tensors of the call: positions, masks, states.
+        when: `When.INFERENCE`, or `When.CHUNK` in a stream.
+    """
+    device = src.device.type
+    offered = WAYS.get(device)
+    if offered is None or torch.is_grad_enabled() or watcher() is not None or autocast_dtype(src) is not None:
+        return MODULES
+    few = few_rows(src)
+    ways = tuple(way for way in offered if src.dtype in way.dtypes and (few or not way.few))
+    backend = settled_backend() if device == "cpu" else None
+    if not ways or (backend is None and IN_PLACE in ways):
+        return MODULES
+    fused = plain_parts(module, when)
+    if not fused:
+        return MODULES
+    tensors = [src, *others, *parameters_of(module, fused)]
+    if unreadable(tensors) is not None or not _alike(src, tensors):
+        return MODULES
+    return Settlement(ways, backend, fused)
+
+
+def settled_backend() -> Settled | None:
+    """The backend for ways on the CPU: the best there is, or the one asked for; None where that is another's."""
+    request = backends.requested()
+    if request == "auto":
+        return _ON_CPU[backends.serving["cpu"][0]]
+    names = request.split(",")
+    return _ON_CPU.get(next((name for name in names if backends.unserved_device(name, "cpu") is None), None))
+
+
+_ON_CPU = {name: Settled(name) for name in ("cpu", "eager")}
+
+
+def only_computes(x: Tensor, *others: Tensor) -> bool:
+    """Whether a call on x, and on others that it reads itself, may overwrite its results, as `IN_PLACE` does."""
+    if torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype not in IN_PLACE.dtypes:
+        return False
+    given = x, *others
+    return watcher() is None and autocast_dtype(x) is None and _alike(x, given) and unreadable(given) is None
+
+
+def _alike(src: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    """Whether all that are not masks are of the dtype of src."""
+    found = {x.dtype for x in tensors if x is not None and x.is_floating_point()}
+    return found == {src.dtype}
+
+
+def add_product(src: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, over: bool) -> Tensor:
+    """src + x W^T + b, in a new tensor or in that of src.
+
+    Args:
+        src: (..., out_channels).
+        x: (..., in_channels), of as many rows.
+        weight: (out_channels, in_channels).
+        bias: (out_channels,), or None.
+        over: whether the result may replace src.
+    """
+    if over and src.is_contiguous():
+        out = src if bias is None else src.add_(bias)
+    else:
+        out = src.clone(memory_format=torch.contiguous_format) if bias is None else torch.add(src, bias).contiguous()
+    out.view(-1, out.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]), weight.t())
+    return out
