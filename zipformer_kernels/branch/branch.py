@@ -45,6 +45,10 @@ class Branch(Module):
         x, state = self.middle(hidden, state, *context, **settings)
         return self.activated(x), state
 
+    def in_parts(self, src: Tensor, *context: Any) -> Tensor | None:
+        """src + self(src), of some rows at a time, with gradients or without; None where that cannot be."""
+        return None
+
     def one_kernel(
         self, backend: Settled, src: Tensor, state: Tensor | None, *context: Any, **settings: Any
     ) -> tuple[Tensor, Any] | None:

@@ -24,6 +24,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import Parameter
 
@@ -76,35 +77,29 @@ def made_of(
     return declare
 
 
-def plain_module(module: nn.Module, expected: Expected, when: int = When.ANY) -> bool:
-    """Whether the call of a module, and those of its parts, may be left out.
+def plain_parts(module: nn.Module, when: int) -> Set[str]:
+    """The names of all parts of a module whose calls may be left out.
 
     Args:
-        module: whatever stands in the expected module's place.
-        expected: what a fused way was written for.
-        when: what that way is for.
+        module: of a class declared by `made_of`, or of a subclass.
+        when: what the fused way is for.
     """
-    return not _has_global_hooks() and matches(module, expected, when)
-
-
-def plain_part(module: nn.Module, name: str, when: int = When.ANY) -> bool:
-    """`plain_module` of the part that a module, of a class declared by `made_of` or of a subclass, has under a name."""
-    part = module._modules.get(name)
-    return part is not None and plain_module(part, _parts_of(module, when)[name], when)
-
-
-def plain_parts(module: nn.Module, when: int) -> Set[str]:
-    """The names of all parts of a module, of such a class, whose calls may be left out."""
-    if _has_global_hooks():
+    if (
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    ):
         return NONE
-    known = _known.setdefault(module, {})
-    said = known.get(when)
-    if said is not None and said.holds():
+    remembers = not is_dynamo_compiling()  # which cannot record weak references
+    if remembers and (said := _known.setdefault(module, {}).get(when)) is not None and said.holds():
         return said.names
     expected, children = _parts_of(module, when), module._modules
-    names = frozenset(n for n in expected if n in children and matches(children[n], expected[n], when))
-    if len(names) == len(expected.keys() & children.keys()):  # a part that is not plain is asked anew each time
-        known[when] = _Said(module, names, when)
+    names = frozenset([n for n in expected if n in children and matches(children[n], expected[n], when)])
+    if remembers and len(names) == len(
+        expected.keys() & children.keys()
+    ):  # a part that is not plain is asked anew each time
+        _known[module][when] = _Said(module, names, when)
     return names
 
 
@@ -128,18 +123,14 @@ def _parts_of(module: nn.Module, when: int) -> dict[str, Expected]:
     return next(_KINDS[kind][2][when] for kind in type(module).__mro__ if kind in _KINDS)
 
 
-def _has_global_hooks() -> bool:
-    """Whether anyone looks on at every module. Torch has such a function only since 2.8."""
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
-
-
 def matches(module: nn.Module, expected: Expected, when: int) -> bool:
-    """`plain_module` but for global hooks, which are asked for once."""
+    """Whether the call of a module, and those of its parts, may be left out, as far as they show.
+
+    Args:
+        module: whatever stands in the expected module's place.
+        expected: what a fused way was written for.
+        when: what that way is for.
+    """
     kind = type(module)
     if kind is not expected:
         return not isinstance(expected, type) and expected(module, when)
@@ -169,7 +160,9 @@ def matches(module: nn.Module, expected: Expected, when: int) -> bool:
     return True
 
 
-_READ = ("training", "_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks")
+_READ = "training", "_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks"
+_BACKWARD = "_backward_hooks", "_backward_pre_hooks"
+_read_when = itemgetter(*_READ, *_BACKWARD), itemgetter(*_READ), itemgetter(*_READ)
 _SETTINGS = {
     **dict.fromkeys(
         (nn.Conv1d, nn.Conv2d),
@@ -180,7 +173,7 @@ _SETTINGS = {
 }
 """Of classes of which an expectation reads attributes: those attributes, of the module's ``__dict__``."""
 
-_own, _read = attrgetter("__dict__"), itemgetter(*_READ)
+_own = attrgetter("__dict__")
 _parameters_of, _children_of, _forward_of = itemgetter(1), itemgetter(2), attrgetter("forward")
 
 
@@ -207,8 +200,9 @@ class _Said:
         self.kinds = list(map(type, self.modules))
         self.classes = list(dict.fromkeys(self.kinds))
         self.forwards = self._forwards()
-        states = list(map(_read, map(_own, self.modules)))
-        self.state = list(chain.from_iterable(states))
+        self.read = _read_when[when]
+        states = list(map(self.read, map(_own, self.modules)))
+        self.state = list(chain.from_iterable(states))  # with the dictionaries themselves, not what they hold
         self.hooks = [hooks for state in states for hooks in state[3:]]
         self.parents = [children for children in map(_children_of, states) if children]
         self.children = self._children()
@@ -222,7 +216,9 @@ class _Said:
         owns = list(map(_own, self.modules))
         return (
             list(map(type, self.modules)) == self.kinds
-            and all(map(is_, chain.from_iterable(map(_read, owns)), self.state))  # which holds dictionaries themselves
+            and all(
+                map(is_, chain.from_iterable(map(self.read, owns)), self.state)
+            )  # which holds dictionaries themselves
             and not any(self.hooks)
             and not any(map(contains, owns, repeat("forward")))
             and not any(map(contains, owns, repeat("streaming_forward")))

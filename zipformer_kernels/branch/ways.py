@@ -8,9 +8,9 @@
 | in parts | CPU, also with gradients | hidden channels of all rows at once (`zipformer_kernels.branch.recompute`) |
 | modules | everywhere | nothing: every module is called, as upstream calls it |
 
-The first three are for calls without gradients. `settle` decides for all branches of a layer at once, and nothing is
-asked again until the call is over. A branch that is not plain (`zipformer_kernels.branch.plain`), or has no such way,
-runs by the next.
+All but the last two are for calls without gradients. `settle` decides for all branches of a layer at once, and nothing
+is asked again until the call is over. A branch that is not plain (`zipformer_kernels.branch.plain`), or has no such
+way, runs by the next.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from zipformer_kernels.branch.branch import Branch
 from zipformer_kernels.branch.plain import NONE, parameters_of, plain_parts
 from zipformer_kernels.core import backend as backends
 from zipformer_kernels.core.call import autocast_dtype, unreadable, watcher
-from zipformer_kernels.core.launch import INFERENCE_DTYPES, few_rows
+from zipformer_kernels.core.launch import CPU_DTYPES, INFERENCE_DTYPES, few_rows
 from zipformer_kernels.core.op import Settled
 
 Added = tuple[Tensor, Tensor | None]
@@ -74,6 +74,11 @@ def _epilogue(branch: Branch, given: Given) -> Added:
     return add_product(given.src, branch.activated(x), last.weight, last.bias, given.over), state
 
 
+def _in_parts(branch: Branch, given: Given) -> Added | None:
+    y = branch.in_parts(given.src, *given.context)
+    return None if y is None else (y, None)
+
+
 @dataclass(frozen=True)
 class Way:
     """A way to run a branch.
@@ -82,22 +87,24 @@ class Way:
         name: as in the table above.
         dtypes: of src, that it takes.
         few: whether it is for few rows only, see `zipformer_kernels.core.launch.few_rows`.
+        gradients: whether it is for calls that may have gradients, or for those that have none.
         add: runs a branch; returns None where the branch has no such way.
     """
 
     name: str
     dtypes: tuple[torch.dtype, ...]
     few: bool
+    gradients: bool
     add: Callable[[Branch, Given], Added | None]
 
 
-HALF = torch.float16, torch.bfloat16
-ONE_KERNEL = Way("one kernel", INFERENCE_DTYPES, True, _one_kernel)
-IN_PLACE = Way("in place", INFERENCE_DTYPES, False, _in_place)
-EPILOGUE = Way("epilogue", (*INFERENCE_DTYPES, *HALF), False, _epilogue)
+ONE_KERNEL = Way("one kernel", INFERENCE_DTYPES, True, False, _one_kernel)
+IN_PLACE = Way("in place", INFERENCE_DTYPES, False, False, _in_place)
+EPILOGUE = Way("epilogue", CPU_DTYPES, False, False, _epilogue)
+IN_PARTS = Way("in parts", CPU_DTYPES, False, True, _in_parts)
 
-WAYS: dict[str, tuple[Way, ...]] = {"cpu": (ONE_KERNEL, IN_PLACE), "cuda": (EPILOGUE,)}
-"""For each type of device its ways without gradients, the best first; where none serves, modules are called."""
+WAYS: dict[str, tuple[Way, ...]] = {"cpu": (ONE_KERNEL, IN_PLACE, IN_PARTS), "cuda": (EPILOGUE,)}
+"""For each type of device its ways, the best first; where none serves, modules are called."""
 
 
 class Settlement(NamedTuple):
@@ -124,16 +131,20 @@ def settle(module: nn.Module, src: Tensor, others: Sequence[Tensor | None], when
         module: of a class declared by `zipformer_kernels.branch.plain.made_of`.
         src: (T, batch, channels).
         others: all other tensors of the call: positions, masks, states.
-        when: `When.INFERENCE`, or `When.CHUNK` in a stream.
+        when: `When.INFERENCE`, `When.CHUNK` in a stream, or `When.ANY` for calls that may have gradients.
     """
     device = src.device.type
     offered = WAYS.get(device)
-    if offered is None or torch.is_grad_enabled() or watcher() is not None or autocast_dtype(src) is not None:
+    if offered is None or (when and torch.is_grad_enabled()):
+        return MODULES
+    if watcher() is not None or autocast_dtype(src) is not None:
         return MODULES
     few = few_rows(src)
-    ways = tuple(way for way in offered if src.dtype in way.dtypes and (few or not way.few))
+    ways = tuple(
+        way for way in offered if src.dtype in way.dtypes and (few or not way.few) and way.gradients == (not when)
+    )
     backend = settled_backend() if device == "cpu" else None
-    if not ways or (backend is None and IN_PLACE in ways):
+    if not ways or (backend is None and IN_PLACE in ways):  # that one launches kernels itself
         return MODULES
     fused = plain_parts(module, when)
     if not fused:

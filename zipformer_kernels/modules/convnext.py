@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipformer_kernels.branch.plain import convolution, depthwise, made_of, plain_part
+from zipformer_kernels.branch.branch import Branch
+from zipformer_kernels.branch.plain import When, convolution, depthwise, made_of, plain_parts
 from zipformer_kernels.branch.recompute import pointwise_branch
+from zipformer_kernels.branch.ways import IN_PARTS, Given, settle
 from zipformer_kernels.core.autograd import gradient_hook
-from zipformer_kernels.core.call import autocast_dtype, watcher
-from zipformer_kernels.core.module import Module
+from zipformer_kernels.core.call import watcher
 from zipformer_kernels.modules.scaled_init import ScaledConv2d
 from zipformer_kernels.modules.swoosh import SwooshL
 from zipformer_kernels.ops.depthwise_conv2d import depthwise_conv2d
@@ -24,11 +25,14 @@ from zipformer_kernels.training.randomness import number
 ROWS = 4096  # frames times frequencies whose hidden channels are computed at a time
 
 
+POINTWISE = {"pointwise_conv1", "hidden_balancer", "activation", "pointwise_conv2"}
+"""The parts whose calls are left out where the block goes in parts."""
+
 _one_by_one = convolution(nn.Conv2d, kernel_size=(1, 1), stride=(1, 1), padding=(0, 0), groups=1)
 
 
-def _pointwise(module: nn.Module, way: int) -> bool:
-    return _one_by_one(module, way) and module.bias is not None
+def _pointwise(module: nn.Module, when: int) -> bool:
+    return _one_by_one(module, when) and module.bias is not None
 
 
 @made_of(
@@ -40,7 +44,7 @@ def _pointwise(module: nn.Module, way: int) -> bool:
     out_balancer=Balancer,
     out_whiten=Whiten,
 )
-class ConvNeXt(Module):
+class ConvNeXt(Branch):
     """x + pointwise(SwooshL(pointwise(depthwise(x)))), after arXiv:2206.14747.
 
     Args:
@@ -123,38 +127,32 @@ class ConvNeXt(Module):
 
     def _depthwise(self, x: Tensor) -> Tensor:
         conv = self.depthwise_conv
-        if channels_last(x) and plain_part(self, "depthwise_conv"):
+        if channels_last(x) and "depthwise_conv" in plain_parts(self, When.ANY):
             return depthwise_conv2d(x, conv.weight, conv.bias)
         return conv(x)
 
     def _added(self, src: Tensor, keep: Tensor | None) -> Tensor:
         """src and what the block adds to it, in the sequences to keep."""
         x = self._depthwise(src)
-        if self._goes_in_parts(src, x):
-            return self._added_in_parts(src, x, keep)
+        settled = settle(self, src, (x,), When.ANY)
+        if IN_PARTS in settled.ways and settled.fused >= POINTWISE:
+            added = IN_PARTS.add(self, Given(None, src, None, (x, keep), {}, over=False))
+            if added is not None:
+                return added[0]
         branch = self._after_depthwise(x)
         return src + (branch if keep is None else branch * keep)
 
     def _after_depthwise(self, x: Tensor) -> Tensor:
         return self.pointwise_conv2(self.activation(self.hidden_balancer(self.pointwise_conv1(x))))
 
-    def _goes_in_parts(self, src: Tensor, x: Tensor) -> bool:
-        """Whether hidden channels are of some rows at a time, which on the CPU costs less than to store and load them.
+    def in_parts(self, src: Tensor, x: Tensor, keep: Tensor | None) -> Tensor | None:
+        """src and the pointwise branch of x, the depthwise convolution's result; None where channels do not lie last.
 
-        Backward computes them again.
+        Hidden channels are of some rows at a time, which costs less than to store and to load them. Backward computes
+        them again.
         """
-        if not channels_last(x) or x.numel() == 0 or src.dtype != x.dtype:
-            return False
-        if not all(image.is_contiguous(memory_format=torch.channels_last) for image in (src, x)):
-            return False
-        if autocast_dtype(x) is not None:
-            return False
-        return all(
-            plain_part(self, name) for name in ("pointwise_conv1", "hidden_balancer", "activation", "pointwise_conv2")
-        )
-
-    def _added_in_parts(self, src: Tensor, x: Tensor, keep: Tensor | None) -> Tensor:
-        """`_added` by `pointwise_branch`, where x is the depthwise convolution's result."""
+        if x.numel() == 0 or not all(y.is_contiguous(memory_format=torch.channels_last) for y in (src, x)):
+            return None
         differentiates = x.requires_grad or any(p.requires_grad for p in self.pointwise_conv1.parameters())
         draws = torch.is_grad_enabled() and differentiates  # as the balancer does, which wants a gradient to act on
         activation = _Hidden(self.hidden_balancer.draw() if draws else None)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.branch.branch import Branch
-from zipformer_kernels.branch.plain import depthwise, made_of, matches, plain_part
+from zipformer_kernels.branch.plain import When, depthwise, made_of, matches, plain_parts
 from zipformer_kernels.core.joint import split
 from zipformer_kernels.core.module import Module
 from zipformer_kernels.core.op import Settled
@@ -248,7 +248,9 @@ class ConvolutionModule(Branch):
     def _check(self, x: Tensor, state: Tensor | None, padding: Tensor | None, chunk_size: int) -> None:
         """Raises what the modules would."""
         _check_padding(padding, x)
-        if chunk_size >= 0 and not self.causal:
+        if chunk_size == 0:
+            raise ValueError("chunk_size must not be 0")
+        if chunk_size > 0 and not self.causal:
             raise ValueError(f"chunk_size: {chunk_size} needs a module made with causal=True")
         if state is None:
             return
@@ -265,7 +267,7 @@ class ConvolutionModule(Branch):
         s = self.balancer1(s)
         x = self.activation1(x)
         conv = self.depthwise_conv
-        if not all(plain_part(self, name) for name in ("sigmoid", "activation2", "depthwise_conv")):
+        if not plain_parts(self, When.ANY) >= {"sigmoid", "activation2", "depthwise_conv"}:
             x = _gated(self.activation2(x * self.sigmoid(s)), padding)
             x = conv(x) if chunk_size < 0 else conv(x, chunk_size=chunk_size)
             return compact(x.permute(2, 0, 1))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.branch.plain import made_of, plain_module
+from zipformer_kernels.branch.plain import When, made_of, plain_parts
 from zipformer_kernels.branch.run import Run, State
 from zipformer_kernels.core.module import Module
 from zipformer_kernels.modules.attention import RelPositionMultiheadAttentionWeights, SelfAttention, given_mask
@@ -252,7 +252,7 @@ class ZipformerEncoderLayer(Module):
         if "self_attn_weights" in run.settled.fused:
             made = run.settled.backend and attention.tensor(run.settled.backend, src, pos_emb, **masks)
             return made[0] if made else attention.handle(src, pos_emb, **masks)
-        plain = plain_module(attention, RelPositionMultiheadAttentionWeights)
+        plain = "self_attn_weights" in plain_parts(self, When.ANY)
         weights = (attention.handle if plain else attention)(src, pos_emb=pos_emb, **masks)
         if isinstance(weights, Tensor):
             run.check(weights)

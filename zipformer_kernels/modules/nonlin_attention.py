@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from zipformer_kernels.branch.branch import Branch
-from zipformer_kernels.branch.plain import made_of, plain_part
+from zipformer_kernels.branch.plain import When, made_of, plain_parts
 from zipformer_kernels.core.joint import split
 from zipformer_kernels.core.op import Settled
 from zipformer_kernels.modules.scaled_init import ScaledLinear
@@ -119,7 +119,7 @@ class NonlinAttention(Branch):
         s = self.balancer(s)
         x = self.whiten1(x)
         y = self.identity2(y)
-        gates = plain_part(self, "tanh") and plain_part(self, "identity1")
+        gates = plain_parts(self, When.ANY) >= {"tanh", "identity1"}
         if gates and isinstance(attn_weights, AttentionWeights):
             return nonlin_attention(attn_weights, s, x, y)
         return y * aggregate(attn_weights, self.identity1(x * self.tanh(s)))
@@ -151,5 +151,7 @@ class NonlinAttention(Branch):
         if state is None:
             return None
         check_cache("cached_x", state, left_context_len, dim=2)
-        src, cache = average_chunk(backend, self, src, attn_weights, merge_heads(state), gated=True)
-        return src, split_heads(cache, attn_weights.shape[0])
+        heads = attn_weights.shape[0]
+        context = state.permute(2, 1, 0, 3).flatten(2)
+        src, cache = average_chunk(backend, self, src, attn_weights, context, gated=True)
+        return src, cache.unflatten(2, (heads, -1)).permute(2, 1, 0, 3)

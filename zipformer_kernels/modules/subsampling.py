@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipformer_kernels.branch.plain import Expected, When, convolution, made_of, plain_part, sequential
+from zipformer_kernels.branch.plain import Expected, When, convolution, made_of, plain_parts, sequential
 from zipformer_kernels.core.call import being_traced, has_values
 from zipformer_kernels.core.module import Module
 from zipformer_kernels.modules.bias_norm import BiasNorm
@@ -126,7 +126,7 @@ class Conv2dSubsampling(Module):
         self._check_input(x, x_lens, MIN_FRAMES)
         if self._goes_in_tiles(x):
             x = self._projected_tiles(x)
-        elif channels_last(x) and plain_part(self, "out"):
+        elif channels_last(x) and "out" in plain_parts(self, When.ANY):
             x = self._projected(self._features(x), self._channels_last_weight())
         else:
             x = self.out(_flatten_frequencies(self._features(x)))
@@ -189,7 +189,7 @@ class Conv2dSubsampling(Module):
             return False
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.parameters())):
             return False
-        return all(plain_part(self, name, When.INFERENCE) for name in ("conv", "convnext", "out"))
+        return plain_parts(self, When.INFERENCE) == {"conv", "convnext", "out"}
 
     def _projected_tiles(self, x: Tensor) -> Tensor:
         """The linear layer's result, of a tile of frames at a time, with the frames that the ConvNeXt block sees."""
