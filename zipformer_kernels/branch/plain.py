@@ -19,8 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Set
 from itertools import chain, repeat
-from operator import attrgetter, contains, is_, itemgetter
-from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -28,6 +26,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import Parameter
 
+from zipformer_kernels.branch.said import Said
 from zipformer_kernels.training import Balancer, ScaleGrad, Whiten
 
 
@@ -92,14 +91,16 @@ def plain_parts(module: nn.Module, when: int) -> Set[str]:
     ):
         return NONE
     remembers = not is_dynamo_compiling()  # which cannot record weak references
-    if remembers and (said := _known.setdefault(module, {}).get(when)) is not None and said.holds():
+    if remembers and (said := _known.setdefault(module, {}).get(when)) is not None and said.holds(module._modules):
         return said.names
     expected, children = _parts_of(module, when), module._modules
     names = frozenset([n for n in expected if n in children and matches(children[n], expected[n], when)])
-    if remembers and len(names) == len(
-        expected.keys() & children.keys()
-    ):  # a part that is not plain is asked anew each time
-        _known[module][when] = _Said(module, names, when)
+    # Where a part is not plain, all are asked anew each time.
+    if remembers and len(names) == len(expected.keys() & children.keys()):
+        parts = {name: children[name] for name in names}
+        looked_at = [inside for part in parts.values() for inside in _looked_at(part, when)]
+        said = _known[module][when] = Said(parts, looked_at, backward=not when)
+        return said.names
     return names
 
 
@@ -160,91 +161,6 @@ def matches(module: nn.Module, expected: Expected, when: int) -> bool:
     return True
 
 
-_READ = "training", "_parameters", "_modules", "_forward_hooks", "_forward_pre_hooks"
-_BACKWARD = "_backward_hooks", "_backward_pre_hooks"
-_read_when = itemgetter(*_READ, *_BACKWARD), itemgetter(*_READ), itemgetter(*_READ)
-_SETTINGS = {
-    **dict.fromkeys(
-        (nn.Conv1d, nn.Conv2d),
-        itemgetter(
-            *("kernel_size", "stride", "padding", "dilation", "groups", "in_channels", "out_channels", "padding_mode")
-        ),
-    ),
-}
-"""Of classes of which an expectation reads attributes: those attributes, of the module's ``__dict__``."""
-
-_own = attrgetter("__dict__")
-_parameters_of, _children_of, _forward_of = itemgetter(1), itemgetter(2), attrgetter("forward")
-
-
-def reads(kind: type[nn.Module], *attributes: str) -> None:
-    """Declares which attributes of a class an expectation of it reads."""
-    _SETTINGS[kind] = itemgetter(*attributes)
-
-
-class _Said:
-    """That `matches` said yes to parts of a module, and everything that it looked at.
-
-    As long as all that is the same, the answer is. To compare costs a third of asking: it is done by loops in C.
-
-    Args:
-        module: the module.
-        names: of its parts.
-        when: what it was asked for.
-    """
-
-    def __init__(self, module: nn.Module, names: Set[str], when: int) -> None:
-        self.names = names
-        self.children_of_module, self.parts = module._modules, [module._modules[name] for name in names]
-        self.modules = [inside for part in self.parts for inside in _looked_at(part, when)]
-        self.kinds = list(map(type, self.modules))
-        self.classes = list(dict.fromkeys(self.kinds))
-        self.forwards = self._forwards()
-        self.read = _read_when[when]
-        states = list(map(self.read, map(_own, self.modules)))
-        self.state = list(chain.from_iterable(states))  # with the dictionaries themselves, not what they hold
-        self.hooks = [hooks for state in states for hooks in state[3:]]
-        self.parents = [children for children in map(_children_of, states) if children]
-        self.children = self._children()
-        self.holders = [parameters for parameters in map(_parameters_of, states) if parameters]
-        self.parameter_kinds = self._parameter_kinds()
-        self.set = [(m, _SETTINGS[kind]) for m, kind in zip(self.modules, self.kinds, strict=True) if kind in _SETTINGS]
-        self.settings = self._settings()
-
-    def holds(self) -> bool:
-        """Whether nothing has changed."""
-        owns = list(map(_own, self.modules))
-        return (
-            list(map(type, self.modules)) == self.kinds
-            and all(
-                map(is_, chain.from_iterable(map(self.read, owns)), self.state)
-            )  # which holds dictionaries themselves
-            and not any(self.hooks)
-            and not any(map(contains, owns, repeat("forward")))
-            and not any(map(contains, owns, repeat("streaming_forward")))
-            and list(map(self.children_of_module.get, self.names)) == self.parts
-            and self._children() == self.children
-            and self._parameter_kinds() == self.parameter_kinds
-            and self._settings() == self.settings
-            and self._forwards() == self.forwards
-        )
-
-    def parameters(self) -> Iterable[Tensor | None]:
-        return chain.from_iterable(map(dict.values, self.holders))
-
-    def _children(self) -> list[tuple[nn.Module, ...]]:
-        return list(map(tuple, map(dict.items, self.parents)))
-
-    def _parameter_kinds(self) -> list[type]:
-        return list(map(type, self.parameters()))
-
-    def _settings(self) -> list[Any]:
-        return [read(module.__dict__) for module, read in self.set]
-
-    def _forwards(self) -> list[Any]:
-        return [*map(_forward_of, self.classes), *(getattr(kind, "streaming_forward", None) for kind in self.classes)]
-
-
 def _looked_at(module: nn.Module, when: int) -> Iterable[nn.Module]:
     """The modules that `matches` looks at before it says yes."""
     yield module
@@ -253,7 +169,7 @@ def _looked_at(module: nn.Module, when: int) -> Iterable[nn.Module]:
         yield from _looked_at(module._modules[name], when)
 
 
-_known: WeakKeyDictionary[nn.Module, dict[int, _Said]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, dict[int, Said]] = WeakKeyDictionary()
 
 
 def sequential(*layers: Expected) -> Expected:
