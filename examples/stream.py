@@ -23,7 +23,7 @@ CONTEXT = 13  # frames of features that the conv embed reads beyond those of its
 
 
 def stream(embed: Conv2dSubsampling, encoder: Zipformer, features: Tensor) -> Iterator[Tensor]:
-    """The embeddings of each chunk of `features` (T, bins); what is left at the end is no whole chunk and is dropped."""
+    """The embeddings of each chunk of `features`, (T, bins). What is left at the end, less than a chunk, is dropped."""
     (chunk,), (left,) = encoder.chunk_size, encoder.left_context_frames
     step = 2 * chunk  # the conv embed halves the frame rate
     pad, states = embed.get_init_states(1), encoder.get_init_states(1)
