@@ -47,7 +47,7 @@ def test_the_first_example_converts_everything(capsys):
     block = re.search(r"```python\n(.*?)```", TEXTS["README"], re.DOTALL)[1]
     exec(block, what_a_reader_has())
     printed = capsys.readouterr().out
-    assert "kept: 0" in printed
+    assert "not swapped: 0" in printed
     assert "check: outputs agree to" in printed
 
 
