@@ -42,3 +42,4 @@ def test_wheels_are_built_for_pythons_and_kernels_that_are_supported(workflow):
     for mode in workflow[True]["workflow_dispatch"]["inputs"]["wheels"]["options"]:
         assert f'"{mode}"' in modes
     assert "ZIPFORMER_KERNELS_BUILD=" in environment["CIBW_ENVIRONMENT"]
+    assert re.search(rf"^{environment['CIBW_TEST_EXTRAS']} = \[", pyproject, re.MULTILINE)
