@@ -45,8 +45,9 @@ def numbers() -> str:
     lines = [
         f"- **{gigabytes[60, 'ours']} GB** encodes an hour of audio in one piece. Three minutes take "
         f"{gigabytes[3, 'ours']} GB, and upstream's model {gigabytes[3, 'upstream']} GB\n  ([length.json][length]).",
-        f"- **{encoder['upstream']:.1f} times** as fast a forward pass of the encoder, {encoder['upstream compiled']:.1f} "
-        "times where `torch.compile` compiles upstream whole\n  ([encoder-forward.json][encoder-forward]).",
+        f"- **{encoder['upstream']:.1f} times** as fast a forward pass of the encoder, "
+        f"{encoder['upstream compiled']:.1f} times where `torch.compile` compiles upstream whole\n"
+        "  ([encoder-forward.json][encoder-forward]).",
         f"- **{training['upstream']:.1f} times** as fast a training step, {training['upstream as shipped']:.1f} times "
         "where upstream's activations are compiled\n  ([training-step.json][training-step]).",
     ]
