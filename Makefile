@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE # tests start hundreds of processes, and torch 
 MAKEFLAGS += -j2 # while packages come over the network, kernels are compiled
 
 .DEFAULT_GOAL := help
-.PHONY: help build test sanitize clients demo bench lint format clean
+.PHONY: help build test sanitize clients demo bench docs lint format clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile
@@ -62,6 +62,10 @@ demo: $(BUILT)  ## encode recorded speech on the reference and on the best backe
 
 bench: $(TOOLS)  ## measure this machine: tables, JSON and plots under benchmarks/results
 	$(BIN)/zipformer-kernels bench
+
+docs: $(TOOLS)  ## write the API page from docstrings, and the pages of results from results
+	$(BIN)/python docs/make_api.py
+	$(BIN)/python benchmarks/report.py
 
 lint: $(TOOLS)  ## check style
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Writes docs/results.md and the tables of README.md and docs/clients.md from the committed results.
+"""Writes docs/results.md, and what README.md and docs/clients.md show of the committed results.
 
 Every folder ``benchmarks/results/<device>/`` that holds results files appears by itself, with the plots that
 ``zipformer-kernels bench`` left there. ``tests/test_report.py`` runs this again and compares.
@@ -7,16 +7,19 @@ Every folder ``benchmarks/results/<device>/`` that holds results files appears b
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
-from zipformer_kernels.bench import clients, results
-from zipformer_kernels.bench.plots import fastest_of_ours
-from zipformer_kernels.bench.tables import milliseconds
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-ROOT = Path(__file__).parent.parent
+from benchmarks import headlines  # noqa: E402
+from zipformer_kernels.bench import clients, results  # noqa: E402
+from zipformer_kernels.bench.plots import fastest_of_ours  # noqa: E402
+from zipformer_kernels.bench.tables import milliseconds  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
-HEADLINES = ("encoder-forward", "conv-embed", "training-step", "streaming-chunk", "scaled_adam", "length", "conformer")
 BEGIN, END = "<!-- written by benchmarks/report.py -->", "<!-- end -->"
 PLOTS = {"speedup": "Upstream's time over ours", "roofline": "Roofline", "length": "Time and memory against length"}
 
@@ -25,24 +28,6 @@ def devices() -> dict[Path, list[dict[str, Any]]]:
     """The results of each device, by folder."""
     folders = sorted(path for path in RESULTS.iterdir() if any(path.glob("*.json")))
     return {folder: [results.read(path) for path in sorted(folder.glob("*.json"))] for folder in folders}
-
-
-def readme_table(found: dict[Path, list[dict[str, Any]]]) -> str:
-    """One line for each headline that has rows on a device, with the file it comes from."""
-    lines = ["| device | work | ours, ms | upstream | as shipped | compiled | peak MB, ours / upstream | file |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    for folder, files in found.items():
-        for file in (file for name in HEADLINES for file in files if file["benchmark"] == name):
-            device = machine_of(file["environment"])
-            path = f"benchmarks/results/{folder.name}/{file['benchmark']}.json"
-            for row in fastest_of_ours(file["rows"]).values():
-                ratios = [row["times_as_long"].get(f"upstream{kind}") for kind in ("", " as shipped", " compiled")]
-                cells = [f"{ratio:.2f}x" if ratio else "" for ratio in ratios]
-                work = f"{file['benchmark']}: {row['case']}, {row['direction']}"
-                peak = f"{row['peak_bytes'] / 1e6:.0f} / {peak_of(file['rows'], row, 'upstream')}"
-                cells = [device, work, milliseconds(row["median_s"]), *cells, peak]
-                lines.append(f"| {' | '.join(cells)} | [{file['benchmark']}.json]({path}) |")
-    return "\n".join(lines)
 
 
 def clients_table(found: dict[Path, list[dict[str, Any]]]) -> str:
@@ -59,19 +44,6 @@ def machine_of(environment: dict[str, Any]) -> str:
     """The device, with the settings of the allocator, if there were any."""
     settings = environment.get("allocator", {}).items()
     return ", ".join([environment["device"], *(f"`{name}={value}`" for name, value in settings)])
-
-
-def peak_of(rows: list[dict[str, Any]], like: dict[str, Any], peer: str) -> str:
-    """Peak megabytes of another peer at the same work, or nothing."""
-    same = ("case", "direction", "dtype")
-    return next(
-        (
-            f"{row['peak_bytes'] / 1e6:.0f}"
-            for row in rows
-            if row["peer"] == peer and all(row[name] == like[name] for name in same)
-        ),
-        "none",
-    )
 
 
 def page(found: dict[Path, list[dict[str, Any]]]) -> str:
@@ -135,9 +107,10 @@ def profile_table(profile: list[dict[str, Any]], shown: int = 10) -> str:
     return "\n".join(lines)
 
 
-def rewritten(readme: str, table: str) -> str:
-    """The README with the table between its marks."""
-    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{table}\n{END}", readme, flags=re.DOTALL)
+def rewritten(page: str, *parts: str) -> str:
+    """A page with each part between its marks, in this order."""
+    texts = iter(parts)
+    return re.sub(f"{BEGIN}.*?{END}", lambda _: f"{BEGIN}\n{next(texts)}\n{END}", page, flags=re.DOTALL)
 
 
 def pages() -> dict[Path, str]:
@@ -147,12 +120,13 @@ def pages() -> dict[Path, str]:
     of_clients = ROOT / "docs" / "clients.md"
     return {
         ROOT / "docs" / "results.md": page(found),
-        readme: rewritten(readme.read_text(), readme_table(found)),
+        readme: rewritten(readme.read_text(), headlines.numbers(), headlines.table()),
         of_clients: rewritten(of_clients.read_text(), clients_table(found)),
     }
 
 
 if __name__ == "__main__":
+    headlines.draw()
     for path, text in pages().items():
         path.write_text(text)
         print(path.relative_to(ROOT))

@@ -61,7 +61,7 @@ def compare(recipe, size, causal):
         report = convert(ours)
         row["layers"], row["swapped"] = layers_of(ours)
         row["modules"] = len(report.swapped)
-        row["kept"] = Counter(f"{name}: {reason}" for _, name, reason in report.kept)
+        row["kept"] = Counter(f"{name}: {reason}" for _, name, reason in report.not_swapped)
         tests = {"outputs": evaluated}
         if size != "XL":  # whose gradients take much memory
             tests |= {"gradients": trained}

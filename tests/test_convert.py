@@ -61,7 +61,7 @@ def test_every_module_is_swapped_and_nothing_else_changes(config):
     theirs = [path for path, module in model.named_modules() if is_upstream(module)]
     report = convert(model)
     assert [path for path, _ in report.swapped] == theirs
-    assert report.kept == []
+    assert report.not_swapped == []
     assert not [path for path, module in model.named_modules() if is_upstream(module)]
     after = snapshot(model)
     assert after.keys() == before.keys()
@@ -94,7 +94,7 @@ def test_outputs_gradients_and_draws(ops, train):
     if ops is not None:
         assert swapped == set().union(*(CLASSES[op] for op in ops))
     assert {type(m).__name__ for m in model.modules() if not is_upstream(m)} >= swapped
-    assert report.kept == []
+    assert report.not_swapped == []
     for seed in range(4):
         assert_same_run(model, theirs, batch(), seed=seed)
 
@@ -187,7 +187,7 @@ def test_revert_restores_every_object():
     theirs, before = copy.deepcopy(model), snapshot(model)
     report = convert(model)
     reverted = revert(model)
-    assert (reverted.swapped, reverted.kept) == (report.swapped, [])
+    assert (reverted.swapped, reverted.not_swapped) == (report.swapped, [])
     assert (report.layers, reverted.layers) == ((4, 4), (0, 4))
     assert_identical(before, snapshot(model))
     assert_same_run(model, theirs, batch())
@@ -216,7 +216,7 @@ def test_pickle_needs_no_upstream(monkeypatch):
     assert_same_run(loaded, model, batch())
     report = revert(loaded)
     assert not report.swapped
-    assert {reason for _, _, reason in report.kept} == {"it was pickled since it was swapped"}
+    assert {reason for _, _, reason in report.not_swapped} == {"it was pickled since it was swapped"}
 
 
 def test_twice_is_once():
@@ -225,8 +225,8 @@ def test_twice_is_once():
     first = convert(model)
     assert "BiasNorm" not in {name for _, name in first.swapped}
     second = convert(model)
-    assert (second.swapped, second.kept) == ([], [])
-    assert str(second) == "swapped: 0\nkept: 0\n4 of 4 encoder layers are ours"
+    assert (second.swapped, second.not_swapped) == ([], [])
+    assert str(second) == "swapped: 0\nnot swapped: 0\n4 of 4 encoder layers are ours"
     assert len(revert(model).swapped) > len(first.swapped)
 
 
@@ -234,7 +234,7 @@ def test_our_models_are_left_alone():
     model = Model(modules.Conv2dSubsampling, Zipformer)
     before = snapshot(model)
     report = convert(model)
-    assert (report.swapped, report.kept) == ([], [])
+    assert (report.swapped, report.not_swapped) == ([], [])
     assert_identical(before, snapshot(model))
 
 
@@ -267,7 +267,7 @@ def test_inside_distributed_data_parallel():
         parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
         report = convert(parallel)
         assert report.swapped[0] == ("module.encoder_embed", "Conv2dSubsampling")
-        assert not report.kept
+        assert not report.not_swapped
         args = batch()
         for seed in range(3):
             with upstream.wide():
@@ -292,7 +292,7 @@ def test_icefall_layout(config):
         assert type(model.encoder).__mro__[1].__name__ == "EncoderInterface"
         theirs, before = copy.deepcopy(model), snapshot(model)
         report = convert(model)
-        assert not report.kept
+        assert not report.not_swapped
         assert report.layers == (4, 4)
         names = {name for _, name in report.swapped}
         assert {"Zipformer2", "Zipformer2Encoder", "DownsampledZipformer2Encoder", "Zipformer2EncoderLayer"} < names

@@ -98,7 +98,7 @@ def test_kept(make, reason):
     model = nn.Sequential(nn.Linear(4, 4), odd)
     before = snapshot(model)
     report = convert(model)
-    kept = {path: (name, why) for path, name, why in report.kept}
+    kept = {path: (name, why) for path, name, why in report.not_swapped}
     assert kept["1"][0] == type(odd).__name__
     assert re.search(reason, kept["1"][1]), kept["1"]
     assert "1" not in dict(report.swapped)
@@ -134,7 +134,7 @@ def test_a_part_of_someone_elses(path, train):
     special(model.get_submodule(path))
     theirs = copy.deepcopy(model)
     report = convert(model)
-    assert [(kept[0], kept[1]) for kept in report.kept] == [(path, "Special")]
+    assert [(kept[0], kept[1]) for kept in report.not_swapped] == [(path, "Special")]
     for seed in range(3):
         assert_same_run(model, theirs, batch(), seed=seed)
     if not train:

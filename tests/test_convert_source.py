@@ -61,14 +61,14 @@ ALWAYS_THREE = (OUTPUT, OUTPUT.replace("return x, lengths", "return x, lengths, 
 
 
 def check(edits, kept=(), config=CAUSAL, seeds=2, prepare=lambda model: None):
-    """A model of edited sources does the same when it is converted; these classes are kept, the rest is not."""
+    """A model of edited sources does the same when it is converted; these classes are not swapped, the rest is."""
     with icefall(*edits) as recipe:
         for train in (True, False):
             model = build(recipe.subsampling, recipe.zipformer, **config).train(train)
             prepare(model)
             theirs = copy.deepcopy(model)
             report = convert(model)
-            assert {name for _, name, _ in report.kept} == set(kept)
+            assert {name for _, name, _ in report.not_swapped} == set(kept)
             assert report.layers == ((0 if "Zipformer2EncoderLayer" in kept else 4), 4)
             for seed in range(seeds):
                 assert_same_run(model, theirs, batch(), seed=seed, recipe=recipe)
@@ -109,7 +109,7 @@ def test_three_results(edit):
         encoder.st_output_layer = 1
         theirs = copy.deepcopy(encoder)
         report = convert(encoder)
-        assert [(path, name) for path, name, _ in report.kept] == [("", "Zipformer2")]
+        assert [(path, name) for path, name, _ in report.not_swapped] == [("", "Zipformer2")]
         assert report.layers == (4, 4)
         args = torch.randn(20, 1, 16, dtype=torch.float64), torch.tensor([20])
         assert_same_run(encoder, theirs, args, recipe=recipe)
@@ -211,7 +211,7 @@ def test_an_edited_class_is_kept():
     report = check(
         [FORWARD, HELPER, BACKWARD], ["Zipformer2EncoderLayer", "RelPositionMultiheadAttentionWeights", "ScaleGrad"]
     )
-    assert {name: reason for _, name, reason in report.kept}["Zipformer2EncoderLayer"] == (
+    assert {name: reason for _, name, reason in report.not_swapped}["Zipformer2EncoderLayer"] == (
         "its forward is none of the known versions of ZipformerEncoderLayer; "
         "if it does the same, pass trust=['Zipformer2EncoderLayer']"
     )
@@ -223,7 +223,7 @@ def test_who_insists_gets_it():
         model = build(recipe.subsampling, recipe.zipformer)
         assert convert(model, trust=[recipe.zipformer.SelfAttention]).layers == (0, 4)
         report = convert(model, trust=["Zipformer2EncoderLayer"])
-        assert (report.kept, report.layers) == ([], (4, 4))
+        assert (report.not_swapped, report.layers) == ([], (4, 4))
 
 
 def test_methods_replaced_on_the_class(monkeypatch):
@@ -236,7 +236,7 @@ def test_methods_replaced_on_the_class(monkeypatch):
 
     assert convert(upstream.scaling.BiasNorm(4)).swapped
     monkeypatch.setattr(upstream.scaling.BiasNorm, "forward", doubled)
-    assert [kept[1] for kept in convert(upstream.scaling.BiasNorm(4)).kept] == ["BiasNorm"]
+    assert [kept[1] for kept in convert(upstream.scaling.BiasNorm(4)).not_swapped] == ["BiasNorm"]
 
 
 SOURCE = """
@@ -288,7 +288,7 @@ def converted_without_source(*edits, path=""):
 def test_a_small_run_finds_what_is_another_where_no_source_can_be_had():
     _, report = converted_without_source(FORWARD, BACKWARD, STREAM, DRAW)
     differ = "its source cannot be had, and a trial run in {} disagrees: {}"
-    reasons = {name: reason for _, name, reason in report.kept}
+    reasons = {name: reason for _, name, reason in report.not_swapped}
     for name, mode, what in (
         ("Zipformer2EncoderLayer", "evaluation", "results differ by"),
         ("NonlinAttention", "evaluation", "results differ by"),
@@ -301,7 +301,7 @@ def test_a_small_run_finds_what_is_another_where_no_source_can_be_had():
 
 def test_a_small_run_finds_the_version_where_no_source_can_be_had():
     layer, report = converted_without_source(OLD_RULE, path="encoder.encoders.0.layers.0")
-    assert (report.kept, report.layers) == ([], (1, 1))
+    assert (report.not_swapped, report.layers) == ([], (1, 1))
     assert not layer.const_attention_in_training
 
 

@@ -112,7 +112,7 @@ def test_all_is_swapped_and_does_the_same(train, use_conv):
         model = stack(recipe, use_conv).train(train)
         theirs = copy.deepcopy(model)
         report = convert(model)
-        assert not report.kept
+        assert not report.not_swapped
         assert report.layers == (2, 2)
         kinds = type(model), type(model.encoder), type(model.encoder.layers[0])
         assert kinds == (TimedDownsampledEncoder, TimedEncoder, TimedEncoderLayer)
@@ -139,7 +139,7 @@ def test_a_convolution_of_someone_elses_is_called_without_chunks():
 
         model.encoder.layers[0].conv_module1.__class__ = Special
         theirs = copy.deepcopy(model)
-        assert [kept[1] for kept in convert(model).kept] == ["Special"]
+        assert [kept[1] for kept in convert(model).not_swapped] == ["Special"]
         args = [
             torch.randn(FRAMES, 2, CHANNELS, dtype=torch.float64),
             torch.randn(2, TIME_CHANNELS, dtype=torch.float64),

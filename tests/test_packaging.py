@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import zipformer_kernels
+
 ROOT = Path(__file__).parent.parent
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 NOT_SHIPPED = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__", "*.so", "_build.json")
@@ -56,6 +58,8 @@ def wheel_of(sdist, folder, *options, **environment):
         record = json.loads(file.read("zipformer_kernels/_build.json"))
         names = file.namelist()
     assert not [name for name in names if not name.startswith(("zipformer_kernels/", "zipformer_kernels-"))]
+    assert "zipformer_kernels/py.typed" in names
+    assert wheel.name.startswith(f"zipformer_kernels-{zipformer_kernels.__version__}-")
     return wheel, record, [name for name in names if name.endswith(SUFFIX)]
 
 
@@ -83,13 +87,15 @@ def test_the_source_distribution_holds_everything(sdist):
     needed = {
         "LICENSE",
         "README.md",
+        "CHANGELOG.md",
         "CONTRIBUTING.md",
         "Makefile",
         "setup.py",
         "pyproject.toml",
         "MANIFEST.in",
+        "zipformer_kernels/py.typed",
     }
-    for folder in ("csrc", "zipformer_kernels", "tests", "demo"):
+    for folder in ("csrc", "zipformer_kernels", "tests", "demo", "docs", "examples"):
         files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
         suffixes = (".py", ".h", ".cpp", ".cu", ".wav", ".md")
         needed |= {path.relative_to(ROOT).as_posix() for path in files if path.suffix in suffixes}

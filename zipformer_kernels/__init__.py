@@ -16,7 +16,7 @@ from zipformer_kernels.optim import Eden, Eden2, ScaledAdam
 from zipformer_kernels.scaling import *  # noqa: F403
 from zipformer_kernels.scaling import __all__ as _scaling
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AttentionWeights",

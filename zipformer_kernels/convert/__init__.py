@@ -1,7 +1,7 @@
 """Swaps the modules of a model built from upstream's classes for ours, in place, and back.
 
-A swap keeps the module object and gives it our class: attributes, parameters, buffers, children, hooks and
-the training flag are not copied but stay where they are. So everything that refers to them stays valid:
+A swap gives the module object our class and leaves it the same object: attributes, parameters, buffers, children,
+hooks and the training flag are not copied but stay where they are. So everything that refers to them stays valid:
 optimizers, ``state_dict`` keys, checkpoints, a DistributedDataParallel around the model, modules used in two
 places, and the model itself where it is one of those swapped.
 """
@@ -37,8 +37,8 @@ def convert(
     They are recognised by what their methods do, whatever they are called: by a digest of the source of every method,
     with the helpers, constants and bases that it uses, and by attributes, children and shapes. Known versions that do
     something else than today's are swapped with the settings that make ours do the same. Whatever is unknown, such as a
-    forward that someone has edited, is kept, called as before, and reported. Where a source cannot be had, a small run
-    of a copy before and after the swap decides.
+    forward that someone has edited, is not swapped, but called as before and reported. Where a source cannot be had, a
+    small run of a copy before and after the swap decides.
 
     Afterwards ``isinstance`` sees our classes. A pickled copy of the model needs this package and not
     upstream, and cannot be reverted; a deep copy can. Swapping twice does nothing more.
@@ -52,7 +52,7 @@ def convert(
         trust: classes, or names of classes, whose unknown methods are said to do what upstream's do.
 
     Returns:
-        What was swapped, and what was kept and why.
+        What was swapped, and what was not and why.
 
     Raises:
         TypeError: `model` is not a module, `ops` or `trust` a single string, or `check` no tuple, list or dict.
@@ -77,22 +77,22 @@ def convert(
             report.swapped.append((path, name))
             swaps.append((module, match))
         else:
-            report.kept.append((path, name, match.reason))
+            report.not_swapped.append((path, name, match.reason))
     expected = None if check is None else outputs(model, check)
     prepared = [(module, type(match.row.example), changes(module, match)) for module, match in swaps]
     for swap in prepared:  # only now, so that an error leaves the model whole
         change(*swap)
     if check is None:
-        return Report(report.swapped, report.kept, _layers(model))
+        return Report(report.swapped, report.not_swapped, _layers(model))
     try:
         error, reason = difference(outputs(model, check), expected)
     except Exception as raised:
         error, reason = 0.0, f"it raises {type(raised).__name__}: {raised}"
     if reason is None:
-        return Report(report.swapped, report.kept, _layers(model), f"outputs agree to {error:.1e} of their RMS")
+        return Report(report.swapped, report.not_swapped, _layers(model), f"outputs agree to {error:.1e} of their RMS")
     for module, _ in swaps:
         swap_back(module)
-    return Report([], report.kept, _layers(model), f"everything was swapped back: {reason}")
+    return Report([], report.not_swapped, _layers(model), f"everything was swapped back: {reason}")
 
 
 def revert(model: nn.Module) -> Report:
@@ -104,7 +104,7 @@ def revert(model: nn.Module) -> Report:
         model: the model, or any part of one.
 
     Returns:
-        What was swapped back, and what was kept: modules that were pickled, and so forgot what they were.
+        What was swapped back, and what was not: modules that were pickled, and so forgot what they were.
 
     Raises:
         TypeError: `model` is not a module.
@@ -116,11 +116,11 @@ def revert(model: nn.Module) -> Report:
         if ORIGINAL not in vars(module):
             continue
         if getattr(module, ORIGINAL) is None:
-            report.kept.append((path, type(module).__name__, "it was pickled since it was swapped"))
+            report.not_swapped.append((path, type(module).__name__, "it was pickled since it was swapped"))
             continue
         swap_back(module)
         report.swapped.append((path, type(module).__name__))
-    return Report(report.swapped, report.kept, _layers(model))
+    return Report(report.swapped, report.not_swapped, _layers(model))
 
 
 def _layers(model: nn.Module) -> tuple[int, int]:

@@ -12,13 +12,13 @@ class Report:
 
     Attributes:
         swapped: (path, class name) of each module swapped; the path as in `named_modules`, "" for the model.
-        kept: (path, class name, reason) of each module that could have been swapped but was left as it was.
+        not_swapped: (path, class name, reason) of each module that could have been swapped but was left as it was.
         layers: how many of the model's encoder layers are ours now, and how many it has.
         check: what the comparison on a batch found; empty where none was asked for.
     """
 
     swapped: list[tuple[str, str]] = field(default_factory=list)
-    kept: list[tuple[str, str, str]] = field(default_factory=list)
+    not_swapped: list[tuple[str, str, str]] = field(default_factory=list)
     layers: tuple[int, int] = (0, 0)
     check: str = ""
 
@@ -26,9 +26,9 @@ class Report:
         counts = Counter(name for _, name in self.swapped)
         lines = [f"swapped: {len(self.swapped)}"]
         lines += [f"  {count:5} {name}" for name, count in sorted(counts.items())]
-        lines += [f"kept: {len(self.kept)}"]
+        lines += [f"not swapped: {len(self.not_swapped)}"]
         alike: dict[tuple[str, str], list[str]] = {}
-        for path, name, reason in self.kept:
+        for path, name, reason in self.not_swapped:
             alike.setdefault((name, reason), []).append(path or "(the model)")
         for (name, reason), paths in alike.items():
             lines += [f"  {name}: {reason}", *(f"      {path}" for path in paths)]

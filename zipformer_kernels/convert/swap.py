@@ -1,4 +1,4 @@
-"""Gives a module another class in place, and keeps what it was."""
+"""Gives a module another class in place, and remembers what it was."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 from zipformer_kernels.convert.rows import ROWS, Row
 from zipformer_kernels.modules.encoder import Zipformer, join_interface
 
-ORIGINAL = "_upstream_original"  # the attribute under which a swapped module keeps its `Original`
+ORIGINAL = "_upstream_original"  # the attribute under which a swapped module has its `Original`
 MISSING = object()
 
 
@@ -21,7 +21,7 @@ class Match:
 
     Attributes:
         name: of the row; the name of the class that it becomes.
-        reason: why it is kept nevertheless, or None.
+        reason: why it is not swapped nevertheless, or None.
         settings: attributes that the version it has of this class needs.
     """
 

@@ -89,7 +89,7 @@ def tried(module: nn.Module, match: Match) -> str | None:
                         reason = _disagreement(*runs)
                         if reason is not None:
                             return f"a trial run in {'training' if mode else 'evaluation'} disagrees: {reason}"
-    except Exception as error:  # whatever a stranger's module raises, it is kept
+    except Exception as error:  # whatever a stranger's module raises, it is not swapped
         return f"a trial run failed: {type(error).__name__}: {error}"
     return None
 
