@@ -33,7 +33,7 @@ def relative(actual, expected, floor=1e-12):
 
 def keeping(kept):
     """On the CPU a handle keeps small weights, or computes them again at every use as it does with large ones."""
-    return mock.patch.object(attention.native, "KEPT_BYTES", 1 << 40 if kept else 0)
+    return mock.patch.object(attention.native, "STORED_BYTES", 1 << 40 if kept else 0)
 
 
 both_ways = pytest.mark.parametrize("kept", [True, False], ids=["kept", "computed again"])
@@ -174,7 +174,7 @@ def test_every_instruction_set_agrees():
             v = torch.randn(sources, 2, 2, channels).to(dtype).requires_grad_()
             masks = padding(2, sources, "cpu"), None, -1, -1
             with backend.use_backend("cpu"):
-                softmax = attention._softmax(*(x.detach() for x in (q, k, p, e)), *masks)
+                softmax = attention._op.variants["softmax"](*(x.detach() for x in (q, k, p, e)), *masks)
                 args = [q, k, p, e, v, softmax, *masks, 0.01, 2.0]
                 out = OP(*args)
                 grad = torch.randn_like(out)
@@ -194,7 +194,7 @@ def test_long_chunked_sequences(lane):
     hidden[1, 200:450] = True
     masks = hidden, None, rule.chunk, rule.left_chunks
     with lane.active():
-        softmax = attention._softmax(q.detach(), k.detach(), p, e, *masks)
+        softmax = attention._op.variants["softmax"](q.detach(), k.detach(), p, e, *masks)
         blind = softmax[0, 1, :, 0] == attention.reference.MASKED_SCORE
         assert torch.equal(blind.nonzero()[:, 0], torch.arange(250, 450))
         args = [x.requires_grad_() for x in (q, k, p, e, v)] + [softmax, *masks, 0.0, 0.0]
@@ -240,7 +240,7 @@ def test_any_strides(lane):
     padding = torch.rand(2, 80, device=lane.device)[:, ::2] > 0.7
     mask = torch.rand(40, 80, device=lane.device)[:, ::2] > 0.9
     with lane.active():
-        softmax = attention._softmax(*(x.detach() for x in leaves[:4]), padding, mask, -1, -1)
+        softmax = attention._op.variants["softmax"](*(x.detach() for x in leaves[:4]), padding, mask, -1, -1)
         args = [*leaves, softmax, padding, mask, -1, -1, 0.0, 0.0]
         out = OP(*args)
         grad = torch.randn(1, device=lane.device).expand(out.shape)
@@ -274,7 +274,7 @@ def test_results_do_not_depend_on_the_threads():
             torch.manual_seed(9)
             q, k, p, e = weights_inputs(300, 300, 2, 2, 16, 4, torch.float32, "cpu")
             v = torch.randn(300, 2, 2, 12, requires_grad=True)
-            softmax = attention._softmax(*(x.detach() for x in (q, k, p, e)), None, None, -1, -1)
+            softmax = attention._op.variants["softmax"](*(x.detach() for x in (q, k, p, e)), None, None, -1, -1)
             for count in (1, 2, 5):
                 torch.set_num_threads(count)
                 out = OP(q, k, p, e, v, softmax, None, None, -1, -1, 0.0, 0.0)

@@ -11,7 +11,7 @@ from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import AttentionWeights
 from zipformer_kernels.ops.attention.cases import CASES, padding, weights_inputs
 
-OP = attention._weights
+OP = attention._op.variants["weights"]
 SMALL = [case for case in CASES if not case.large]
 
 

@@ -140,7 +140,7 @@ def test_gradients_that_are_off_are_found_in_any_layout():
 @pytest.mark.parametrize("kept", [True, False])
 def test_all_uses_of_a_layers_weights_agree_whether_they_are_kept_or_not(monkeypatch, kept):
     asked = []
-    monkeypatch.setattr(native, "keeps_weights", lambda *shape: asked.append(shape) or kept)
+    monkeypatch.setattr(native, "stores", lambda *shape: asked.append(shape) or kept)
     prepared = shared_attention.prepare(100, 1, 2, 24, "both", torch.float32, ("upstream", "eager", "ours"))
     assert (prepared.wrong, prepared.skipped) == ({}, {})
     assert set(prepared.runs) == {"upstream", "eager", "ours"}

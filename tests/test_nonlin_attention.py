@@ -12,8 +12,9 @@ from zipformer_kernels.core.joint import side_by_side, split
 from zipformer_kernels.modules import NonlinAttention
 from zipformer_kernels.ops import nonlin_attention as package
 from zipformer_kernels.ops.attention import AttentionWeights
-from zipformer_kernels.ops.nonlin_attention import infer, nonlin_attention
+from zipformer_kernels.ops.nonlin_attention import nonlin_attention
 from zipformer_kernels.ops.nonlin_attention.cases import CASES
+from zipformer_kernels.ops.nonlin_attention.infer import infer_nonlin_attention
 
 OP = package._op
 SMALL = [case for case in CASES if not case.large]
@@ -143,14 +144,14 @@ def infer_arguments(frames, batch, heads, channels, dtype, bias=True):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("lane", lanes(infer.op))
+@pytest.mark.parametrize("lane", lanes(OP.variants["infer"]))
 def test_infer_matches_the_formula(lane, dtype):
     for frames, batch, heads, channels in ((1, 1, 1, 1), (7, 3, 1, 5), (40, 2, 1, 144), (33, 2, 3, 7)):
         for bias in (True, False):
             args = infer_arguments(frames, batch, heads, channels, dtype, bias)
             with lane.active():
-                actual = infer.infer_nonlin_attention(*args)
-            expected = infer.infer(*(None if x is None else x.double() for x in args))
+                actual = infer_nonlin_attention(*args)
+            expected = package.reference.infer(*(None if x is None else x.double() for x in args))
             assert actual.dtype == dtype
             assert_rounded(actual, expected, frames, f"{frames} frames, {heads} heads")
 
@@ -159,26 +160,26 @@ def test_infer_matches_the_formula(lane, dtype):
 def test_infer_under_every_instruction_set():
     for dtype in (torch.float32, torch.float64):
         args = infer_arguments(21, 2, 1, 37, dtype)
-        actual = infer.infer_nonlin_attention(*args, backend="cpu")
-        assert_rounded(actual, infer.infer(*(x.double() for x in args)), 21, str(dtype))
+        actual = infer_nonlin_attention(*args, backend="cpu")
+        assert_rounded(actual, package.reference.infer(*(x.double() for x in args)), 21, str(dtype))
 
 
-@pytest.mark.parametrize("lane", lanes(infer.op))
+@pytest.mark.parametrize("lane", lanes(OP.variants["infer"]))
 def test_infer_opcheck(lane):
     with lane.active():
         args = infer_arguments(5, 2, 1, 3, torch.float64)
         torch.library.opcheck(torch.ops.zipformer_kernels.nonlin_attention_infer.default, (*args, lane.backend))
-        assert infer.infer_nonlin_attention(*infer_arguments(0, 2, 1, 3, torch.float32)).shape == (0, 2, 3)
+        assert infer_nonlin_attention(*infer_arguments(0, 2, 1, 3, torch.float32)).shape == (0, 2, 3)
 
 
 def test_infer_names_bad_input():
     projected, bias, weights = infer_arguments(5, 2, 1, 3, torch.float32)
     with pytest.raises(ValueError, match="projected must have a multiple of 3 channels"):
-        infer.infer_nonlin_attention(projected[..., 1:], bias, weights)
+        infer_nonlin_attention(projected[..., 1:], bias, weights)
     with pytest.raises(ValueError, match=r"weights must have shape \(1, 2, 5, 5\), got \(1, 2, 5, 4\)"):
-        infer.infer_nonlin_attention(projected, bias, weights[..., 1:])
+        infer_nonlin_attention(projected, bias, weights[..., 1:])
     with pytest.raises(ValueError, match=r"bias must have shape \(9,\), got \(8,\)"):
-        infer.infer_nonlin_attention(projected, bias[1:], weights)
+        infer_nonlin_attention(projected, bias[1:], weights)
 
 
 # ---- in training, with weights of one head that are kept ----

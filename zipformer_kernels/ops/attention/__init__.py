@@ -17,53 +17,16 @@ Source: section 3.2 of the Zipformer paper (arXiv:2310.11230); ``RelPositionMult
 
 from __future__ import annotations
 
-from zipformer_kernels.core.op import Op, triton_launchers
-from zipformer_kernels.ops.attention import native, reference
-
-_softmax = Op(
-    "attention_softmax",
-    "Tensor q, Tensor k, Tensor? p, Tensor? e, Tensor? key_padding_mask, Tensor? attn_mask, int chunk, int left_chunks",
-    reference=reference.softmax_rows,
-    backends={
-        "eager": reference.eager_softmax,
-        "cpu": native.cpu_softmax,
-        **triton_launchers(__name__, "softmax_launchers"),
-    },
-    saves=(),
-    fake=lambda q, *_: (reference.empty_rows(q),),
-)
-
-_weights = Op(
-    "attention_weights",
-    "Tensor q, Tensor k, Tensor? p, Tensor? e, Tensor? key_padding_mask, Tensor? attn_mask, int chunk, "
-    "int left_chunks, float penalty, float limit",
-    reference=reference.weights,
-    backends={"eager": reference.eager_weights, "cpu": native.cpu_weights},
-    saves=("q", "k", "p", "e", "key_padding_mask", "attn_mask"),
-    saves_outputs=(0,),
-    fake=lambda q, k, *_: (q.new_empty(q.shape[2], q.shape[1], q.shape[0], k.shape[0]),),
-)
-
-_op = Op(
-    "attention",
-    "Tensor q, Tensor k, Tensor? p, Tensor? e, Tensor v, Tensor softmax, Tensor? key_padding_mask, Tensor? attn_mask, "
-    "int chunk, int left_chunks, float penalty, float limit",
-    reference=reference.attention,
-    backends={"eager": reference.eager, "cpu": native.cpu, **triton_launchers(__name__)},
-    saves=("q", "k", "p", "e", "v", "softmax", "key_padding_mask", "attn_mask"),
-    saves_outputs=(0,),
-    fake=lambda q, k, p, e, v, *_: (v.new_empty(q.shape[0], *v.shape[1:]),),
-)
-
-from zipformer_kernels.ops.attention.weights import (  # noqa: E402  (the handle calls the ops above)
+from zipformer_kernels.ops.attention.native import stores
+from zipformer_kernels.ops.attention.op import _op as _op
+from zipformer_kernels.ops.attention.weights import (
     AttentionWeights,
     ChunkMask,
     aggregate,
     constant_attention,
     downsample_mask,
-    merge_heads,
-    split_heads,
 )
+from zipformer_kernels.ops.sizes import merge_heads, split_heads
 
 __all__ = [
     "AttentionWeights",
@@ -73,4 +36,5 @@ __all__ = [
     "downsample_mask",
     "merge_heads",
     "split_heads",
+    "stores",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +14,11 @@ from zipformer_kernels.core.launch import (
     DTYPE_CODES,
     INFERENCE_DTYPES,
     call_cpu,
+    contiguous,
+    few_rows,
     pointer,
     unsupported_dtype,
+    unsupported_dtypes,
 )
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention.reference import empty_rows
@@ -27,10 +31,10 @@ LEAST_SCORES = {torch.float32: 64 * 64, torch.float16: 64 * 64, torch.float64: 1
 LEAST_WEIGHTS_BFLOAT16 = 1 << 24
 """Elements of the weights from which on eager loses in bfloat16, for which processors may have instructions."""
 
-KEPT_BYTES = 32 << 20
-"""Size of the weights of all heads but the first, which may lie apart, below which they are kept: to read them again is
-faster than to compute them again, but not in memory that allocators hand back to the system, as glibc's does from this
-size on."""
+STORED_BYTES = 32 << 20
+"""Size of the weights of all heads but the first, which may lie apart, below which they are stored: to read them again
+is faster than to compute them again, but not in memory that allocators hand back to the system, as glibc's does from
+this size on."""
 
 
 def _unit_stride(x: Tensor | None) -> Tensor | None:
@@ -119,7 +123,7 @@ def backward(
 
 
 def make_weights(*args: Tensor | int | float | None) -> tuple[Tensor]:
-    """The forward of ``attention_weights``."""
+    """The forward of the variant ``weights``."""
     q, k, p, e, *masks, _, _ = args
     w = q.new_empty(q.shape[2], q.shape[1], q.shape[0], k.shape[0])
     if w.numel() > 0:
@@ -139,7 +143,7 @@ def weights_gradients(
         needs: which are wanted; those of p and e are computed together.
         pieces: which heads; W, (H, B, T, S); dw of the same shape, or None; and the uses: values V, (S, B, H, C), their
             average and its gradient G, (T, B, H, C).
-        args: of the op ``attention_weights``, of all heads.
+        args: of the variant ``weights``, of all heads.
     """
     q, k, p, e, *masks, penalty, limit = args
     wanted = needs[0], needs[1], needs[2] or needs[3], needs[2] or needs[3]
@@ -218,11 +222,40 @@ def worthwhile(q: Tensor, k: Tensor, *rest: object) -> bool:
     return scores >= LEAST_SCORES[q.dtype]
 
 
-def keeps_weights(heads: int, batch: int, targets: int, sources: int, dtype: torch.dtype) -> bool:
-    """Whether weights of this shape are small enough to keep."""
-    return heads * batch * targets * sources * dtype.itemsize < KEPT_BYTES
+def stores(heads: int, batch: int, targets: int, sources: int, dtype: torch.dtype) -> bool:
+    """Whether weights of this shape are small enough to be stored whole on the CPU."""
+    return heads * batch * targets * sources * dtype.itemsize < STORED_BYTES
 
 
-cpu = Launchers(unsupported, forward, backward, worthwhile)
-cpu_softmax = Launchers(unsupported, _softmax, None, worthwhile)
-cpu_weights = Launchers(unsupported, make_weights, _weights_backward)
+def _stream(*args: Any) -> tuple[Tensor, Tensor]:
+    *tensors, gated = args
+    src, in_weight, in_bias, context, weights, *after = contiguous(*tensors)
+    targets, batch, channels = src.shape
+    heads, _, _, sources = weights.shape
+    values = context.shape[2]
+    y, joined = torch.empty_like(src), src.new_empty(sources, batch, values)
+    if y.numel() == 0:
+        joined[: context.shape[0]].copy_(context)
+        return y, joined
+    addresses = tuple(map(pointer, (src, in_weight, in_bias, context, weights, *after, joined, y)))
+    sizes = targets, sources, batch, channels, heads, values
+    call_cpu("attention_stream", src, addresses, sizes, gated, DTYPE_CODES[src.dtype])
+    return y, joined
+
+
+cpu = Launchers(
+    unsupported,
+    forward,
+    backward,
+    worthwhile,
+    variants={
+        "softmax": Launchers(unsupported, _softmax, None, worthwhile),
+        "weights": Launchers(unsupported, make_weights, _weights_backward),
+        "stream": Launchers(
+            supports=lambda *args: unsupported_dtypes(args[:-1], INFERENCE_DTYPES),
+            forward=_stream,
+            backward=None,
+            worthwhile=lambda src, *_: few_rows(src),
+        ),
+    },
+)

@@ -11,6 +11,7 @@ with those of masked pairs set to -1000, and the weights are their softmax over 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zipformer_kernels.core.call import being_traced
@@ -267,6 +268,34 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x.dtype))
 
 
-eager = Launchers(lambda *_: None, forward, backward)
-eager_softmax = Launchers(lambda *_: None, lambda *args: (softmax_rows(*args),), None)
-eager_weights = Launchers(lambda *_: None, lambda *args: (weights(*args),), weights_backward)
+def stream(
+    src: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    context: Tensor,
+    weights: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
+    """src + linear(the average of linear(src), behind a context, with given weights), and the values averaged."""
+    v, g = F.linear(src, in_weight, in_bias), None
+    if gated:
+        s, x, g = v.chunk(3, dim=2)
+        v = x * s.tanh()
+    joined = torch.cat([context, v])
+    by_head = joined.unflatten(2, (weights.shape[0], -1)).permute(2, 1, 0, 3)
+    average = (weights @ by_head).permute(2, 1, 0, 3).flatten(2)
+    return src + F.linear(average if g is None else average * g, out_weight, out_bias), joined
+
+
+eager = Launchers(
+    lambda *_: None,
+    forward,
+    backward,
+    variants={
+        "softmax": Launchers(lambda *_: None, lambda *args: (softmax_rows(*args),), None),
+        "weights": Launchers(lambda *_: None, lambda *args: (weights(*args),), weights_backward),
+        "stream": Launchers(lambda *_: None, stream, None),
+    },
+)

@@ -295,5 +295,6 @@ def unsupported(q: Tensor, k: Tensor, p: Tensor | None, e: Tensor | None, *rest:
     return unsupported_dtype(q, GPU_DTYPES)
 
 
-launchers = Launchers(unsupported, _forward, _backward)
-softmax_launchers = Launchers(unsupported, softmax_rows, None)
+launchers = Launchers(
+    unsupported, _forward, _backward, variants={"softmax": Launchers(unsupported, softmax_rows, None)}
+)

@@ -11,11 +11,11 @@ from torch import Tensor
 from zipformer_kernels.core import backend as backends
 from zipformer_kernels.core.autograd import gradient_hook
 from zipformer_kernels.core.call import autocast_dtype, barred, watcher
-from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import native, reference
 from zipformer_kernels.ops.attention.kept import Piece, average, make
+from zipformer_kernels.ops.attention.op import _op
 from zipformer_kernels.ops.shapes import as_mask
-from zipformer_kernels.ops.sizes import compact, split_last
+from zipformer_kernels.ops.sizes import compact, merge_heads, split_heads, split_last
 
 
 @dataclass(frozen=True)
@@ -102,18 +102,18 @@ class AttentionWeights:
         detached = self.scores
         if torch.is_grad_enabled():
             detached = tuple(None if x is None else x.detach() for x in self.scores)
-        self.backend = attention._softmax.select(backend, *detached, *self.masks)
+        self.backend = _op.variants["softmax"].select(backend, *detached, *self.masks)
         self._named = backends.requested(backend) != "auto"
         self._made: tuple[Piece, ...] = ()
         self._part_of: tuple[AttentionWeights, slice] | None = None  # where W is kept
         self.softmax: Tensor | None = None
         largest = max(self.shape[0] - 1, 1), *self.shape[1:], q.dtype
-        self.keeps = self.backend == "eager" or (self.backend == "cpu" and native.keeps_weights(*largest))
+        self.keeps = self.backend == "eager" or (self.backend == "cpu" and native.stores(*largest))
         if self.backend == "triton" and e is not None:
             self.scores = q, k, p, _offsets_last(e)
             detached = *detached[:3], self.scores[3].detach()
         if not self.keeps:
-            self.softmax = attention._softmax(*detached, *self.masks, backend=self.backend)
+            self.softmax = _op.variants["softmax"](*detached, *self.masks, backend=self.backend)
 
     def __getitem__(self, heads: Any) -> AttentionWeights | Tensor:
         """The weights of some heads, ``weights[first:last]``; for any other index what W has there."""
@@ -172,7 +172,7 @@ class AttentionWeights:
         penalty = self._penalty
         if self._trained():  # the first use that has gradients brings it, for all
             self._penalty = 0.0, 0.0
-        return attention._op(*self.scores, v, self.softmax, *self.masks, *penalty, backend=self.backend).flatten(2)
+        return _op(*self.scores, v, self.softmax, *self.masks, *penalty, backend=self.backend).flatten(2)
 
     def materialize(self) -> Tensor:
         """W itself, (H, B, T, S), differentiable; under autocast in the autocast dtype, as upstream keeps it."""
@@ -196,13 +196,13 @@ class AttentionWeights:
             self._made = (Piece(self._reference()),)
             return self._made
         # A slice's gradient is as large as its base; and together all heads may be too large to keep.
-        apart = torch.is_grad_enabled() or not native.keeps_weights(*self.shape, self.dtype)
+        apart = torch.is_grad_enabled() or not native.stores(*self.shape, self.dtype)
         groups = (slice(0, 1), slice(1, None)) if apart and self.shape[0] > 1 else (slice(None),)
         args = *self.masks, *self._penalty
         if trained and watcher() is None:
             self._made = make(groups, *self.scores, *args)
         else:
-            made = (attention._weights(*self._scores_of(g), *args, backend=self.backend) for g in groups)
+            made = (_op.variants["weights"](*self._scores_of(g), *args, backend=self.backend) for g in groups)
             self._made = tuple(map(Piece, made))
         return self._made
 
@@ -288,16 +288,6 @@ def softmax(x: Tensor, dim: int) -> Tensor:
     """The softmax along a dimension; under autocast in the autocast dtype, as upstream's."""
     y = x.softmax(dim)
     return y.to(autocast_dtype(x) or y.dtype)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """From (frames, B, heads * channels) to (heads, B, frames, channels)."""
-    return split_last(x, heads).permute(2, 1, 0, 3)
-
-
-def merge_heads(x: Tensor) -> Tensor:
-    """From (heads, B, frames, channels) to (frames, B, heads * channels)."""
-    return compact(x.permute(2, 1, 0, 3)).flatten(2)
 
 
 def aggregate(weights: AttentionWeights | Tensor, values: Tensor) -> Tensor:

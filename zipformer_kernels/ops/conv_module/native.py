@@ -17,6 +17,7 @@ from zipformer_kernels.core.launch import (
     call_cpu,
     call_cuda,
     contiguous,
+    few_rows,
     multiprocessors,
     pointer,
     unsupported_dtypes,
@@ -71,6 +72,25 @@ def _infer(
     return y, following
 
 
+def _stream(*args: Any) -> tuple[Tensor, Tensor]:
+    src, in_weight, in_bias, left, weight, *inner, padding, out_weight, out_bias = contiguous(*args)
+    frames, batch, channels = src.shape
+    y, following = torch.empty_like(src), torch.empty_like(left)
+    if y.numel() == 0:
+        return y, left.clone()
+    sizes = frames, batch, channels, 2 * batch * channels, 2 * channels, weight.shape[2], frames
+    call_cpu(
+        "conv_module_stream",
+        src,
+        tuple(map(pointer, (src, in_weight, out_weight, out_bias, y))),
+        (0, 0, *map(pointer, (padding, weight, *inner))),
+        *map(pointer, (in_bias, left, following)),
+        sizes,
+        DTYPE_CODES[src.dtype],
+    )
+    return y, following
+
+
 def _backward(
     call: Callable[..., None],
     most_parts: Callable[[Arguments], int],
@@ -111,8 +131,10 @@ def _launchers(
     supports: Callable[..., str | None],
     most_parts: Callable[[Arguments], int],
     beside: bool,
+    **variants: Launchers,
 ) -> Launchers:
-    return Launchers(supports, partial(_forward, call), partial(_backward, call, most_parts, beside))
+    backward = partial(_backward, call, most_parts, beside)
+    return Launchers(supports, partial(_forward, call), backward, variants=variants)
 
 
 def _unsupported_infer(x: Tensor, *rest: Any) -> str | None:
@@ -122,11 +144,18 @@ def _unsupported_infer(x: Tensor, *rest: Any) -> str | None:
     return unsupported_dtypes((x, x_bias, left, *parameters), INFERENCE_DTYPES)
 
 
-cpu_infer = Launchers(_unsupported_infer, _infer, None)
-
 # Groups of frames whose gradients of parameters are summed apart: on the CPU so many that threads share them out
 # evenly, on the GPU one for each block. The CPU's kernel writes da and ds side by side where a and s lie so.
-cpu = _launchers(call_cpu, partial(unsupported, CPU_DTYPES), lambda _: 64, beside=True)
+cpu = _launchers(
+    call_cpu,
+    partial(unsupported, CPU_DTYPES),
+    lambda _: 64,
+    beside=True,
+    infer=Launchers(_unsupported_infer, _infer, None),
+    stream=Launchers(
+        lambda *args: unsupported_dtypes(args, INFERENCE_DTYPES), _stream, None, lambda src, *_: few_rows(src)
+    ),
+)
 cuda = _launchers(
     call_cuda,
     _unsupported_cuda,

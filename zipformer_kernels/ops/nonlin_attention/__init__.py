@@ -31,6 +31,15 @@ _op = Op(
     fake=lambda q, k, p, e, gate, x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
 )
 
+_op.variant(
+    "infer",
+    "Tensor projected, Tensor? bias, Tensor weights",
+    when="the thirds of a projection less its bias, without gradients, with weights that are stored",
+    reference=reference.infer,
+    saves=(),
+    fake=lambda projected, *_: (projected.new_empty(*projected.shape[:2], projected.shape[2] // 3),),
+)
+
 
 def nonlin_attention(weights: AttentionWeights, gate: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """(W (x tanh(gate))) y on the backend of the weights.

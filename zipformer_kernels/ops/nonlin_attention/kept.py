@@ -20,7 +20,8 @@ from zipformer_kernels.core.call import plain, without_autocast
 from zipformer_kernels.core.joint import side_by_side
 from zipformer_kernels.core.launch import DTYPE_CODES, INFERENCE_DTYPES, call_cpu, pointer
 from zipformer_kernels.ops.attention.kept import Piece, Uses
-from zipformer_kernels.ops.nonlin_attention.infer import close, infer, open_
+from zipformer_kernels.ops.nonlin_attention.native import close, open_
+from zipformer_kernels.ops.nonlin_attention.reference import infer
 
 
 class _GatedAverage(torch.autograd.Function):

@@ -5,8 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zipformer_kernels.core.launch import (
+    DTYPE_CODES,
+    INFERENCE_DTYPES,
+    call_cpu,
+    contiguous,
+    pointer,
+    unsupported_dtypes,
+)
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention import native as attention
+from zipformer_kernels.ops.sizes import merge_heads, split_heads
 
 
 def _forward(*args: Tensor | int | None) -> tuple[Tensor, Tensor]:
@@ -28,4 +37,40 @@ def _backward(
     return *scores, dgate, dx, grad * inner if needs[6] else None, None, None, None
 
 
-cpu = Launchers(attention.unsupported, _forward, _backward, attention.worthwhile)
+def _infer(projected: Tensor, bias: Tensor | None, weights: Tensor) -> tuple[Tensor]:
+    frames, batch, width = projected.shape
+    if projected.numel() == 0:
+        return (projected.new_empty(frames, batch, width // 3),)
+    projected, bias = contiguous(projected, bias)
+    average = merge_heads(weights @ split_heads(open_(projected, bias), weights.shape[0]))
+    return (close(projected, bias, average),)
+
+
+def open_(projected: Tensor, bias: Tensor | None) -> Tensor:
+    """x tanh(s) by the compiled kernel; arguments contiguous, as of `infer_nonlin_attention`."""
+    values, *sizes = _result(projected)
+    call_cpu("nonlin_attention_open", projected, *map(pointer, (projected, bias, values)), *sizes)
+    return values
+
+
+def close(projected: Tensor, bias: Tensor | None, average: Tensor) -> Tensor:
+    """average y by the compiled kernel; `average`, (T, batch, channels), with channels of stride 1."""
+    out, *sizes = _result(projected)
+    inputs = *map(pointer, (projected, bias, average)), *average.stride()[:2]
+    call_cpu("nonlin_attention_close", projected, *inputs, pointer(out), *sizes)
+    return out
+
+
+def _result(projected: Tensor) -> tuple[Tensor, int, int, int, int]:
+    """What a gate fills in, and its sizes and dtype."""
+    frames, batch, channels = projected.shape[0], projected.shape[1], projected.shape[2] // 3
+    return projected.new_empty(frames, batch, channels), frames, batch, channels, DTYPE_CODES[projected.dtype]
+
+
+cpu = Launchers(
+    attention.unsupported,
+    _forward,
+    _backward,
+    attention.worthwhile,
+    variants={"infer": Launchers(lambda *args: unsupported_dtypes(args, INFERENCE_DTYPES), _infer, None)},
+)

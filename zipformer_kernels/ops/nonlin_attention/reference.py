@@ -12,6 +12,7 @@ from torch import Tensor
 
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention import reference as attention
+from zipformer_kernels.ops.sizes import merge_heads, split_heads
 
 
 def nonlin_attention(
@@ -52,4 +53,15 @@ def backward(
     return *scores[:4], dv * x * (1 - opened * opened), dv * opened, grads[0] * inner, None, None, None
 
 
-eager = Launchers(lambda *_: None, forward, backward)
+def infer(projected: Tensor, bias: Tensor | None, weights: Tensor) -> Tensor:
+    """(W (x tanh(s))) y of the thirds s, x, y of projected + bias, with W itself, (H, B, T, T)."""
+    s, x, y = (projected if bias is None else projected + bias).chunk(3, dim=2)
+    return merge_heads(weights @ split_heads(x * torch.tanh(s), weights.shape[0])) * y
+
+
+eager = Launchers(
+    lambda *_: None,
+    forward,
+    backward,
+    variants={"infer": Launchers(lambda *_: None, lambda *args: (infer(*args).contiguous(),), None)},
+)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -49,7 +50,7 @@ def _differentiate(
     return as_empty_like(dx, given), a
 
 
-def _infer(
+def _feed_forward(
     src: Tensor, in_weight: Tensor, in_bias: Tensor | None, out_weight: Tensor, out_bias: Tensor | None, kind: str
 ) -> tuple[Tensor]:
     tensors = contiguous(src, in_weight, in_bias, out_weight, out_bias)
@@ -65,11 +66,12 @@ def _launchers(call: Callable[..., None], dtypes: tuple[torch.dtype, ...]) -> La
     return around_product(partial(_activate, call), partial(_differentiate, call), partial(unsupported, dtypes))
 
 
-cpu = _launchers(call_cpu, CPU_DTYPES)
-cpu_infer = Launchers(
+_cpu_feed_forward = Launchers(
     supports=lambda *args: unsupported_dtypes(args[:-1], INFERENCE_DTYPES),
-    forward=_infer,
+    forward=_feed_forward,
     backward=None,
     worthwhile=lambda src, *_: few_rows(src),
 )
+
+cpu = replace(_launchers(call_cpu, CPU_DTYPES), variants={"feed_forward": _cpu_feed_forward})
 cuda = _launchers(call_cuda, GPU_DTYPES)
