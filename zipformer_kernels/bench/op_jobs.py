@@ -133,8 +133,8 @@ def off(results: Sequence[Tensor], expected: Sequence[Tensor], alike: bool) -> f
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all tensors together."""
-    return torch.stack([x.double().norm() for x in tensors]).norm()
+    """The Euclidean norm of all tensors together; 0 of none."""
+    return torch.tensor([x.double().norm().item() for x in tensors], dtype=torch.double).norm()
 
 
 def call(op: str, peer: str, args: tuple[Any, ...]) -> Call:
