@@ -134,7 +134,7 @@ def test_bad_input_is_named():
         nonlin_attention(longer, good, good, good)
 
 
-# ---- in inference, with weights that are kept ----
+# ---- in inference, with weights that are stored ----
 
 
 def infer_arguments(frames, batch, heads, channels, dtype, bias=True):
@@ -182,7 +182,7 @@ def test_infer_names_bad_input():
         infer_nonlin_attention(projected, bias[1:], weights)
 
 
-# ---- in training, with weights of one head that are kept ----
+# ---- in training, with weights of one head that are stored ----
 
 
 def needs_cpu():
@@ -190,7 +190,7 @@ def needs_cpu():
         pytest.skip(missing["cpu"])
 
 
-def kept_arguments(frames=13, batch=2, channels=7, dtype=torch.float64, heads=2):
+def stored_arguments(frames=13, batch=2, channels=7, dtype=torch.float64, heads=2):
     """q and k of some heads, and a projection to gates and values; leaves."""
     shapes = (frames, batch, heads, 8), (frames, batch, heads, 8), (frames, batch, 3 * channels)
     return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
@@ -218,12 +218,12 @@ def assert_gates_match_float64(args, grad=None):
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_kept_weights_match_float64(dtype):
+def test_stored_weights_match_float64(dtype):
     for frames, batch, channels in ((1, 1, 1), (13, 2, 7), (33, 3, 144), (70, 1, 37)):
-        assert_gates_match_float64(kept_arguments(frames, batch, channels, dtype))
+        assert_gates_match_float64(stored_arguments(frames, batch, channels, dtype))
 
 
-def test_kept_weights_take_gradients_of_any_strides():
+def test_stored_weights_take_gradients_of_any_strides():
     needs_cpu()
     shape = 13, 2, 7
     grads = {
@@ -236,45 +236,45 @@ def test_kept_weights_take_gradients_of_any_strides():
     }
     for grad in grads.values():
         before = grad.clone()
-        assert_gates_match_float64(kept_arguments(), grad)
+        assert_gates_match_float64(stored_arguments(), grad)
         assert torch.equal(grad, before)
 
 
 def test_gradients_of_the_thirds_are_written_side_by_side():
     needs_cpu()
-    q, k, projected = kept_arguments()
+    q, k, projected = stored_arguments()
     thirds = projected.detach().split([7] * 3, dim=2)
     thirds = [third.requires_grad_() for third in thirds]
     out = nonlin_attention(AttentionWeights(q, k, backend="cpu")[0:1], *thirds)
     assert side_by_side(*torch.autograd.grad(out.sum(), thirds)) is not None
 
 
-def test_when_kept_weights_serve():
+def test_when_stored_weights_serve():
     needs_cpu()
-    q, k, projected = kept_arguments(dtype=torch.float32)
+    q, k, projected = stored_arguments(dtype=torch.float32)
     thirds = split(projected, [7] * 3)
     weights = AttentionWeights(q, k, backend="cpu")
-    first = weights[0:1].pieces()
-    assert package.kept.serves(first, *thirds)
-    assert not package.kept.serves(weights.pieces(), *thirds)
-    assert not package.kept.serves(weights[0:1].constant().pieces(), *thirds)
-    assert not package.kept.serves(first, *thirds[::-1])
-    assert not package.kept.serves(first, *(third.double() for third in thirds))
-    assert not package.kept.serves(AttentionWeights(q, k, backend="eager")[0:1].pieces(), *thirds)
+    first = weights[0:1].held.pieces()
+    assert package.stored.serves(first, *thirds)
+    assert not package.stored.serves(weights.held.pieces(), *thirds)
+    assert not package.stored.serves(weights[0:1].constant().held.pieces(), *thirds)
+    assert not package.stored.serves(first, *thirds[::-1])
+    assert not package.stored.serves(first, *(third.double() for third in thirds))
+    assert not package.stored.serves(AttentionWeights(q, k, backend="eager")[0:1].held.pieces(), *thirds)
     with torch.no_grad():
-        assert not package.kept.serves(first, *thirds)
+        assert not package.stored.serves(first, *thirds)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not package.kept.serves(first, *thirds)
-    q, k, projected = kept_arguments(dtype=torch.bfloat16)
-    pieces = AttentionWeights(q, k, backend="cpu")[0:1].pieces()
-    assert not package.kept.serves(pieces, *split(projected, [7] * 3))
+        assert not package.stored.serves(first, *thirds)
+    q, k, projected = stored_arguments(dtype=torch.bfloat16)
+    pieces = AttentionWeights(q, k, backend="cpu")[0:1].held.pieces()
+    assert not package.stored.serves(pieces, *split(projected, [7] * 3))
 
 
 @pytest.mark.parametrize("frozen", [(0, 1), (2,), (3,), (4,), (2, 3), (2, 3, 4)], ids=str)
-def test_kept_weights_with_frozen_inputs(frozen):
+def test_stored_weights_with_frozen_inputs(frozen):
     """Of q, k and the thirds."""
     needs_cpu()
-    q, k, projected = kept_arguments()
+    q, k, projected = stored_arguments()
     parts = [x.detach() for x in (q, k, *projected.split([7] * 3, dim=2))]
     results = []
     for backend in ("cpu", "eager"):
@@ -285,9 +285,9 @@ def test_kept_weights_with_frozen_inputs(frozen):
         assert relative(actual, expected) < 3 * TOLERANCE[torch.float64]
 
 
-def test_kept_weights_have_gradients_of_gradients():
+def test_stored_weights_have_gradients_of_gradients():
     needs_cpu()
-    args = kept_arguments(frames=4, batch=2, channels=2)
+    args = stored_arguments(frames=4, batch=2, channels=2)
     assert torch.autograd.gradcheck(gate, args)
     assert torch.autograd.gradgradcheck(gate, args)
 
@@ -297,10 +297,10 @@ def test_hooks_between_the_projections_are_called(name, monkeypatch):
     """Without them one function stands between the projections of the module."""
     needs_cpu()
     module, src = NonlinAttention(6, 4).double(), torch.randn(9, 2, 6, dtype=torch.float64)
-    q, k, _ = kept_arguments(9)
+    q, k, _ = stored_arguments(9)
     calls, kernels = [], []
-    gated_average = package.kept.gated_average
-    monkeypatch.setattr(package.kept, "gated_average", lambda *args: kernels.append(args) or gated_average(*args))
+    gated_average = package.stored.gated_average
+    monkeypatch.setattr(package.stored, "gated_average", lambda *args: kernels.append(args) or gated_average(*args))
     results = []
     for hooked in (False, True):
         if hooked:

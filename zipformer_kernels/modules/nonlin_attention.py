@@ -12,7 +12,7 @@ from zipformer_kernels.modules.inference import add_product
 from zipformer_kernels.modules.module import Module
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import average_chunk, check_cache, join_cache
-from zipformer_kernels.ops.attention import AttentionWeights, aggregate, merge_heads, split_heads
+from zipformer_kernels.ops.attention import AttentionWeights, StoredWeights, aggregate, merge_heads, split_heads
 from zipformer_kernels.ops.nonlin_attention import nonlin_attention
 from zipformer_kernels.ops.nonlin_attention.infer import infer_nonlin_attention
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
@@ -84,7 +84,7 @@ class NonlinAttention(Module):
 
     def add_to(self, src: Tensor, attn_weights: AttentionWeights | Tensor, over: bool) -> Tensor:
         """src + self(src, attn_weights) in inference; see `zipformer_kernels.modules.inference`."""
-        if isinstance(attn_weights, AttentionWeights) and not attn_weights.keeps:
+        if isinstance(attn_weights, AttentionWeights) and not isinstance(attn_weights.held, StoredWeights):
             x = self._attend(src, attn_weights)
         else:
             weights = attn_weights.materialize() if isinstance(attn_weights, AttentionWeights) else attn_weights

@@ -6,10 +6,12 @@ With T targets, S sources, and for each sequence b and head h::
     W = softmax(s) over j
     aggregate(v)[i] = sum_j W[i, j] v[j]
 
-`AttentionWeights` (weights.py) holds q, k, p, e, the masks, and for each target the two numbers that make weights of
-scores, exp(s - largest) scale; every use of it runs one fused kernel, and the gradients of its uses add. On backend
-``eager`` it holds W itself; so it does on ``cpu`` as long as W is small, where uses leave what the gradients of q, k, p
-and e need to one kernel (kept.py).
+An `AttentionWeights` (weights.py) is the handle of W. What it holds (held.py) is one of two:
+
+- `RecomputedWeights`: q, k, p, e, the masks, and for each target the two numbers that make weights of scores,
+  exp(s - largest) scale. Every use runs one fused kernel, and the gradients of the uses add.
+- `StoredWeights`: W itself, on backend ``eager``, and on ``cpu`` as long as W is small. There uses leave what the
+  gradients of q, k, p and e need to one kernel (stored.py).
 
 Source: section 3.2 of the Zipformer paper (arXiv:2310.11230); ``RelPositionMultiheadAttentionWeights`` and
 ``SelfAttention`` in upstream's ``zipformer.py``.
@@ -17,21 +19,25 @@ Source: section 3.2 of the Zipformer paper (arXiv:2310.11230); ``RelPositionMult
 
 from __future__ import annotations
 
+from zipformer_kernels.ops.attention.held import RecomputedWeights, StoredWeights
+from zipformer_kernels.ops.attention.masks import ChunkMask, downsample_mask
 from zipformer_kernels.ops.attention.native import stores
 from zipformer_kernels.ops.attention.op import _op as _op
 from zipformer_kernels.ops.attention.weights import (
     AttentionWeights,
-    ChunkMask,
     aggregate,
+    attention_weights,
     constant_attention,
-    downsample_mask,
 )
 from zipformer_kernels.ops.sizes import merge_heads, split_heads
 
 __all__ = [
     "AttentionWeights",
     "ChunkMask",
+    "RecomputedWeights",
+    "StoredWeights",
     "aggregate",
+    "attention_weights",
     "constant_attention",
     "downsample_mask",
     "merge_heads",

@@ -22,6 +22,7 @@ from zipformer_kernels.core.launch import (
 )
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention.reference import empty_rows
+from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, grouped
 
 Rows = tuple[int, int, int, int]
 
@@ -58,23 +59,12 @@ def _projections(e: Tensor | None) -> Rows:
 class _Weights:
     """The weights' side of every call, with the tensors that it points to."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        p: Tensor | None,
-        e: Tensor | None,
-        result: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        chunk: int,
-        left_chunks: int,
-    ) -> None:
-        self.q, self.k, self.p, self.e = (_unit_stride(x) for x in (q, k, p, e))
+    def __init__(self, scores: Scores, result: Tensor, masks: Masks) -> None:
+        self.q, self.k, self.p, self.e = (_unit_stride(x) for x in scores)
         self.result = result.contiguous()  # the softmax rows, or the weights themselves
-        self.padding = None if key_padding_mask is None else key_padding_mask.contiguous()
-        self.mask = _unit_stride(attn_mask)
-        self.rule = chunk, left_chunks
+        self.padding = None if masks.key_padding_mask is None else masks.key_padding_mask.contiguous()
+        self.mask = _unit_stride(masks.attn_mask)
+        self.rule = masks.chunk, masks.left_chunks
 
     def arguments(self) -> tuple:
         """What every function of the compiled module takes first."""
@@ -87,20 +77,20 @@ class _Weights:
 
 
 def _softmax(*args: Tensor | int | None) -> tuple[Tensor]:
-    q, k, p, e, *masks = args
-    softmax = empty_rows(q)
+    scores, _, masks, _ = grouped(0, args)
+    softmax = empty_rows(scores.q)
     if softmax.numel() > 0:
-        weights = _Weights(q, k, p, e, softmax, *masks)  # keeps copies alive until the call is over
-        call_cpu("attention_softmax", q, *weights.arguments())
+        weights = _Weights(scores, softmax, masks)  # holds copies until the call is over
+        call_cpu("attention_softmax", scores.q, *weights.arguments())
     return (softmax,)
 
 
 def forward(*args: Tensor | int | float | None) -> tuple[Tensor]:
     """Launchers' forward."""
-    q, k, p, e, v, softmax, *masks, _, _ = args
-    out = v.new_empty(q.shape[0], *v.shape[1:])
+    scores, (v, softmax), masks, _ = grouped(2, args)
+    out = v.new_empty(scores.q.shape[0], *v.shape[1:])
     if out.numel() > 0:
-        weights = _Weights(q, k, p, e, softmax, *masks)
+        weights = _Weights(scores, softmax, masks)
         v = _unit_stride(v)
         call_cpu("attention_forward", v, *weights.arguments(), _rows(v), pointer(out), v.shape[3])
     return (out,)
@@ -110,24 +100,25 @@ def backward(
     needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | float | None
 ) -> tuple[Tensor | None, ...]:
     """Launchers' backward. Gradients of p and e are computed together."""
-    q, k, p, e, v, softmax, *masks, penalty, limit = args
+    scores, (v, softmax), masks, penalty = grouped(2, args)
     (out,), (grad,) = saved, grads
     wanted = needs[0], needs[1], needs[2] or needs[3], needs[2] or needs[3], needs[4]
-    gradients, written = _room((q, k, p, e, v), wanted, out.numel() > 0)
+    gradients, written = _room((*scores, v), wanted, out.numel() > 0)
     if out.numel() > 0:
-        weights = _Weights(q, k, p, e, softmax, *masks)
+        weights = _Weights(scores, softmax, masks)
         v, out, grad = (_unit_stride(x) for x in (v, out, grad.to(v.dtype)))
         use = _rows(v), _rows(out), _rows(grad), v.shape[3]
-        call_cpu("attention_backward", v, *weights.arguments(), use, _all_rows(written), penalty, limit)
+        call_cpu("attention_backward", v, *weights.arguments(), use, _all_rows(written), *penalty)
     return *_filled(gradients, written), None, None, None
 
 
 def make_weights(*args: Tensor | int | float | None) -> tuple[Tensor]:
     """The forward of the variant ``weights``."""
-    q, k, p, e, *masks, _, _ = args
+    scores, _, masks, _ = grouped(0, args)
+    q, k, *_ = scores
     w = q.new_empty(q.shape[2], q.shape[1], q.shape[0], k.shape[0])
     if w.numel() > 0:
-        weights = _Weights(q, k, p, e, w, *masks)
+        weights = _Weights(scores, w, masks)
         call_cpu("attention_weights_forward", q, *weights.arguments())
     return (w,)
 
@@ -135,7 +126,9 @@ def make_weights(*args: Tensor | int | float | None) -> tuple[Tensor]:
 def weights_gradients(
     needs: tuple[bool, ...],
     pieces: Sequence[tuple[slice, Tensor, Tensor | None, Sequence[tuple[Tensor, Tensor, Tensor]]]],
-    *args: Tensor | int | float | None,
+    scores: Scores,
+    masks: Masks,
+    penalty: Penalty,
 ) -> list[Tensor | None]:
     """The gradients of q, k, p and e from those of pieces of W, each dw plus G V^T of every use.
 
@@ -143,36 +136,27 @@ def weights_gradients(
         needs: which are wanted; those of p and e are computed together.
         pieces: which heads; W, (H, B, T, S); dw of the same shape, or None; and the uses: values V, (S, B, H, C), their
             average and its gradient G, (T, B, H, C).
-        args: of the variant ``weights``, of all heads.
+        scores, masks, penalty: of all heads.
     """
-    q, k, p, e, *masks, penalty, limit = args
     wanted = needs[0], needs[1], needs[2] or needs[3], needs[2] or needs[3]
-    filled = q.numel() > 0 and k.numel() > 0
-    gradients, written = _room((q, k, p, e), wanted, filled)
+    filled = scores.q.numel() > 0 and scores.k.numel() > 0
+    gradients, written = _room(scores, wanted, filled)
     for heads, w, dw, uses in pieces if filled else ():
-        weights = _Weights(*of_heads(heads, q, k, p, e), w, *masks)
+        weights = _Weights(scores.of_heads(heads), w, masks)
         dw = None if dw is None else dw.to(w.dtype).contiguous()
         uses = [tuple(_unit_stride(x.to(w.dtype)) for x in use) for use in uses]
         given = [(*map(_rows, use), use[0].shape[3]) for use in uses]
-        results = _all_rows(of_heads(heads, *written))
-        call_cpu("attention_weights_backward", q, *weights.arguments(), pointer(dw), given, results, penalty, limit)
+        results = _all_rows(Scores(*written).of_heads(heads))
+        call_cpu("attention_weights_backward", w, *weights.arguments(), pointer(dw), given, results, *penalty)
     return _filled(gradients, written)
-
-
-def of_heads(
-    heads: slice, q: Tensor | None, k: Tensor | None, p: Tensor | None, e: Tensor | None
-) -> list[Tensor | None]:
-    """Some heads of the four."""
-    if heads == slice(None):
-        return [q, k, p, e]
-    by_head = [None if x is None else x[:, :, heads] for x in (q, k, p)]
-    return [*by_head, None if e is None else e[..., heads, :]]
 
 
 def _weights_backward(
     needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | float | None
 ) -> tuple[Tensor | None, ...]:
-    return *weights_gradients(needs, [(slice(None), saved[0], grads[0], ())], *args), None, None
+    scores, _, masks, penalty = grouped(0, args)
+    pieces = [(slice(None), saved[0], grads[0], ())]
+    return *weights_gradients(needs, pieces, scores, masks, penalty), None, None
 
 
 def _room(

@@ -1,4 +1,4 @@
-"""NonlinAttention between its projections in inference, with weights that are kept."""
+"""NonlinAttention between its projections in inference, with weights that are stored."""
 
 from __future__ import annotations
 

@@ -15,26 +15,28 @@ from zipformer_kernels.core.launch import (
 )
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention import native as attention
+from zipformer_kernels.ops.attention.scores import grouped
 from zipformer_kernels.ops.sizes import merge_heads, split_heads
 
 
 def _forward(*args: Tensor | int | None) -> tuple[Tensor, Tensor]:
-    q, k, p, e, gate, x, y, *rest = args
-    (inner,) = attention.forward(q, k, p, e, torch.tanh(gate).mul_(x), *rest, 0.0, 0.0)
+    scores, (gate, x, y, softmax), masks, penalty = grouped(4, args)
+    (inner,) = attention.forward(*scores, torch.tanh(gate).mul_(x), softmax, *masks, *penalty)
     return torch.mul(inner, y, out=torch.empty_like(inner)), inner
 
 
 def _backward(
     needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | None
 ) -> tuple[Tensor | None, ...]:
-    q, k, p, e, gate, x, y, *rest = args
+    scores, (gate, x, y, softmax), masks, penalty = grouped(4, args)
     (inner,), (grad,) = saved, grads
     opened = torch.tanh(gate)
     wanted = *needs[:4], needs[4] or needs[5]
-    *scores, dv = attention.backward(wanted, (grad * y,), saved, q, k, p, e, x * opened, *rest, 0.0, 0.0)[:5]
+    use = *scores, x * opened, softmax, *masks, *penalty
+    *dscores, dv = attention.backward(wanted, (grad * y,), saved, *use)[:5]
     dgate = torch.ops.aten.tanh_backward(dv * x, opened) if needs[4] else None
     dx = dv * opened if needs[5] else None
-    return *scores, dgate, dx, grad * inner if needs[6] else None, None, None, None
+    return *dscores, dgate, dx, grad * inner if needs[6] else None, None, None, None
 
 
 def _infer(projected: Tensor, bias: Tensor | None, weights: Tensor) -> tuple[Tensor]:
