@@ -33,7 +33,7 @@ def relative(actual, expected, floor=1e-12):
 
 def storing(stored):
     """On the CPU a handle stores small weights, or computes them again at every use as it does with large ones."""
-    return mock.patch.object(attention.native, "STORED_BYTES", 1 << 40 if stored else 0)
+    return mock.patch.object(attention.cpu, "STORED_BYTES", 1 << 40 if stored else 0)
 
 
 both_ways = pytest.mark.parametrize("stored", [True, False], ids=["stored", "recomputed"])

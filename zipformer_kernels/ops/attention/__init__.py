@@ -19,9 +19,9 @@ Source: section 3.2 of the Zipformer paper (arXiv:2310.11230); ``RelPositionMult
 
 from __future__ import annotations
 
+from zipformer_kernels.ops.attention.cpu import stores
 from zipformer_kernels.ops.attention.held import RecomputedWeights, StoredWeights
 from zipformer_kernels.ops.attention.masks import ChunkMask, downsample_mask
-from zipformer_kernels.ops.attention.native import stores
 from zipformer_kernels.ops.attention.op import _op as _op
 from zipformer_kernels.ops.attention.weights import (
     AttentionWeights,

@@ -11,7 +11,7 @@ from zipformer_kernels.core import backend as backends
 from zipformer_kernels.core.autograd import gradient_hook
 from zipformer_kernels.core.call import autocast_dtype, barred, watcher
 from zipformer_kernels.ops.attention import reference, stored
-from zipformer_kernels.ops.attention.native import stores
+from zipformer_kernels.ops.attention.cpu import stores
 from zipformer_kernels.ops.attention.op import _op
 from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores
 from zipformer_kernels.ops.attention.stored import Piece

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from zipformer_kernels.core.autograd import keep, kept_tensors, reference_gradients
 from zipformer_kernels.core.call import autocast_dtype, plain, without_autocast
-from zipformer_kernels.ops.attention import native, reference
+from zipformer_kernels.ops.attention import cpu, reference
 from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, grouped
 
 Use = tuple[Tensor, Tensor, Tensor]  # V_u, O_u, G_u: (frames, B, H, C)
@@ -67,7 +67,7 @@ class _Make(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, uses: Sequence[Uses], groups: Sequence[slice], *args: Any) -> tuple[Tensor, ...]:
         scores, _, masks, ctx.penalty = grouped(0, args)
-        weights = [native.make_weights(*scores.of_heads(heads), *masks, *ctx.penalty)[0] for heads in groups]
+        weights = [cpu.make_weights(*scores.of_heads(heads), *masks, *ctx.penalty)[0] for heads in groups]
         ctx.uses, ctx.groups, ctx.rule = uses, groups, masks[2:]
         keep(ctx, *scores, *masks[:2], *weights)
         ctx.set_materialize_grads(False)
@@ -88,7 +88,7 @@ class _Make(torch.autograd.Function):
             gradients = [next(found) if need else None for need in needs]
         elif plain(*saved, *dweights):
             pieces = list(zip(ctx.groups, weights, dweights, left, strict=True))
-            gradients = native.weights_gradients(needs, pieces, scores, masks, ctx.penalty)
+            gradients = cpu.weights_gradients(needs, pieces, scores, masks, ctx.penalty)
         else:
             dw = torch.cat([_dense_gradient(*piece) for piece in zip(weights, dweights, left, strict=True)])
             args = *scores, *masks, *ctx.penalty

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from zipformer_kernels.core.call import autocast_dtype
 from zipformer_kernels.core.op import Op, triton_launchers
-from zipformer_kernels.ops.conv_module import native, reference
+from zipformer_kernels.ops.conv_module import cpu, cuda, reference
 from zipformer_kernels.ops.shapes import as_mask
 
 _op = Op(
@@ -37,8 +37,8 @@ _op = Op(
     reference=reference.conv_module,
     backends={
         "eager": reference.eager,
-        "cpu": native.cpu,
-        "cuda": native.cuda,
+        "cpu": cpu.launchers,
+        "cuda": cuda.launchers,
         **triton_launchers(__name__),
     },
     saves=("a", "s", "weight", "bias", "causal_weight", "causal_bias", "edge_scale", "padding"),

@@ -20,7 +20,7 @@ from zipformer_kernels.core.call import plain, without_autocast
 from zipformer_kernels.core.joint import side_by_side
 from zipformer_kernels.core.launch import DTYPE_CODES, INFERENCE_DTYPES, call_cpu, pointer
 from zipformer_kernels.ops.attention.stored import Piece, Uses
-from zipformer_kernels.ops.nonlin_attention.native import close, open_
+from zipformer_kernels.ops.nonlin_attention.cpu import close, open_
 from zipformer_kernels.ops.nonlin_attention.reference import infer
 
 

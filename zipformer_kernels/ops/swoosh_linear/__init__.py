@@ -23,7 +23,7 @@ from torch import Tensor
 from zipformer_kernels.core.call import autocast_dtype
 from zipformer_kernels.core.op import Op, triton_launchers
 from zipformer_kernels.ops.shapes import check_shapes
-from zipformer_kernels.ops.swoosh_linear import native, reference
+from zipformer_kernels.ops.swoosh_linear import cpu, cuda, reference
 
 _op = Op(
     "swoosh_linear",
@@ -31,8 +31,8 @@ _op = Op(
     reference=reference.swoosh_linear,
     backends={
         "eager": reference.eager,
-        "cpu": native.cpu,
-        "cuda": native.cuda,
+        "cpu": cpu.launchers,
+        "cuda": cuda.launchers,
         **triton_launchers(__name__),
     },
     saves=("x", "weight", "bias", "mask"),

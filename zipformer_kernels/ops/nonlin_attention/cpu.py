@@ -14,7 +14,7 @@ from zipformer_kernels.core.launch import (
     unsupported_dtypes,
 )
 from zipformer_kernels.core.op import Launchers
-from zipformer_kernels.ops.attention import native as attention
+from zipformer_kernels.ops.attention import cpu as attention
 from zipformer_kernels.ops.attention.scores import grouped
 from zipformer_kernels.ops.sizes import merge_heads, split_heads
 
@@ -69,7 +69,7 @@ def _result(projected: Tensor) -> tuple[Tensor, int, int, int, int]:
     return projected.new_empty(frames, batch, channels), frames, batch, channels, DTYPE_CODES[projected.dtype]
 
 
-cpu = Launchers(
+launchers = Launchers(
     attention.unsupported,
     _forward,
     _backward,

@@ -227,7 +227,7 @@ def _stream(*args: Any) -> tuple[Tensor, Tensor]:
     return y, joined
 
 
-cpu = Launchers(
+launchers = Launchers(
     unsupported,
     forward,
     backward,
