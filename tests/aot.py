@@ -1,9 +1,9 @@
 """Compiles every Triton kernel that an op's launchers launch, ahead of time and without a GPU.
 
-``python tests/aot.py OP [TARGET ...]`` runs the op's launchers, forward and backward, on CPU tensors of the op's small
-cases, for each dtype and target, with a driver that reports the target and compiles instead of launching. So kernels
-are compiled with just the specialisations that a launch would give them. An optimizer step is run in place of forward
-and backward.
+``python tests/aot.py OP [TARGET ...]`` runs the launchers of the op and of its variants, forward and backward, on CPU
+tensors of their small cases, for each dtype and target, with a driver that reports the target and compiles instead of
+launching. So kernels are compiled with just the specialisations that a launch would give them. An optimizer step is run
+in place of forward and backward.
 Prints one JSON line per compiled kernel: name, target, registers and spills, as read from the binary.
 """
 
@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from zipformer_kernels import ops
 from zipformer_kernels.core.op import Launchers, Op
 from zipformer_kernels.ops.scaled_adam.stepper import Stepper
 
@@ -65,8 +66,10 @@ def usage(kernel: object, target: str) -> dict:
 
 
 def launch_both_ways(op: Op, launchers: Launchers, args: tuple) -> None:
-    """Forward and backward of an op."""
+    """Forward, and backward where it has one, of an op or a variant."""
     results = launchers.forward(*args)
+    if launchers.backward is None:
+        return
     saved = op._keep(args, results)[len(op.saved) :]
     kept = op._arguments([args[i] for i in op.saved], op._values(args))
     needs = tuple(args[i] is not None and args[i].requires_grad for i in op.tensors)
@@ -83,10 +86,16 @@ def compile_op(name: str, target: str) -> list[dict]:
     """Compiles the kernels of op `name` for a target of `TARGETS`; returns what `usage` says of each."""
     driver.set_active(CompileOnly(target))
     compiled.clear()
-    launchers = importlib.import_module(f"zipformer_kernels.ops.{name}.triton").launchers
-    op = importlib.import_module(f"zipformer_kernels.ops.{name}")._op
-    cases = importlib.import_module(f"zipformer_kernels.ops.{name}.cases").CASES
-    small = [case for case in cases if not case.large]
+    general = importlib.import_module(f"zipformer_kernels.ops.{name}.triton").launchers
+    variants = getattr(general, "variants", {})
+    for full_name, launchers in {name: general, **{f"{name}.{key}": own for key, own in variants.items()}}.items():
+        compile_launchers(full_name, launchers, target)
+    return [{"kernel": kernel, "target": target, **usage(built, target)} for kernel, built in compiled.values()]
+
+
+def compile_launchers(name: str, launchers: Launchers | Stepper, target: str) -> None:
+    """Compiles what the launchers of an op or a variant launch."""
+    op, small = ops.get(name), [case for case in ops.cases_of(name) if not case.large]
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         every = (
             dtype == torch.bfloat16 and target == "sm_90"
@@ -100,7 +109,6 @@ def compile_op(name: str, target: str) -> list[dict]:
                     launch_step(launchers, *args)
                 else:
                     launch_both_ways(op, launchers, args)
-    return [{"kernel": kernel, "target": target, **usage(built, target)} for kernel, built in compiled.values()]
 
 
 compiled: dict[str, tuple[str, object]] = {}

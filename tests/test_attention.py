@@ -31,12 +31,12 @@ def relative(actual, expected, floor=1e-12):
     return ((actual - expected).norm() / max(expected.norm().item(), floor)).item()
 
 
-def keeping(kept):
-    """On the CPU a handle keeps small weights, or computes them again at every use as it does with large ones."""
-    return mock.patch.object(attention.native, "KEPT_BYTES", 1 << 40 if kept else 0)
+def storing(stored):
+    """On the CPU a handle stores small weights, or computes them again at every use as it does with large ones."""
+    return mock.patch.object(attention.cpu, "STORED_BYTES", 1 << 40 if stored else 0)
 
 
-both_ways = pytest.mark.parametrize("kept", [True, False], ids=["kept", "computed again"])
+both_ways = pytest.mark.parametrize("stored", [True, False], ids=["stored", "recomputed"])
 
 
 def exact(args, grad):
@@ -86,11 +86,11 @@ def test_cases_match_float64(lane, case):
     channels=st.integers(1, 40),
     padded=st.booleans(),
     masked=st.booleans(),
-    kept=st.booleans(),
+    stored=st.booleans(),
     seed=st.integers(0, 2**31),
 )
 @pytest.mark.parametrize("lane", lanes(OP))
-def test_any_shape_and_mask(lane, targets, left, batch, heads, channels, padded, masked, kept, seed):
+def test_any_shape_and_mask(lane, targets, left, batch, heads, channels, padded, masked, stored, seed):
     torch.manual_seed(seed)
     sources = targets + left
     q, k = torch.randn(targets, batch, heads, 16) / 4, torch.randn(sources, batch, heads, 16)
@@ -100,7 +100,7 @@ def test_any_shape_and_mask(lane, targets, left, batch, heads, channels, padded,
     mask = torch.rand(targets, sources) > 0.5 if masked else None
     leaves = [x.to(lane.device).requires_grad_() for x in (q, k, p, e, values)]
     masks = [None if m is None else m.to(lane.device) for m in (padding, mask)]
-    with lane.active(), keeping(kept):
+    with lane.active(), storing(stored):
         out = AttentionWeights(*leaves[:4], *masks).aggregate(leaves[4])
         grad = torch.randn_like(out)
         grads = torch.autograd.grad(out, leaves, grad)
@@ -149,7 +149,7 @@ def test_opcheck(lane):
 
 @both_ways
 @pytest.mark.parametrize("lane", lanes(OP))
-def test_compiles_without_graph_breaks(lane, kept):
+def test_compiles_without_graph_breaks(lane, stored):
     def layer(q, k, values):
         weights = AttentionWeights(q, k, attn_mask=ChunkMask(4, 1))
         return weights.aggregate(values) + weights[0:1].aggregate(values)
@@ -157,7 +157,7 @@ def test_compiles_without_graph_breaks(lane, kept):
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     inputs = [torch.randn(12, 2, 2, 8), torch.randn(12, 2, 2, 8), torch.randn(12, 2, 6)]
     inputs = [x.to(lane.device).requires_grad_() for x in inputs]
-    with lane.active(), keeping(kept):
+    with lane.active(), storing(stored):
         got = torch.autograd.grad(compiled(*inputs).square().sum(), inputs)
         expected = torch.autograd.grad(layer(*inputs).square().sum(), inputs)
     for actual, wanted in zip(got, expected, strict=True):
@@ -174,7 +174,7 @@ def test_every_instruction_set_agrees():
             v = torch.randn(sources, 2, 2, channels).to(dtype).requires_grad_()
             masks = padding(2, sources, "cpu"), None, -1, -1
             with backend.use_backend("cpu"):
-                softmax = attention._softmax(*(x.detach() for x in (q, k, p, e)), *masks)
+                softmax = attention._op.variants["softmax"](*(x.detach() for x in (q, k, p, e)), *masks)
                 args = [q, k, p, e, v, softmax, *masks, 0.01, 2.0]
                 out = OP(*args)
                 grad = torch.randn_like(out)
@@ -194,7 +194,7 @@ def test_long_chunked_sequences(lane):
     hidden[1, 200:450] = True
     masks = hidden, None, rule.chunk, rule.left_chunks
     with lane.active():
-        softmax = attention._softmax(q.detach(), k.detach(), p, e, *masks)
+        softmax = attention._op.variants["softmax"](q.detach(), k.detach(), p, e, *masks)
         blind = softmax[0, 1, :, 0] == attention.reference.MASKED_SCORE
         assert torch.equal(blind.nonzero()[:, 0], torch.arange(250, 450))
         args = [x.requires_grad_() for x in (q, k, p, e, v)] + [softmax, *masks, 0.0, 0.0]
@@ -220,7 +220,7 @@ def test_weights_computed_again_are_as_exact_as_eagers(lane, size):
         out = AttentionWeights(*leaves[:4], backend=name).aggregate(leaves[4])
         return out, *torch.autograd.grad(out, leaves, grad.to(out))
 
-    with lane.active(), keeping(False):
+    with lane.active(), storing(False):
         ours = run(torch.float32, lane.device, lane.backend)
     expected, eager = run(torch.float64), run(torch.float32)
     for name, actual, other, wanted in zip(("out", *"qkpev"), ours, eager, expected, strict=True):
@@ -240,7 +240,7 @@ def test_any_strides(lane):
     padding = torch.rand(2, 80, device=lane.device)[:, ::2] > 0.7
     mask = torch.rand(40, 80, device=lane.device)[:, ::2] > 0.9
     with lane.active():
-        softmax = attention._softmax(*(x.detach() for x in leaves[:4]), padding, mask, -1, -1)
+        softmax = attention._op.variants["softmax"](*(x.detach() for x in leaves[:4]), padding, mask, -1, -1)
         args = [*leaves, softmax, padding, mask, -1, -1, 0.0, 0.0]
         out = OP(*args)
         grad = torch.randn(1, device=lane.device).expand(out.shape)
@@ -250,12 +250,12 @@ def test_any_strides(lane):
 
 @both_ways
 @pytest.mark.parametrize("lane", lanes(OP, "triton", "cuda"))
-def test_projections_for_each_sequence(lane, kept):
+def test_projections_for_each_sequence(lane, stored):
     torch.manual_seed(8)
     shapes = [(30, 2, 3, 8), (30, 2, 3, 8), (30, 2, 3, 4), (2, 59, 3, 4)]
     leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
     values = torch.randn(30, 2, 15, requires_grad=True)
-    with lane.active(), keeping(kept):
+    with lane.active(), storing(stored):
         out = AttentionWeights(*leaves).aggregate(values)
         grad = torch.randn_like(out)
         grads = torch.autograd.grad(out, [*leaves, values], grad)
@@ -274,7 +274,7 @@ def test_results_do_not_depend_on_the_threads():
             torch.manual_seed(9)
             q, k, p, e = weights_inputs(300, 300, 2, 2, 16, 4, torch.float32, "cpu")
             v = torch.randn(300, 2, 2, 12, requires_grad=True)
-            softmax = attention._softmax(*(x.detach() for x in (q, k, p, e)), None, None, -1, -1)
+            softmax = attention._op.variants["softmax"](*(x.detach() for x in (q, k, p, e)), None, None, -1, -1)
             for count in (1, 2, 5):
                 torch.set_num_threads(count)
                 out = OP(q, k, p, e, v, softmax, None, None, -1, -1, 0.0, 0.0)
@@ -298,7 +298,7 @@ def test_mixed_dtypes_are_refused():
     with backend.use_backend("cpu"):
         with pytest.raises(backend.BackendError, match="tensors of one dtype"):
             AttentionWeights(q, q.double())
-        with keeping(False), pytest.raises(backend.BackendError, match="tensors of one dtype"):
+        with storing(False), pytest.raises(backend.BackendError, match="tensors of one dtype"):
             AttentionWeights(q, q).aggregate(v.double())
 
 

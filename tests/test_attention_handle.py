@@ -3,7 +3,7 @@
 import pytest
 import torch
 from lanes import lanes
-from test_attention import OP, both_ways, keeping, relative
+from test_attention import OP, both_ways, relative, storing
 from tolerances import assert_agrees, rounding
 
 from zipformer_kernels.ops import attention
@@ -12,7 +12,7 @@ from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask
 
 @both_ways
 @pytest.mark.parametrize("lane", lanes(OP))
-def test_three_uses_of_one_set_of_weights_add_their_gradients(lane, kept):
+def test_three_uses_of_one_set_of_weights_add_their_gradients(lane, stored):
     torch.manual_seed(2)
     shapes = [(20, 2, 3, 8), (20, 2, 3, 8), (20, 2, 3, 4), (39, 3, 4), (20, 2, 12), (20, 2, 36), (20, 2, 36)]
     results = []
@@ -29,7 +29,7 @@ def test_three_uses_of_one_set_of_weights_add_their_gradients(lane, kept):
         if active is None:
             outs = use(leaves)
         else:
-            with active(), keeping(kept):
+            with active(), storing(stored):
                 outs = use(leaves)
         loss = sum((out.double() ** 2).sum() for out in outs)
         results.append((outs, torch.autograd.grad(loss, leaves)))
@@ -39,11 +39,11 @@ def test_three_uses_of_one_set_of_weights_add_their_gradients(lane, kept):
 
 @both_ways
 @pytest.mark.parametrize("lane", lanes(OP))
-def test_penalty_comes_once_for_all_uses(lane, kept):
+def test_penalty_comes_once_for_all_uses(lane, stored):
     torch.manual_seed(3)
     q, k = ((3 * torch.randn(9, 1, 2, 4)).to(lane.device).requires_grad_() for _ in range(2))
     values = torch.randn(9, 1, 6, device=lane.device)
-    with lane.active(), keeping(kept):
+    with lane.active(), storing(stored):
         weights = AttentionWeights(q, k, penalty=0.5, limit=10.0)
         zero = 0.0 * (weights.aggregate(values) + weights.aggregate(values) + 1).sum()
         zero = zero + 0.0 * weights[0:1].aggregate(values).sum()
@@ -56,13 +56,13 @@ def test_penalty_comes_once_for_all_uses(lane, kept):
 
 @both_ways
 @pytest.mark.parametrize("lane", lanes(OP))
-def test_a_target_that_sees_nothing_averages_everything(lane, kept):
+def test_a_target_that_sees_nothing_averages_everything(lane, stored):
     torch.manual_seed(4)
     q, k = (torch.randn(50, 2, 1, 16, device=lane.device, requires_grad=True) for _ in range(2))
     values = torch.randn(50, 2, 5, device=lane.device)
     padding = torch.zeros(2, 50, dtype=torch.bool, device=lane.device)
     padding[1] = True
-    with lane.active(), keeping(kept):
+    with lane.active(), storing(stored):
         out = AttentionWeights(q, k, key_padding_mask=padding).aggregate(values)
         dq, dk = torch.autograd.grad(out.sum(), (q, k))
     torch.testing.assert_close(out[:, 1], values[:, 1].mean(0).expand(50, 5), rtol=1e-5, atol=1e-6)
@@ -78,24 +78,24 @@ def test_kernels_read_positions_where_the_handle_has_laid_them_out(lane):
     leaves = [torch.randn(shape, device=lane.device, requires_grad=True) for shape in shapes]
     with lane.active():
         weights = AttentionWeights(*leaves)
-    assert torch.equal(weights.scores[3], leaves[3])
-    for use in weights, weights[0:1], weights[1:3]:
-        read = weights_of(*use.scores, use.softmax, *use.masks).e
-        assert read.shape == (use.shape[0], 2, 17)
-        assert read.data_ptr() == use.scores[3].data_ptr()  # no use copies them
+    assert torch.equal(weights.held.scores.e, leaves[3])
+    for held in (weights.held, weights[0:1].held, weights[1:3].held):
+        read = weights_of(held.scores, held.softmax, held.masks).e
+        assert read.shape == (held.shape[0], 2, 17)
+        assert read.data_ptr() == held.scores.e.data_ptr()  # no use copies them
 
 
 @both_ways
 @pytest.mark.parametrize("positions", [False, True])
 @pytest.mark.parametrize("lane", lanes(OP))
-def test_constant_weights_are_a_masked_mean(lane, positions, kept):
+def test_constant_weights_are_a_masked_mean(lane, positions, stored):
     torch.manual_seed(5)
     q, k = (torch.randn(30, 2, 2, 8, device=lane.device, requires_grad=True) for _ in range(2))
     p, e = (torch.randn(shape, device=lane.device, requires_grad=True) for shape in ((30, 2, 2, 4), (59, 2, 4)))
     scores = (q, k, p, e) if positions else (q, k)
     values = torch.randn(30, 2, 10, device=lane.device, requires_grad=True)
     rule = ChunkMask(8, 1)
-    with lane.active(), keeping(kept):
+    with lane.active(), storing(stored):
         out = AttentionWeights(*scores, attn_mask=rule).constant().aggregate(values)
         (dv,) = torch.autograd.grad(out.sum(), values)
     seen = (~rule.materialize(30, lane.device)).float()
@@ -107,9 +107,9 @@ def test_constant_weights_are_a_masked_mean(lane, positions, kept):
 
 @both_ways
 @pytest.mark.parametrize("lane", lanes(OP))
-def test_handle_looks_like_the_weights(lane, kept):
+def test_handle_looks_like_the_weights(lane, stored):
     q, k = (torch.randn(6, 2, 4, 8, device=lane.device) for _ in range(2))
-    with lane.active(), keeping(kept):
+    with lane.active(), storing(stored):
         weights = AttentionWeights(q, k)
         dense = weights.materialize()
         assert weights.shape == dense.shape == (4, 2, 6, 6)

@@ -1,17 +1,17 @@
-"""Attention weights as a dense tensor, which the CPU keeps while it is small: values, gradients, masks, threads."""
+"""Attention weights as a dense tensor, stored on the CPU while it is small: values, gradients, masks, threads."""
 
 import pytest
 import torch
 from lanes import lanes
-from test_attention import TOLERANCE, keeping, relative
+from test_attention import TOLERANCE, relative, storing
 from tolerances import assert_agrees, rounding
 
 from zipformer_kernels.core import backend
 from zipformer_kernels.ops import attention
-from zipformer_kernels.ops.attention import AttentionWeights
+from zipformer_kernels.ops.attention import AttentionWeights, StoredWeights
 from zipformer_kernels.ops.attention.cases import CASES, padding, weights_inputs
 
-OP = attention._weights
+OP = attention._op.variants["weights"]
 SMALL = [case for case in CASES if not case.large]
 
 
@@ -147,17 +147,17 @@ def test_gradients_of_gradients():
         assert torch.autograd.gradgradcheck(lambda *scores: OP(*scores, *rest), scores)
 
 
-def test_keeping_changes_nothing_but_rounding():
+def test_storing_changes_nothing_but_rounding():
     if backend.missing["cpu"]:
         pytest.skip(backend.missing["cpu"])
     results = []
-    for kept in (True, False):
+    for stored in (True, False):
         torch.manual_seed(3)
         leaves = [*weights_inputs(120, 120, 2, 4, 16, 4, torch.float32, "cpu")]
         leaves += [torch.randn(120, 2, 48, requires_grad=True), torch.randn(120, 2, 48, requires_grad=True)]
-        with backend.use_backend("cpu"), keeping(kept):
+        with backend.use_backend("cpu"), storing(stored):
             weights = AttentionWeights(*leaves[:4], padding(2, 120, "cpu"))
-            assert weights.keeps is kept
+            assert isinstance(weights.held, StoredWeights) is stored
             first, middle = weights[0:1].aggregate(leaves[4]), weights[1:3].aggregate(leaves[5])
             out = first + middle + weights.aggregate(leaves[4] + leaves[5])
             results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])

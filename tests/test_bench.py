@@ -37,7 +37,7 @@ from zipformer_kernels.bench.compare import compare
 from zipformer_kernels.bench.peers import Prepared
 from zipformer_kernels.core import backend
 from zipformer_kernels.ops import attention
-from zipformer_kernels.ops.attention import native
+from zipformer_kernels.ops.attention import held
 from zipformer_kernels.ops.attention.cases import CASES as ATTENTION
 
 RATES = {"copy_bytes_per_s": 1e10, "matrix_flops_per_s": {"float32": 1e11}}
@@ -137,10 +137,10 @@ def test_gradients_that_are_off_are_found_in_any_layout():
         op_jobs.off([y, dx], [y, dx, dw], alike=True)
 
 
-@pytest.mark.parametrize("kept", [True, False])
-def test_all_uses_of_a_layers_weights_agree_whether_they_are_kept_or_not(monkeypatch, kept):
+@pytest.mark.parametrize("stored", [True, False])
+def test_all_uses_of_a_layers_weights_agree_whether_they_are_stored_or_not(monkeypatch, stored):
     asked = []
-    monkeypatch.setattr(native, "keeps_weights", lambda *shape: asked.append(shape) or kept)
+    monkeypatch.setattr(held, "stores", lambda *shape: asked.append(shape) or stored)
     prepared = shared_attention.prepare(100, 1, 2, 24, "both", torch.float32, ("upstream", "eager", "ours"))
     assert (prepared.wrong, prepared.skipped) == ({}, {})
     assert set(prepared.runs) == {"upstream", "eager", "ours"}

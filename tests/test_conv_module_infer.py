@@ -9,7 +9,7 @@ from zipformer_kernels.ops import conv_module
 from zipformer_kernels.ops.conv_module import infer_conv_module
 from zipformer_kernels.ops.swoosh import swoosh_r
 
-OP = conv_module._infer
+OP = conv_module._op.variants["infer"]
 
 
 def arguments(frames, batch, channels, kernel, causal, dtype=torch.float64):

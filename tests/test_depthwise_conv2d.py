@@ -11,7 +11,7 @@ from tolerances import assert_agrees, assert_rounded, relative_error, rounding
 from zipformer_kernels.core import backend
 from zipformer_kernels.ops.depthwise_conv2d import _op, depthwise_conv2d
 from zipformer_kernels.ops.depthwise_conv2d.cases import CASES
-from zipformer_kernels.ops.depthwise_conv2d.native import _weight_gradient
+from zipformer_kernels.ops.depthwise_conv2d.cpu import _weight_gradient
 
 SMALL = [case for case in CASES if not case.large]
 NAMES = ("dx", "dweight", "dbias")

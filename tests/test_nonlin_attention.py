@@ -12,8 +12,9 @@ from zipformer_kernels.core.joint import side_by_side, split
 from zipformer_kernels.modules import NonlinAttention
 from zipformer_kernels.ops import nonlin_attention as package
 from zipformer_kernels.ops.attention import AttentionWeights
-from zipformer_kernels.ops.nonlin_attention import infer, nonlin_attention
+from zipformer_kernels.ops.nonlin_attention import nonlin_attention
 from zipformer_kernels.ops.nonlin_attention.cases import CASES
+from zipformer_kernels.ops.nonlin_attention.infer import infer_nonlin_attention
 
 OP = package._op
 SMALL = [case for case in CASES if not case.large]
@@ -133,7 +134,7 @@ def test_bad_input_is_named():
         nonlin_attention(longer, good, good, good)
 
 
-# ---- in inference, with weights that are kept ----
+# ---- in inference, with weights that are stored ----
 
 
 def infer_arguments(frames, batch, heads, channels, dtype, bias=True):
@@ -143,14 +144,14 @@ def infer_arguments(frames, batch, heads, channels, dtype, bias=True):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("lane", lanes(infer.op))
+@pytest.mark.parametrize("lane", lanes(OP.variants["infer"]))
 def test_infer_matches_the_formula(lane, dtype):
     for frames, batch, heads, channels in ((1, 1, 1, 1), (7, 3, 1, 5), (40, 2, 1, 144), (33, 2, 3, 7)):
         for bias in (True, False):
             args = infer_arguments(frames, batch, heads, channels, dtype, bias)
             with lane.active():
-                actual = infer.infer_nonlin_attention(*args)
-            expected = infer.infer(*(None if x is None else x.double() for x in args))
+                actual = infer_nonlin_attention(*args)
+            expected = package.reference.infer(*(None if x is None else x.double() for x in args))
             assert actual.dtype == dtype
             assert_rounded(actual, expected, frames, f"{frames} frames, {heads} heads")
 
@@ -159,29 +160,29 @@ def test_infer_matches_the_formula(lane, dtype):
 def test_infer_under_every_instruction_set():
     for dtype in (torch.float32, torch.float64):
         args = infer_arguments(21, 2, 1, 37, dtype)
-        actual = infer.infer_nonlin_attention(*args, backend="cpu")
-        assert_rounded(actual, infer.infer(*(x.double() for x in args)), 21, str(dtype))
+        actual = infer_nonlin_attention(*args, backend="cpu")
+        assert_rounded(actual, package.reference.infer(*(x.double() for x in args)), 21, str(dtype))
 
 
-@pytest.mark.parametrize("lane", lanes(infer.op))
+@pytest.mark.parametrize("lane", lanes(OP.variants["infer"]))
 def test_infer_opcheck(lane):
     with lane.active():
         args = infer_arguments(5, 2, 1, 3, torch.float64)
         torch.library.opcheck(torch.ops.zipformer_kernels.nonlin_attention_infer.default, (*args, lane.backend))
-        assert infer.infer_nonlin_attention(*infer_arguments(0, 2, 1, 3, torch.float32)).shape == (0, 2, 3)
+        assert infer_nonlin_attention(*infer_arguments(0, 2, 1, 3, torch.float32)).shape == (0, 2, 3)
 
 
 def test_infer_names_bad_input():
     projected, bias, weights = infer_arguments(5, 2, 1, 3, torch.float32)
     with pytest.raises(ValueError, match="projected must have a multiple of 3 channels"):
-        infer.infer_nonlin_attention(projected[..., 1:], bias, weights)
+        infer_nonlin_attention(projected[..., 1:], bias, weights)
     with pytest.raises(ValueError, match=r"weights must have shape \(1, 2, 5, 5\), got \(1, 2, 5, 4\)"):
-        infer.infer_nonlin_attention(projected, bias, weights[..., 1:])
+        infer_nonlin_attention(projected, bias, weights[..., 1:])
     with pytest.raises(ValueError, match=r"bias must have shape \(9,\), got \(8,\)"):
-        infer.infer_nonlin_attention(projected, bias[1:], weights)
+        infer_nonlin_attention(projected, bias[1:], weights)
 
 
-# ---- in training, with weights of one head that are kept ----
+# ---- in training, with weights of one head that are stored ----
 
 
 def needs_cpu():
@@ -189,7 +190,7 @@ def needs_cpu():
         pytest.skip(missing["cpu"])
 
 
-def kept_arguments(frames=13, batch=2, channels=7, dtype=torch.float64, heads=2):
+def stored_arguments(frames=13, batch=2, channels=7, dtype=torch.float64, heads=2):
     """q and k of some heads, and a projection to gates and values; leaves."""
     shapes = (frames, batch, heads, 8), (frames, batch, heads, 8), (frames, batch, 3 * channels)
     return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
@@ -217,12 +218,12 @@ def assert_gates_match_float64(args, grad=None):
 
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_kept_weights_match_float64(dtype):
+def test_stored_weights_match_float64(dtype):
     for frames, batch, channels in ((1, 1, 1), (13, 2, 7), (33, 3, 144), (70, 1, 37)):
-        assert_gates_match_float64(kept_arguments(frames, batch, channels, dtype))
+        assert_gates_match_float64(stored_arguments(frames, batch, channels, dtype))
 
 
-def test_kept_weights_take_gradients_of_any_strides():
+def test_stored_weights_take_gradients_of_any_strides():
     needs_cpu()
     shape = 13, 2, 7
     grads = {
@@ -235,45 +236,45 @@ def test_kept_weights_take_gradients_of_any_strides():
     }
     for grad in grads.values():
         before = grad.clone()
-        assert_gates_match_float64(kept_arguments(), grad)
+        assert_gates_match_float64(stored_arguments(), grad)
         assert torch.equal(grad, before)
 
 
 def test_gradients_of_the_thirds_are_written_side_by_side():
     needs_cpu()
-    q, k, projected = kept_arguments()
+    q, k, projected = stored_arguments()
     thirds = projected.detach().split([7] * 3, dim=2)
     thirds = [third.requires_grad_() for third in thirds]
     out = nonlin_attention(AttentionWeights(q, k, backend="cpu")[0:1], *thirds)
     assert side_by_side(*torch.autograd.grad(out.sum(), thirds)) is not None
 
 
-def test_when_kept_weights_serve():
+def test_when_stored_weights_serve():
     needs_cpu()
-    q, k, projected = kept_arguments(dtype=torch.float32)
+    q, k, projected = stored_arguments(dtype=torch.float32)
     thirds = split(projected, [7] * 3)
     weights = AttentionWeights(q, k, backend="cpu")
-    first = weights[0:1].pieces()
-    assert package.kept.serves(first, *thirds)
-    assert not package.kept.serves(weights.pieces(), *thirds)
-    assert not package.kept.serves(weights[0:1].constant().pieces(), *thirds)
-    assert not package.kept.serves(first, *thirds[::-1])
-    assert not package.kept.serves(first, *(third.double() for third in thirds))
-    assert not package.kept.serves(AttentionWeights(q, k, backend="eager")[0:1].pieces(), *thirds)
+    first = weights[0:1].held.pieces()
+    assert package.stored.serves(first, *thirds)
+    assert not package.stored.serves(weights.held.pieces(), *thirds)
+    assert not package.stored.serves(weights[0:1].constant().held.pieces(), *thirds)
+    assert not package.stored.serves(first, *thirds[::-1])
+    assert not package.stored.serves(first, *(third.double() for third in thirds))
+    assert not package.stored.serves(AttentionWeights(q, k, backend="eager")[0:1].held.pieces(), *thirds)
     with torch.no_grad():
-        assert not package.kept.serves(first, *thirds)
+        assert not package.stored.serves(first, *thirds)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not package.kept.serves(first, *thirds)
-    q, k, projected = kept_arguments(dtype=torch.bfloat16)
-    pieces = AttentionWeights(q, k, backend="cpu")[0:1].pieces()
-    assert not package.kept.serves(pieces, *split(projected, [7] * 3))
+        assert not package.stored.serves(first, *thirds)
+    q, k, projected = stored_arguments(dtype=torch.bfloat16)
+    pieces = AttentionWeights(q, k, backend="cpu")[0:1].held.pieces()
+    assert not package.stored.serves(pieces, *split(projected, [7] * 3))
 
 
 @pytest.mark.parametrize("frozen", [(0, 1), (2,), (3,), (4,), (2, 3), (2, 3, 4)], ids=str)
-def test_kept_weights_with_frozen_inputs(frozen):
+def test_stored_weights_with_frozen_inputs(frozen):
     """Of q, k and the thirds."""
     needs_cpu()
-    q, k, projected = kept_arguments()
+    q, k, projected = stored_arguments()
     parts = [x.detach() for x in (q, k, *projected.split([7] * 3, dim=2))]
     results = []
     for backend in ("cpu", "eager"):
@@ -284,9 +285,9 @@ def test_kept_weights_with_frozen_inputs(frozen):
         assert relative(actual, expected) < 3 * TOLERANCE[torch.float64]
 
 
-def test_kept_weights_have_gradients_of_gradients():
+def test_stored_weights_have_gradients_of_gradients():
     needs_cpu()
-    args = kept_arguments(frames=4, batch=2, channels=2)
+    args = stored_arguments(frames=4, batch=2, channels=2)
     assert torch.autograd.gradcheck(gate, args)
     assert torch.autograd.gradgradcheck(gate, args)
 
@@ -296,10 +297,10 @@ def test_hooks_between_the_projections_are_called(name, monkeypatch):
     """Without them one function stands between the projections of the module."""
     needs_cpu()
     module, src = NonlinAttention(6, 4).double(), torch.randn(9, 2, 6, dtype=torch.float64)
-    q, k, _ = kept_arguments(9)
+    q, k, _ = stored_arguments(9)
     calls, kernels = [], []
-    gated_average = package.kept.gated_average
-    monkeypatch.setattr(package.kept, "gated_average", lambda *args: kernels.append(args) or gated_average(*args))
+    gated_average = package.stored.gated_average
+    monkeypatch.setattr(package.stored, "gated_average", lambda *args: kernels.append(args) or gated_average(*args))
     results = []
     for hooked in (False, True):
         if hooked:

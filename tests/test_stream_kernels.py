@@ -13,10 +13,8 @@ from zipformer_kernels import use_backend
 from zipformer_kernels.core import backend
 from zipformer_kernels.core.launch import FEW_ROWS, few_rows
 from zipformer_kernels.core.op import Settled
-from zipformer_kernels.ops import swoosh_linear
-from zipformer_kernels.ops.attention import stream as attention_stream
+from zipformer_kernels.ops import get
 from zipformer_kernels.ops.attention.stream import stream_attention
-from zipformer_kernels.ops.conv_module import stream as conv_stream
 from zipformer_kernels.ops.conv_module.stream import stream_conv_module
 from zipformer_kernels.ops.swoosh.reference import swoosh
 from zipformer_kernels.ops.swoosh_linear import infer_feed_forward
@@ -65,7 +63,7 @@ def check_feed_forward(*args):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("lane", lanes(swoosh_linear._infer))
+@pytest.mark.parametrize("lane", lanes(get("swoosh_linear.feed_forward")))
 def test_feed_forward(lane, dtype):
     with lane.active():
         for rows in CHUNKS:
@@ -122,16 +120,18 @@ def conv_arguments(frames, batch, channels, kernel, dtype, bias=True):
 
 def check_conv(*args):
     y, following = stream_conv_module(*args)
-    expected, expected_following = conv_stream.stream(*wide(args))
+    expected, expected_following = get("conv_module.stream").reference(*wide(args))
     # The convolutions' sums cancel: errors count against what their absolute values would give.
-    sums = conv_stream.stream(*(x.abs() if isinstance(x, torch.Tensor) and x.dtype != torch.bool else x for x in args))
+    sums = get("conv_module.stream").reference(
+        *(x.abs() if isinstance(x, torch.Tensor) and x.dtype != torch.bool else x for x in args)
+    )
     what = f"{tuple(args[0].shape)}, {args[4].shape[2]} taps"
     assert_rounded(y, expected, terms(args[0], args[4].shape[2]), what, sums[0].double())
     assert_rounded(following, expected_following, args[0].shape[2], what + ", left", sums[1].double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("lane", lanes(conv_stream.op))
+@pytest.mark.parametrize("lane", lanes(get("conv_module.stream")))
 def test_conv_module(lane, dtype):
     with lane.active():
         for frames, batch in CHUNKS:
@@ -158,7 +158,7 @@ def attention_arguments(frames, batch, channels, context, heads, values, gated, 
 
 def check_attention(*args):
     y, joined = stream_attention(*args)
-    expected, expected_joined = attention_stream.stream(*wide(args))
+    expected, expected_joined = get("attention.stream").reference(*wide(args))
     what = f"{tuple(args[0].shape)}, weights {tuple(args[4].shape)}"
     assert_rounded(y, expected, terms(args[0], args[4].shape[3]), what)
     assert_rounded(joined, expected_joined, args[0].shape[2], what + ", joined")
@@ -166,7 +166,7 @@ def check_attention(*args):
 
 @pytest.mark.parametrize("gated", [False, True], ids=["self-attention", "nonlin-attention"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("lane", lanes(attention_stream.op))
+@pytest.mark.parametrize("lane", lanes(get("attention.stream")))
 def test_attention(lane, dtype, gated):
     with lane.active():
         for frames, batch in CHUNKS:
@@ -196,9 +196,9 @@ def test_gates_of_every_size():
 # ---- all three ----
 
 OPS = {
-    "swoosh_linear_infer": (swoosh_linear._infer, feed_forward_arguments((2, 3), 8, 12, torch.float64)),
-    "conv_module_stream": (conv_stream.op, conv_arguments(2, 3, 8, 5, torch.float64)),
-    "attention_stream": (attention_stream.op, attention_arguments(2, 3, 8, 5, 2, 3, True, torch.float64)),
+    "swoosh_linear.feed_forward": feed_forward_arguments((2, 3), 8, 12, torch.float64),
+    "conv_module.stream": conv_arguments(2, 3, 8, 5, torch.float64),
+    "attention.stream": attention_arguments(2, 3, 8, 5, 2, 3, True, torch.float64),
 }
 
 
@@ -207,15 +207,15 @@ OPS = {
 def test_opcheck(name, chosen):
     if backend.missing[chosen]:
         pytest.skip(backend.missing[chosen])
-    operator = getattr(torch.ops.zipformer_kernels, name).default
-    torch.library.opcheck(operator, (*OPS[name][1], chosen))
+    operator = getattr(torch.ops.zipformer_kernels, get(name).name).default
+    torch.library.opcheck(operator, (*OPS[name], chosen))
 
 
 @pytest.mark.parametrize("name", OPS)
 def test_auto_takes_the_kernel_for_few_rows_only(name):
     if backend.missing["cpu"]:
         pytest.skip(backend.missing["cpu"])
-    op, (src, *rest) = OPS[name]
+    op, (src, *rest) = get(name), OPS[name]
     more = src[:1].expand(FEW_ROWS // 3 + 1, 3, 8).contiguous()
     assert few_rows(src)
     assert not few_rows(more)

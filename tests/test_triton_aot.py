@@ -30,6 +30,8 @@ def test_compiles_without_spills(op):
     for target in TARGETS:
         assert sum(row["target"] == target for row in rows) >= 2, f"{target}: neither forward nor backward was launched"
     assert [row for row in rows if row["target"] == "sm_90" and row["spills"] > 0] == []
+    if op == "attention":
+        assert {row["target"] for row in rows if row["kernel"] == "softmax_kernel"} == TARGETS  # a variant's
 
 
 def test_a_layer_of_preset_l_spills_nothing():

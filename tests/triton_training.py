@@ -25,7 +25,6 @@ from zipformer_kernels.core import backend
 from zipformer_kernels.modules import CompactRelPositionalEncoding, ZipformerEncoderLayer
 from zipformer_kernels.modules import attention as attention_module
 from zipformer_kernels.modules import layer as layer_module
-from zipformer_kernels.ops import attention
 from zipformer_kernels.presets import preset
 
 STEPS = {
@@ -49,8 +48,9 @@ def offer_triton() -> None:
         package = f"zipformer_kernels.ops.{path.parent.name}"
         op = getattr(importlib.import_module(package), "_op", None)
         if op is not None:
-            op.backends["triton"] = importlib.import_module(package + ".triton").launchers
-    attention._softmax.backends["triton"] = importlib.import_module(attention.__name__ + ".triton").softmax_launchers
+            op.backends["triton"] = launchers = importlib.import_module(package + ".triton").launchers
+            for name, variant in getattr(launchers, "variants", {}).items():
+                op.variants[name].backends["triton"] = variant
     backend.TRITON_INTERPRETS = True
     backend.refresh()
 

@@ -69,7 +69,7 @@ def with_softmax(name: str, args: tuple[Any, ...], where: str) -> tuple[Any, ...
     if i is None:
         return args
     scores = (x if x is None else x.detach() for x in args[:4])
-    return *args[:i], attention._softmax(*scores, *args[i + 1 : i + 5], backend=where), *args[i + 1 :]
+    return *args[:i], attention._op.variants["softmax"](*scores, *args[i + 1 : i + 5], backend=where), *args[i + 1 :]
 
 
 def excess(results: Sequence[Tensor], exact: Sequence[Tensor], dtype: torch.dtype) -> float:

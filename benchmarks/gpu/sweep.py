@@ -58,7 +58,7 @@ def work(kernel: str) -> tuple[Callable[[], Any], Callable[[], list[Tensor]]]:
     args = next(case for case in cases if case.large and case.name.startswith("L ")).inputs(DTYPE, DEVICE)
     if kernel == "softmax":
         scores = *(x.detach() for x in args[:4]), *args[6:10]
-        run = partial(attention._softmax, *scores, backend="triton")
+        run = partial(attention._op.variants["softmax"], *scores, backend="triton")
         return run, lambda: [run()]
     passes = Passes(partial(ops.get(name), backend="triton"), args)
     return passes.forward if kernel == "aggregate" else passes.both, passes.results

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -45,11 +44,10 @@ def cases_of(op: str, every: bool = False) -> list[Case]:
     """The cases of an op that this machine can time.
 
     Args:
-        op: the op's name.
+        op: the name of the op, or of a variant, such as ``conv_module.stream``.
         every: all that are not empty, awkward ones too; or the first and the last of the large ones.
     """
-    cases = importlib.import_module(f"{ops.__name__}.{op}.cases").CASES
-    cases = [case for case in cases if case.large or (every and sum(case.flops.values()) > 0)]
+    cases = [case for case in ops.cases_of(op) if case.large or (every and sum(case.flops.values()) > 0)]
     if DEVICE.type == "cpu":
         cases = [
             case
@@ -63,7 +61,7 @@ def jobs(op: str, every: bool = False) -> Iterator[Job]:
     """The jobs of one op on this machine; of all its cases that fit, or of the first and the last."""
     for dtype in dict.fromkeys((*DTYPES, torch.float32) if op in RESIDUAL else DTYPES):
         for case in cases_of(op, every):
-            for direction in DIRECTIONS:
+            for direction in DIRECTIONS if "backward" in case.flops else ("forward",):
                 yield job(op, case, direction, dtype)
 
 
@@ -135,8 +133,8 @@ def off(results: Sequence[Tensor], expected: Sequence[Tensor], alike: bool) -> f
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all tensors together."""
-    return torch.stack([x.double().norm() for x in tensors]).norm()
+    """The Euclidean norm of all tensors together; 0 of none."""
+    return torch.tensor([x.double().norm().item() for x in tensors], dtype=torch.double).norm()
 
 
 def call(op: str, peer: str, args: tuple[Any, ...]) -> Call:
@@ -183,8 +181,10 @@ class Passes:
         return outputs if isinstance(outputs, Tensor) else outputs[0]
 
     def results(self) -> list[Tensor]:
-        """The first output, and the gradients of all arguments for one fixed gradient of it."""
+        """The first output, and the gradients of all arguments for one fixed gradient of it, where it has some."""
         output = self.output()
+        if not self.leaves:
+            return [output]
         generator = torch.Generator(DEVICE).manual_seed(1)
         self.gradient = torch.randn(output.shape, generator=generator, device=DEVICE).to(output.dtype)
         return [output.detach(), *torch.autograd.grad(output, self.leaves, self.gradient)]

@@ -78,23 +78,29 @@ def build() -> dict[str, str]:
 
 
 def ops_table() -> Table:
-    """Ops by backends: what a float32 call on this machine's best device gets, and what is missing."""
+    """Ops and variants by backends: what a float32 call on this machine's best device gets, and what is missing."""
     where = "cuda" if torch.cuda.is_available() else "cpu"
     table = Table("op", *backend.BACKENDS, title=f"Ops on {where} tensors, float32", title_justify="left")
     for name in ops.names():
         if not hasattr(importlib.import_module(f"{ops.__name__}.{name}"), "_op"):
             table.add_row(name, Text("auto", style="bold green"), Text("plain PyTorch so far", style="dim"))
             continue
-        op, args = ops.get(name), ops.example(name, device=where)
-        chosen = op.select("auto", *args)
-        cells = []
-        for candidate in backend.BACKENDS:
-            reason = op.unsupported(candidate, *args)
-            if candidate == chosen:
-                cells.append(Text("auto", style="bold green"))
-            elif reason is None:
-                cells.append(Text("available", style="green"))
-            else:  # a reason that holds for every op is told once, below the table
-                cells.append(Text("no" if backend.missing[candidate] else f"no: {reason}", style="dim"))
-        table.add_row(name, *cells)
+        for full_name in (name, *ops.variant_names(name)):
+            table.add_row(full_name, *_cells(full_name, where))
     return table
+
+
+def _cells(name: str, where: str) -> list[Text]:
+    """What each backend says to a call of an op or a variant on a type of device."""
+    op, args = ops.get(name), ops.example(name, device=where)
+    chosen = op.select("auto", *args)
+    cells = []
+    for candidate in backend.BACKENDS:
+        reason = op.unsupported(candidate, *args)
+        if candidate == chosen:
+            cells.append(Text("auto", style="bold green"))
+        elif reason is None:
+            cells.append(Text("available", style="green"))
+        else:  # a reason that holds for every op is told once, below the table
+            cells.append(Text("no" if backend.missing[candidate] else f"no: {reason}", style="dim"))
+    return cells

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -41,12 +41,14 @@ class Launchers:
             `torch.empty_like` would, or side by side as the arguments lie (`zipformer_kernels.core.joint`). None where
             the op's results carry no gradient.
         worthwhile: ``(*args)`` -> whether ``auto`` should choose this backend for the call, as far as measured.
+        variants: this backend's launchers of the op's variants, by their names.
     """
 
     supports: Callable[..., str | None]
     forward: Callable[..., tuple[Tensor, ...]]
     backward: Callable[..., tuple[Tensor | None, ...]] | None
     worthwhile: Callable[..., bool] = lambda *_: True
+    variants: dict[str, Launchers] = field(default_factory=dict, compare=False)
 
 
 class Settled(str):
@@ -56,11 +58,11 @@ class Settled(str):
     """
 
 
-def triton_launchers(package: str, name: str = "launchers") -> dict[str, Launchers]:
-    """``<package>.triton.<name>``, or nothing where Triton cannot run: importing it would fail."""
+def triton_launchers(package: str) -> dict[str, Launchers]:
+    """``<package>.triton.launchers``, or nothing where Triton cannot run: importing it would fail."""
     if backends.missing["triton"] is not None:
         return {}
-    return {"triton": getattr(importlib.import_module(f"{package}.triton"), name)}
+    return {"triton": importlib.import_module(f"{package}.triton").launchers}
 
 
 class Op:
@@ -108,15 +110,18 @@ class Op:
         self._define(schema, kinds, names, extras)
 
     def variant(self, name: str, schema: str, *, when: str, **kwargs: Any) -> Op:
-        """Adds a variant: the op for special calls, such as those without gradients, by launchers of its own.
+        """Adds a variant: the op for special calls, such as those without gradients.
+
+        It runs on the backends whose launchers have launchers of that variant (`Launchers.variants`).
 
         Args:
             name: its name among the op's variants; torch knows it as ``<op>_<name>``.
             schema: its arguments.
             when: which calls it is for, in a few words, for `explain` and ``zipformer-kernels info``.
-            **kwargs: as of an op; a variant has its own reference, made of the op's.
+            **kwargs: as of an op, less the backends; a variant has its own reference, made of the op's.
         """
-        variant = self.variants[name] = Op(f"{self.name}_{name}", schema, **kwargs)
+        serving = {key: own.variants[name] for key, own in self.backends.items() if name in own.variants}
+        variant = self.variants[name] = Op(f"{self.name}_{name}", schema, backends=serving, **kwargs)
         variant.when = when
         return variant
 
@@ -163,11 +168,13 @@ class Op:
         return backends.BEHIND[names[-1]] if lacks_all else ()
 
     def explain(self, *args: Any, backend: str | None = None) -> str:
-        """Says which backend a call gets, and why each other one would not serve it."""
+        """Says which backend a call gets, why each other one would not serve it, and which variants there are."""
         lines = [f"{self.name}: runs on {self.select(backend, *args)!r} (asked for: {backends.requested(backend)!r})"]
         for name in backends.BACKENDS:
             reason = self.unsupported(name, *args)
             lines.append(f"  {name:7}{'available' if reason is None else 'no: ' + reason}")
+        for name, variant in self.variants.items():
+            lines.append(f"  variant {name!r} on {', '.join(variant.backends)}: {variant.when}")
         return "\n".join(lines)
 
     # ---- the call ----

@@ -14,8 +14,8 @@ from zipformer_kernels.core.joint import split
 from zipformer_kernels.core.module import Module
 from zipformer_kernels.core.op import Settled
 from zipformer_kernels.modules.scaled_init import ScaledLinear
-from zipformer_kernels.modules.streaming import average, average_chunk, check_cache, join_cache
-from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, aggregate, attention_weights, stores
+from zipformer_kernels.modules.streaming import average_chunk, check_cache, join_cache
+from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, aggregate, attention_weights, average, stores
 from zipformer_kernels.ops.sizes import split_last
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
 from zipformer_kernels.training.randomness import happens, logging_draw

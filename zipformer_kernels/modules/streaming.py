@@ -59,16 +59,3 @@ def average_chunk(
     tensors = first.weight, first.bias, cache, weights, last.weight, last.bias
     src, joined = stream_attention(src, *tensors, gated, backend=backend)
     return src, joined[joined.shape[0] - cache.shape[0] :]
-
-
-def average(weights: Tensor, values: Tensor) -> Tensor:
-    """The values' average with weights, (heads, batch, T, S), without gradients: (S, batch, V) -> (T, batch, V).
-
-    Raises:
-        ValueError: the values do not fit the weights.
-    """
-    heads, batch, _, sources = weights.shape
-    if values.shape[:2] != (sources, batch):
-        raise ValueError(f"values: wanted {sources} frames of {batch} sequences, got {tuple(values.shape)}")
-    by_head = values.unflatten(2, (heads, -1)).permute(2, 1, 0, 3)
-    return (weights @ by_head).permute(2, 1, 0, 3).flatten(2)

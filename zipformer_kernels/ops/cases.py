@@ -22,7 +22,7 @@ class Case:
         inputs: ``(dtype, device)`` -> the op's arguments, in the order of its schema. Floating-point tensors that a
             gradient flows to require one.
         bytes: bytes that must pass through memory, by direction (``forward``, ``backward``), for an element size in
-            bytes: each input read once, each output written once.
+            bytes: each input read once, each output written once. Variants without gradients have no ``backward``.
         flops: floating-point operations, by direction.
         large: whether the case is for benchmarks only; the others run in tests as well.
         dense: bytes that code which writes down every pair of frames must hold at once, for an element size; None where
@@ -70,7 +70,24 @@ def stacks(name: str) -> list[Stack]:
     ]
 
 
+def normal(*shape: int, dtype: torch.dtype, device: torch.device | str, scale: float = 1.0) -> torch.Tensor:
+    """A normally distributed tensor, drawn from torch's global generator."""
+    return (torch.randn(*shape, device=device, dtype=torch.float32) * scale).to(dtype)
+
+
 def leaf(*shape: int, dtype: torch.dtype, device: torch.device | str, scale: float = 1.0) -> torch.Tensor:
-    """A normally distributed tensor that requires a gradient, drawn from torch's global generator."""
-    x = torch.randn(*shape, device=device, dtype=torch.float32) * scale
-    return x.to(dtype).requires_grad_()
+    """A tensor as of `normal` that requires a gradient."""
+    return normal(*shape, dtype=dtype, device=device, scale=scale).requires_grad_()
+
+
+def linear(
+    out_channels: int, in_channels: int, bias: bool = True, *, dtype: torch.dtype, device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight of a linear layer, whose results have the size of its inputs, and its bias or None."""
+    weight = normal(out_channels, in_channels, dtype=dtype, device=device, scale=in_channels**-0.5)
+    return weight, normal(out_channels, dtype=dtype, device=device) if bias else None
+
+
+def linear_elements(out_channels: int, in_channels: int) -> int:
+    """How many elements the weight and the bias of a linear layer have."""
+    return out_channels * (in_channels + 1)

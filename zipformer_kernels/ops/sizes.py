@@ -54,6 +54,16 @@ def split_last(x: Tensor, heads: int) -> Tensor:
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """From (frames, B, heads * channels) to (heads, B, frames, channels)."""
+    return split_last(x, heads).permute(2, 1, 0, 3)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    """From (heads, B, frames, channels) to (frames, B, heads * channels)."""
+    return compact(x.permute(2, 1, 0, 3)).flatten(2)
+
+
 def compact(x: Tensor) -> Tensor:
     """x with its elements in order in memory."""
     if being_traced():  # to ask whether they are already would tie torch.export to lengths other than 1

@@ -11,10 +11,12 @@ with those of masked pairs set to -1000, and the weights are their softmax over 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from zipformer_kernels.core.call import being_traced
 from zipformer_kernels.core.op import Launchers
+from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, grouped
 from zipformer_kernels.ops.sizes import compact, fill
 
 # exp(-1000) is zero in every dtype, and a row with every entry masked becomes uniform rather than NaN.
@@ -63,56 +65,33 @@ def relative_index(targets: int, sources: int, device: torch.device) -> Tensor:
     return torch.arange(targets - 1, -1, -1, device=device).unsqueeze(1) + torch.arange(sources, device=device)
 
 
-def forbidden(
-    shape: torch.Size,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    chunk: int,
-    left_chunks: int,
-    device: torch.device,
-) -> Tensor | None:
-    """The union of all masks, bool and broadcastable to (B, T, S) = `shape`, or None if there is none.
-
-    Args:
-        shape: B, T, S.
-        key_padding_mask: bool (B, S), True for sources that no target may attend to.
-        attn_mask: bool (T, S) or (B, T, S), True where a target may not attend to a source.
-        chunk: frames per chunk; a target sees no later chunk. Zero or less: no chunks.
-        left_chunks: how many chunks to its left a target sees; negative: all.
-    """
-    masks = []
+def forbidden(shape: torch.Size, masks: Masks, device: torch.device) -> Tensor | None:
+    """The union of all masks, bool and broadcastable to (B, T, S) = `shape`, or None if there is none."""
+    key_padding_mask, attn_mask, chunk, left_chunks = masks
+    found = []
     if key_padding_mask is not None:
-        masks.append(key_padding_mask.unsqueeze(1))
+        found.append(key_padding_mask.unsqueeze(1))
     if attn_mask is not None:
-        masks.append(attn_mask if attn_mask.ndim == 3 else attn_mask.unsqueeze(0))
+        found.append(attn_mask if attn_mask.ndim == 3 else attn_mask.unsqueeze(0))
     if chunk > 0:
         target = (torch.arange(shape[1], device=device) // chunk).unsqueeze(1)
         source = torch.arange(shape[2], device=device) // chunk
         rule = source > target
         if left_chunks >= 0:
             rule = rule | (source < target - left_chunks)
-        masks.append(rule.unsqueeze(0))
-    if not masks:
+        found.append(rule.unsqueeze(0))
+    if not found:
         return None
-    union = masks[0]
-    for mask in masks[1:]:
+    union = found[0]
+    for mask in found[1:]:
         union = union | mask
     return union
 
 
-def masked_scores(
-    q: Tensor,
-    k: Tensor,
-    p: Tensor | None,
-    e: Tensor | None,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    chunk: int,
-    left_chunks: int,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def masked_scores(given: Scores, masks: Masks) -> tuple[Tensor, Tensor, Tensor | None]:
     """The scores, the scores with masked pairs at -1000, and the mask."""
-    s = scores(q, k, p, e)
-    mask = forbidden(s.shape[1:], key_padding_mask, attn_mask, chunk, left_chunks, q.device)
+    s = scores(*given)
+    mask = forbidden(s.shape[1:], masks, given.q.device)
     return s, s if mask is None else masked(s, mask), mask
 
 
@@ -127,7 +106,8 @@ def softmax_rows(*args: Tensor | int | None) -> Tensor:
 
     In their place the log-sum-exp alone would do, but for its own rounding, which all weights of a target would share.
     """
-    _, s, _ = masked_scores(*args)
+    given, _, masks, _ = grouped(0, args)
+    _, s, _ = masked_scores(given, masks)
     s = _wide(s)
     largest = s.amax(dim=-1) if s.shape[-1] > 0 else s.sum(dim=-1)
     scale = (s - largest.unsqueeze(-1)).exp().sum(dim=-1).reciprocal()
@@ -145,46 +125,33 @@ def weights_from(masked: Tensor, rows: Tensor) -> Tensor:
     return (_wide(masked) - largest).exp() * scale
 
 
-def weights(
-    q: Tensor,
-    k: Tensor,
-    p: Tensor | None,
-    e: Tensor | None,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    chunk: int,
-    left_chunks: int,
-    penalty: float,
-    limit: float,
-) -> Tensor:
-    """W itself, (H, B, T, S), in the dtype of q; `penalty` acts on gradients only."""
-    _, masked, _ = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
-    return _wide(masked).softmax(dim=-1).to(q.dtype)
+def weights(*args: Tensor | int | float | None) -> Tensor:
+    """W itself, (H, B, T, S), in the dtype of q. The penalty acts on gradients only.
+
+    Args:
+        args: q, k, p, e (`Scores`), the four of `Masks`, and the two of `Penalty`.
+    """
+    given, _, masks, _ = grouped(0, args)
+    _, masked, _ = masked_scores(given, masks)
+    return _wide(masked).softmax(dim=-1).to(given.q.dtype)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    p: Tensor | None,
-    e: Tensor | None,
-    v: Tensor,
-    softmax: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    chunk: int,
-    left_chunks: int,
-    penalty: float,
-    limit: float,
-) -> Tensor:
-    """out[i, b, h] = sum_j W[h, b, i, j] v[j, b, h], (T, B, H, C); `penalty` acts on gradients only."""
-    w = weights(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit)
+def attention(*args: Tensor | int | float | None) -> Tensor:
+    """out[i, b, h] = sum_j W[h, b, i, j] v[j, b, h], (T, B, H, C). The penalty acts on gradients only.
+
+    Args:
+        args: q, k, p, e (`Scores`); v, (S, B, H, C); the result of `softmax_rows`, which is not read here; the four of
+            `Masks`; and the two of `Penalty`.
+    """
+    given, (v, _), masks, penalty = grouped(2, args)
+    w = weights(*given, *masks, *penalty)
     return (w.to(v.dtype) @ v.permute(2, 1, 0, 3)).permute(2, 1, 0, 3)
 
 
 def forward(*args: Tensor | int | float | None) -> tuple[Tensor]:
     """The eager backend: the weights from the given softmax rows."""
-    q, k, p, e, v, softmax, key_padding_mask, attn_mask, chunk, left_chunks, *_ = args
-    _, masked, _ = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
+    given, (v, softmax), masks, _ = grouped(2, args)
+    _, masked, _ = masked_scores(given, masks)
     out = weights_from(masked, softmax).to(v.dtype) @ v.permute(2, 1, 0, 3)
     return (out.permute(2, 1, 0, 3).contiguous(),)
 
@@ -198,15 +165,14 @@ def backward(
     dq[i] = sum_j ds[i, j] k[j],   dk[j] = sum_i ds[i, j] q[i],
     dp[i] = sum_j ds[i, j] e[T - 1 - i + j],   de[n] = sum over i, b of ds[i, n - (T - 1) + i] p[i].
     """
-    q, k, p, e, v, softmax, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit = args
-    _, masked, _ = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
+    given, (v, softmax), masks, penalty = grouped(2, args)
+    _, masked, _ = masked_scores(given, masks)
     w = weights_from(masked, softmax)
     dout = _wide(grads[0]).permute(2, 1, 0, 3)
     out = _wide(saved[0]).permute(2, 1, 0, 3)
     dv = (w.transpose(2, 3) @ dout).permute(2, 1, 0, 3).to(v.dtype) if needs[4] else None
     ds = w * (dout @ _wide(v).permute(2, 1, 3, 0) - (dout * out).sum(-1, keepdim=True))
-    masks = key_padding_mask, attn_mask, chunk, left_chunks
-    return *_through_scores(needs, ds, q, k, p, e, *masks, penalty, limit), dv, None, None, None
+    return *_through_scores(needs, ds, given, masks, penalty), dv, None, None, None
 
 
 def weights_backward(
@@ -215,29 +181,20 @@ def weights_backward(
     """From dW: ds = W (dW - sum_j W dW), and from there as in `backward`."""
     w, dw = _wide(saved[0]), _wide(grads[0])
     ds = w * (dw - (w * dw).sum(-1, keepdim=True))
-    return *_through_scores(needs, ds, *args), None, None
+    given, _, masks, penalty = grouped(0, args)
+    return *_through_scores(needs, ds, given, masks, penalty), None, None
 
 
 def _through_scores(
-    needs: tuple[bool, ...],
-    ds: Tensor,
-    q: Tensor,
-    k: Tensor,
-    p: Tensor | None,
-    e: Tensor | None,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    chunk: int,
-    left_chunks: int,
-    penalty: float,
-    limit: float,
+    needs: tuple[bool, ...], ds: Tensor, given: Scores, masks: Masks, penalty: Penalty
 ) -> tuple[Tensor | None, ...]:
     """The gradients of q, k, p and e from that of the scores before masks and penalty."""
-    s, _, mask = masked_scores(q, k, p, e, key_padding_mask, attn_mask, chunk, left_chunks)
+    q, k, p, e = given
+    s, _, mask = masked_scores(given, masks)
     if mask is not None:
         ds = ds.masked_fill(mask, 0.0)
-    if penalty != 0.0:
-        ds = ds + penalty * ((s > limit).to(ds.dtype) - (s < -limit).to(ds.dtype))
+    if penalty.weight != 0.0:
+        ds = ds + penalty.weight * ((s > penalty.limit).to(ds.dtype) - (s < -penalty.limit).to(ds.dtype))
     dq = ds @ _wide(k).permute(2, 1, 0, 3)
     dk = ds.transpose(2, 3) @ _wide(q).permute(2, 1, 0, 3)
     dp = de = None
@@ -247,8 +204,7 @@ def _through_scores(
         de = by_offset.transpose(2, 3) @ _wide(p).permute(2, 1, 0, 3)
         de = de.sum(1).permute(1, 0, 2) if e.ndim == 3 else de.permute(1, 2, 0, 3)
     time_major = (dq.permute(2, 1, 0, 3), dk.permute(2, 1, 0, 3), dp, de)
-    like = (q, k, p, e)
-    return tuple(g.to(x.dtype) if need else None for g, x, need in zip(time_major, like, needs[:4], strict=True))
+    return tuple(g.to(x.dtype) if need else None for g, x, need in zip(time_major, given, needs[:4], strict=True))
 
 
 def _spread_relative(ds: Tensor) -> Tensor:
@@ -267,6 +223,34 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(wide_dtype(x.dtype))
 
 
-eager = Launchers(lambda *_: None, forward, backward)
-eager_softmax = Launchers(lambda *_: None, lambda *args: (softmax_rows(*args),), None)
-eager_weights = Launchers(lambda *_: None, lambda *args: (weights(*args),), weights_backward)
+def stream(
+    src: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    context: Tensor,
+    weights: Tensor,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+    gated: bool,
+) -> tuple[Tensor, Tensor]:
+    """src + linear(the average of linear(src), behind a context, with given weights), and the values averaged."""
+    v, g = F.linear(src, in_weight, in_bias), None
+    if gated:
+        s, x, g = v.chunk(3, dim=2)
+        v = x * s.tanh()
+    joined = torch.cat([context, v])
+    by_head = joined.unflatten(2, (weights.shape[0], -1)).permute(2, 1, 0, 3)
+    average = (weights @ by_head).permute(2, 1, 0, 3).flatten(2)
+    return src + F.linear(average if g is None else average * g, out_weight, out_bias), joined
+
+
+eager = Launchers(
+    lambda *_: None,
+    forward,
+    backward,
+    variants={
+        "softmax": Launchers(lambda *_: None, lambda *args: (softmax_rows(*args),), None),
+        "weights": Launchers(lambda *_: None, lambda *args: (weights(*args),), weights_backward),
+        "stream": Launchers(lambda *_: None, stream, None),
+    },
+)

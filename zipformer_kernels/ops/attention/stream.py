@@ -2,85 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.core.launch import (
-    DTYPE_CODES,
-    INFERENCE_DTYPES,
-    call_cpu,
-    contiguous,
-    few_rows,
-    pointer,
-    unsupported_dtypes,
-)
-from zipformer_kernels.core.op import Launchers, Op
+from zipformer_kernels.ops.attention.op import _op
 from zipformer_kernels.ops.shapes import check_shapes
-
-
-def stream(
-    src: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor | None,
-    context: Tensor,
-    weights: Tensor,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-    gated: bool,
-) -> tuple[Tensor, Tensor]:
-    """The reference, see `stream_attention`."""
-    v, g = F.linear(src, in_weight, in_bias), None
-    if gated:
-        s, x, g = v.chunk(3, dim=2)
-        v = x * s.tanh()
-    joined = torch.cat([context, v])
-    by_head = joined.unflatten(2, (weights.shape[0], -1)).permute(2, 1, 0, 3)
-    average = (weights @ by_head).permute(2, 1, 0, 3).flatten(2)
-    return src + F.linear(average if g is None else average * g, out_weight, out_bias), joined
-
-
-def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    *tensors, gated = args
-    src, in_weight, in_bias, context, weights, *after = contiguous(*tensors)
-    targets, batch, channels = src.shape
-    heads, _, _, sources = weights.shape
-    values = context.shape[2]
-    y, joined = torch.empty_like(src), src.new_empty(sources, batch, values)
-    if y.numel() == 0:
-        joined[: context.shape[0]].copy_(context)
-        return y, joined
-    addresses = tuple(map(pointer, (src, in_weight, in_bias, context, weights, *after, joined, y)))
-    sizes = targets, sources, batch, channels, heads, values
-    call_cpu("attention_stream", src, addresses, sizes, gated, DTYPE_CODES[src.dtype])
-    return y, joined
-
-
-def _fake(src: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    context, weights = rest[2:4]
-    return torch.empty_like(src), src.new_empty(weights.shape[3], src.shape[1], context.shape[2])
-
-
-op = Op(
-    "attention_stream",
-    "Tensor src, Tensor in_weight, Tensor? in_bias, Tensor context, Tensor weights, Tensor out_weight, "
-    "Tensor? out_bias, bool gated",
-    reference=stream,
-    backends={
-        "eager": Launchers(lambda *_: None, stream, None),
-        "cpu": Launchers(
-            supports=lambda *args: unsupported_dtypes(args[:-1], INFERENCE_DTYPES),
-            forward=_cpu,
-            backward=None,
-            worthwhile=lambda src, *_: few_rows(src),
-        ),
-    },
-    saves=(),
-    outputs=2,
-    fake=_fake,
-)
 
 
 def stream_attention(
@@ -130,4 +55,5 @@ def stream_attention(
         raise ValueError(
             f"context must have a multiple of {weights.shape[0]} heads' values, got {tuple(context.shape)}"
         )
-    return op(src, in_weight, in_bias, context, weights, out_weight, out_bias, gated, backend=backend)
+    stream = _op.variants["stream"]
+    return stream(src, in_weight, in_bias, context, weights, out_weight, out_bias, gated, backend=backend)

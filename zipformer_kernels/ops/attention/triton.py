@@ -11,22 +11,20 @@ from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, next_power_of_2, on_
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention import kernels
 from zipformer_kernels.ops.attention.reference import empty_rows
+from zipformer_kernels.ops.attention.scores import Masks, Scores, grouped
 from zipformer_kernels.ops.attention.tiles import tile_of
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights' side of every kernel's arguments: tensors with unit last stride, masks, sizes."""
+    """The weights' side of every kernel's arguments: tensors with unit last stride, masks as bytes, sizes."""
 
     q: Tensor
     k: Tensor
     p: Tensor | None
     e: Tensor | None  # (H, P, T + S - 1), contiguous
     softmax: Tensor
-    key_padding_mask: Tensor | None
-    attn_mask: Tensor | None
-    chunk: int
-    left_chunks: int
+    masks: Masks
 
     @property
     def targets(self) -> int:
@@ -46,15 +44,15 @@ class Weights:
 
     def arguments(self) -> tuple:
         """The positional arguments that every kernel begins with."""
-        q, k, mask = self.q, self.k, self.attn_mask
+        q, k, (padding, mask, chunk, left_chunks) = self.q, self.k, self.masks
         p = q if self.p is None else self.p
         mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.ndim == 3 else 0, mask.stride(-2))
         return (
             *(q, *q.stride()[:3], k, *k.stride()[:3], p, *p.stride()[:3]),
             *(q if self.e is None else self.e, self.softmax),
-            *(q if self.key_padding_mask is None else self.key_padding_mask, q if mask is None else mask),
+            *(q if padding is None else padding, q if mask is None else mask),
             *(*mask_strides, self.targets, self.sources, self.sequences, self.heads),
-            *(self.chunk, self.left_chunks if self.left_chunks >= 0 else 2**30),
+            *(chunk, left_chunks if left_chunks >= 0 else 2**30),
         )
 
     def constants(self) -> dict[str, int | bool]:
@@ -63,9 +61,9 @@ class Weights:
             "D": self.q.shape[3],
             "D_TILE": max(16, next_power_of_2(self.q.shape[3])),
             "P": 0 if self.p is None else self.p.shape[3],
-            "PADDING": self.key_padding_mask is not None,
-            "MASK": self.attn_mask is not None,
-            "CHUNKS": self.chunk > 0,
+            "PADDING": self.masks.key_padding_mask is not None,
+            "MASK": self.masks.attn_mask is not None,
+            "CHUNKS": self.masks.chunk > 0,
         }
 
 
@@ -74,48 +72,33 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def weights_of(
-    q: Tensor,
-    k: Tensor,
-    p: Tensor | None,
-    e: Tensor | None,
-    softmax: Tensor,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    chunk: int,
-    left_chunks: int,
-) -> Weights:
+def weights_of(scores: Scores, softmax: Tensor, masks: Masks) -> Weights:
     """Brings an op's arguments into the layouts that the kernels take."""
+    q, k, p, e = scores
+    padding, mask, *rule = masks
+    as_bytes = (
+        None if padding is None else padding.contiguous().view(torch.uint8),
+        None if mask is None else unit_stride(mask).view(torch.uint8),
+    )
     return Weights(
         unit_stride(q),
         unit_stride(k),
         None if p is None else unit_stride(p),
         None if e is None else e.permute(1, 2, 0).contiguous(),  # a handle's lies so already
         softmax.contiguous(),
-        None if key_padding_mask is None else key_padding_mask.contiguous().view(torch.uint8),
-        None if attn_mask is None else unit_stride(attn_mask).view(torch.uint8),
-        chunk,
-        left_chunks,
+        Masks(*as_bytes, *rule),
     )
 
 
-def softmax_rows(
-    q: Tensor,
-    k: Tensor,
-    p: Tensor | None,
-    e: Tensor | None,
-    key_padding_mask: Tensor | None,
-    attn_mask: Tensor | None,
-    chunk: int,
-    left_chunks: int,
-) -> tuple[Tensor]:
+def softmax_rows(*args: Tensor | int | None) -> tuple[Tensor]:
     """The rows that make weights of scores, (H, B, T, 2); see reference.py."""
-    softmax = empty_rows(q)
+    scores, _, masks, _ = grouped(0, args)
+    softmax = empty_rows(scores.q)
     if softmax.numel() > 0:
-        weights = weights_of(q, k, p, e, softmax, key_padding_mask, attn_mask, chunk, left_chunks)
-        tile = tile_of("softmax", q.dtype)
+        weights = weights_of(scores, softmax, masks)
+        tile = tile_of("softmax", scores.q.dtype)
         grid = (cdiv(weights.targets, tile.targets) * weights.sequences * weights.heads,)
-        with on_device(q):
+        with on_device(scores.q):
             kernels.softmax_kernel[grid](
                 *weights.arguments(), **weights.constants(), BM=tile.targets, BN=tile.sources, **tile.options()
             )
@@ -257,29 +240,24 @@ def compute_delta(grad: Tensor, out: Tensor, **gated: Tensor) -> Tensor:
     return delta
 
 
-def _forward(q, k, p, e, v, softmax, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit):
-    out = v.new_empty(q.shape[0], *v.shape[1:])
+def _forward(*args):
+    scores, (v, softmax), masks, _ = grouped(2, args)
+    out = v.new_empty(scores.q.shape[0], *v.shape[1:])
     if out.numel() > 0:
-        weights = weights_of(q, k, p, e, softmax, key_padding_mask, attn_mask, chunk, left_chunks)
-        aggregate(weights, unit_stride(v), out, out, out, out, is_gated=False)
+        aggregate(weights_of(scores, softmax, masks), unit_stride(v), out, out, out, out, is_gated=False)
     return (out,)
 
 
-def _backward(
-    needs, grads, saved, q, k, p, e, v, softmax, key_padding_mask, attn_mask, chunk, left_chunks, penalty, limit
-):
+def _backward(needs, grads, saved, *args):
+    scores, (v, softmax), masks, penalty = grouped(2, args)
     (out,) = saved
     if out.numel() == 0 or v.numel() == 0:
-        return (
-            *(torch.zeros_like(x) if need else None for x, need in zip((q, k, p, e, v), needs, strict=False)),
-            None,
-            None,
-            None,
-        )
+        zeros = (torch.zeros_like(x) if need else None for x, need in zip((*scores, v), needs, strict=False))
+        return *zeros, None, None, None
     grad, v = unit_stride(grads[0].to(v.dtype)), unit_stride(v)
-    weights = weights_of(q, k, p, e, softmax, key_padding_mask, attn_mask, chunk, left_chunks)
+    weights = weights_of(scores, softmax, masks)
     delta = compute_delta(grad, out)
-    dq, dk, dp, de, dv = score_gradients(weights, needs[:5], v, grad, delta, penalty, limit)
+    dq, dk, dp, de, dv = score_gradients(weights, needs[:5], v, grad, delta, *penalty)
     if needs[4] and dv is None:
         dv = v.new_empty(v.shape)
         value_gradient(weights, v, v, grad, dv, dv, is_gated=False)
@@ -295,5 +273,6 @@ def unsupported(q: Tensor, k: Tensor, p: Tensor | None, e: Tensor | None, *rest:
     return unsupported_dtype(q, GPU_DTYPES)
 
 
-launchers = Launchers(unsupported, _forward, _backward)
-softmax_launchers = Launchers(unsupported, softmax_rows, None)
+launchers = Launchers(
+    unsupported, _forward, _backward, variants={"softmax": Launchers(unsupported, softmax_rows, None)}
+)

@@ -18,7 +18,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from zipformer_kernels.core.op import Op, triton_launchers
-from zipformer_kernels.ops.bias_norm import native, reference
+from zipformer_kernels.ops.bias_norm import cpu, cuda, reference
 
 _op = Op(
     "bias_norm",
@@ -26,8 +26,8 @@ _op = Op(
     reference=reference.bias_norm,
     backends={
         "eager": reference.eager,
-        "cpu": native.cpu,
-        "cuda": native.cuda,
+        "cpu": cpu.launchers,
+        "cuda": cuda.launchers,
         **triton_launchers(__name__),
     },
     saves=("x", "bias", "log_scale"),

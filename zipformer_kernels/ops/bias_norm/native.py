@@ -1,4 +1,4 @@
-"""BiasNorm through the compiled module: ``csrc/bias_norm/cpu.cpp`` and ``csrc/bias_norm/cuda.cu``."""
+"""BiasNorm through the compiled module: what the CPU's and CUDA's launchers share."""
 
 from __future__ import annotations
 
@@ -8,19 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from zipformer_kernels.core.launch import (
-    CPU_DTYPES,
-    DTYPE_CODES,
-    GPU_DTYPES,
-    call_cpu,
-    call_cuda,
-    multiprocessors,
-    pointer,
-)
+from zipformer_kernels.core.launch import DTYPE_CODES, pointer
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.bias_norm.rows import Gradients, Rows, unsupported
-
-BLOCKS_PER_MULTIPROCESSOR = 4
 
 
 def _forward(call: Callable[..., None], x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,19 +49,16 @@ def _dtypes(x: Tensor, y: Tensor) -> tuple[int, int]:
     return DTYPE_CODES[x.dtype], DTYPE_CODES[y.dtype]
 
 
-def _launchers(call: Callable[..., None], dtypes: tuple[torch.dtype, ...], parts: Callable[[Rows], int]) -> Launchers:
+def launchers_by(call: Callable[..., None], dtypes: tuple[torch.dtype, ...], parts: Callable[[Rows], int]) -> Launchers:
+    """The launchers whose kernels `call` calls.
+
+    Args:
+        call: calls a function of the compiled module.
+        dtypes: of x, that the kernels take.
+        parts: into how many groups the rows are cut, whose gradients are summed apart.
+    """
     return Launchers(
         supports=partial(unsupported, dtypes),
         forward=partial(_forward, call),
         backward=partial(_backward, call, parts),
     )
-
-
-# Groups of rows whose gradients are summed apart: on the CPU so many that threads share them out evenly, but
-# each long enough that adding up the groups costs little; on the GPU one for each block.
-cpu = _launchers(call_cpu, CPU_DTYPES, lambda rows: rows.groups(shortest=64, most=128))
-cuda = _launchers(
-    call_cuda,
-    GPU_DTYPES,
-    lambda rows: rows.groups(shortest=1, most=BLOCKS_PER_MULTIPROCESSOR * multiprocessors(rows.x)),
-)

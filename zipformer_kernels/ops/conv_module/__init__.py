@@ -27,7 +27,7 @@ from torch import Tensor
 
 from zipformer_kernels.core.call import autocast_dtype
 from zipformer_kernels.core.op import Op, triton_launchers
-from zipformer_kernels.ops.conv_module import native, reference
+from zipformer_kernels.ops.conv_module import cpu, cuda, reference
 from zipformer_kernels.ops.shapes import as_mask
 
 _op = Op(
@@ -37,26 +37,37 @@ _op = Op(
     reference=reference.conv_module,
     backends={
         "eager": reference.eager,
-        "cpu": native.cpu,
-        "cuda": native.cuda,
+        "cpu": cpu.launchers,
+        "cuda": cuda.launchers,
         **triton_launchers(__name__),
     },
     saves=("a", "s", "weight", "bias", "causal_weight", "causal_bias", "edge_scale", "padding"),
     fake=lambda a, *rest: (a.new_empty(a.shape, dtype=rest[-1]),),
 )
 
-_infer = Op(
-    "conv_module_infer",
+_op.variant(
+    "infer",
     "Tensor x, Tensor? x_bias, Tensor? left, Tensor weight, Tensor? bias, Tensor? causal_weight, Tensor? causal_bias, "
     "Tensor? edge_scale, Tensor? padding, int chunk_size",
+    when="the bias of the projection before, SwooshR, and a stream's left context, without gradients",
     reference=reference.infer,
-    backends={"eager": reference.eager_infer, "cpu": native.cpu_infer},
     saves=(),
     outputs=2,
     fake=lambda x, x_bias, left, *_: (
         x.new_empty(*x.shape[:2], x.shape[2] // 2),
         x.new_empty(0) if left is None else left.new_empty(left.shape),
     ),
+)
+
+_op.variant(
+    "stream",
+    "Tensor src, Tensor in_weight, Tensor? in_bias, Tensor left, Tensor weight, Tensor? bias, Tensor causal_weight, "
+    "Tensor? causal_bias, Tensor edge_scale, Tensor? padding, Tensor out_weight, Tensor? out_bias",
+    when="the whole module and its residual sum, without gradients, on a stream's chunk of few rows",
+    reference=reference.stream,
+    saves=(),
+    outputs=2,
+    fake=lambda src, in_weight, in_bias, left, *_: (torch.empty_like(src), left.new_empty(left.shape)),
 )
 
 
@@ -186,7 +197,8 @@ def infer_conv_module(
         raise ValueError(f"left must have shape {wanted}, got {tuple(left.shape)}")
     parameters = weight, bias, causal_weight, causal_bias, edge_scale
     chunk_size = -1 if left is not None else chunk_size
-    y, following = _infer(x, x_bias, left, *parameters, key_padding_mask, chunk_size, backend=backend)
+    infer = _op.variants["infer"]
+    y, following = infer(x, x_bias, left, *parameters, key_padding_mask, chunk_size, backend=backend)
     return y, None if left is None else following
 
 

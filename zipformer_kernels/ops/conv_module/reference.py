@@ -117,6 +117,27 @@ def infer(
     return swoosh(y.permute(2, 0, 1), "r"), joined.narrow(2, gated.shape[2], left.shape[2])
 
 
+def stream(
+    src: Tensor,
+    in_weight: Tensor,
+    in_bias: Tensor | None,
+    left: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    causal_weight: Tensor,
+    causal_bias: Tensor | None,
+    edge_scale: Tensor,
+    padding: Tensor | None,
+    out_weight: Tensor,
+    out_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`infer` between the projections, added to src; and the next `left`."""
+    parameters = weight, bias, causal_weight, causal_bias, edge_scale
+    x = F.linear(src, in_weight)
+    x, following = infer(x, in_bias, left, *parameters, padding, max(src.shape[0], 1))
+    return src + F.linear(x, out_weight, out_bias), following
+
+
 def chunk_with_context(
     x: Tensor,
     joined: Tensor,
@@ -154,5 +175,16 @@ def backward(
     )
 
 
-eager = Launchers(lambda *_: None, forward, backward)
-eager_infer = Launchers(lambda *_: None, lambda *args: tuple(x.contiguous() for x in infer(*args)), None)
+def _dense(function: Callable[..., tuple[Tensor, ...]], *args: object) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in function(*args))
+
+
+eager = Launchers(
+    lambda *_: None,
+    forward,
+    backward,
+    variants={
+        "infer": Launchers(lambda *_: None, partial(_dense, infer), None),
+        "stream": Launchers(lambda *_: None, partial(_dense, stream), None),
+    },
+)

@@ -2,86 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.core.launch import (
-    DTYPE_CODES,
-    INFERENCE_DTYPES,
-    call_cpu,
-    contiguous,
-    few_rows,
-    pointer,
-    unsupported_dtypes,
-)
-from zipformer_kernels.core.op import Launchers, Op
-from zipformer_kernels.ops.conv_module import reference
+from zipformer_kernels.ops.conv_module import _op
 from zipformer_kernels.ops.shapes import as_mask, check_shapes
-
-
-def stream(
-    src: Tensor,
-    in_weight: Tensor,
-    in_bias: Tensor | None,
-    left: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    causal_weight: Tensor,
-    causal_bias: Tensor | None,
-    edge_scale: Tensor,
-    padding: Tensor | None,
-    out_weight: Tensor,
-    out_bias: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """The reference: `reference.infer` between the projections, added to src; and the next `left`."""
-    parameters = weight, bias, causal_weight, causal_bias, edge_scale
-    x = F.linear(src, in_weight)
-    x, following = reference.infer(x, in_bias, left, *parameters, padding, max(src.shape[0], 1))
-    return src + F.linear(x, out_weight, out_bias), following
-
-
-def _eager(*args: Any) -> tuple[Tensor, Tensor]:
-    y, following = stream(*args)
-    return y, following.contiguous()
-
-
-def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
-    src, in_weight, in_bias, left, weight, *inner, padding, out_weight, out_bias = contiguous(*args)
-    frames, batch, channels = src.shape
-    y, following = torch.empty_like(src), torch.empty_like(left)
-    if y.numel() == 0:
-        return y, left.clone()
-    sizes = frames, batch, channels, 2 * batch * channels, 2 * channels, weight.shape[2], frames
-    call_cpu(
-        "conv_module_stream",
-        src,
-        tuple(map(pointer, (src, in_weight, out_weight, out_bias, y))),
-        (0, 0, *map(pointer, (padding, weight, *inner))),
-        *map(pointer, (in_bias, left, following)),
-        sizes,
-        DTYPE_CODES[src.dtype],
-    )
-    return y, following
-
-
-op = Op(
-    "conv_module_stream",
-    "Tensor src, Tensor in_weight, Tensor? in_bias, Tensor left, Tensor weight, Tensor? bias, Tensor causal_weight, "
-    "Tensor? causal_bias, Tensor edge_scale, Tensor? padding, Tensor out_weight, Tensor? out_bias",
-    reference=stream,
-    backends={
-        "eager": Launchers(lambda *_: None, _eager, None),
-        "cpu": Launchers(
-            lambda *args: unsupported_dtypes(args, INFERENCE_DTYPES), _cpu, None, lambda src, *_: few_rows(src)
-        ),
-    },
-    saves=(),
-    outputs=2,
-    fake=lambda src, in_weight, in_bias, left, *_: (torch.empty_like(src), left.new_empty(left.shape)),
-)
 
 
 def stream_conv_module(
@@ -135,4 +59,4 @@ def stream_conv_module(
         out_bias=(out_bias, (channels,)),
     )
     args = src, in_weight, in_bias, left, weight, bias, causal_weight, causal_bias, edge_scale
-    return op(*args, key_padding_mask, out_weight, out_bias, backend=backend)
+    return _op.variants["stream"](*args, key_padding_mask, out_weight, out_bias, backend=backend)

@@ -12,12 +12,15 @@ Source: section 3.1 of the Zipformer paper (arXiv:2310.11230); ``NonlinAttention
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from zipformer_kernels.core.op import Op, triton_launchers
-from zipformer_kernels.ops.attention import AttentionWeights
-from zipformer_kernels.ops.nonlin_attention import kept, native, reference
+from zipformer_kernels.ops.attention import AttentionWeights, RecomputedWeights
+from zipformer_kernels.ops.attention.stored import Piece, average
+from zipformer_kernels.ops.nonlin_attention import cpu, reference, stored
 from zipformer_kernels.ops.sizes import split_last
 
 _op = Op(
@@ -25,10 +28,19 @@ _op = Op(
     "Tensor q, Tensor k, Tensor? p, Tensor? e, Tensor gate, Tensor x, Tensor y, Tensor softmax, "
     "Tensor? key_padding_mask, Tensor? attn_mask, int chunk, int left_chunks",
     reference=reference.nonlin_attention,
-    backends={"eager": reference.eager, "cpu": native.cpu, **triton_launchers(__name__)},
+    backends={"eager": reference.eager, "cpu": cpu.launchers, **triton_launchers(__name__)},
     saves=("q", "k", "p", "e", "gate", "x", "y", "softmax", "key_padding_mask", "attn_mask"),
     extras=1,
     fake=lambda q, k, p, e, gate, x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
+)
+
+_op.variant(
+    "infer",
+    "Tensor projected, Tensor? bias, Tensor weights",
+    when="the thirds of a projection less its bias, without gradients, with weights that are stored",
+    reference=reference.infer,
+    saves=(),
+    fake=lambda projected, *_: (projected.new_empty(*projected.shape[:2], projected.shape[2] // 3),),
 )
 
 
@@ -52,13 +64,28 @@ def nonlin_attention(weights: AttentionWeights, gate: Tensor, x: Tensor, y: Tens
             )
     if sources != targets:
         raise ValueError(f"weights must have as many sources as targets, got {sources} and {targets}")
-    if weights.keeps and kept.serves(weights.pieces(), gate, x, y):
-        return kept.gated_average(*weights.pieces(), gate, x, y)
-    if weights.keeps or weights.falls_back(gate, x, y):
-        return y * weights.aggregate(x * torch.tanh(gate))
-    split = (split_last(t, heads) for t in (gate, x, y))
-    out = _op(*weights.scores, *split, weights.softmax, *weights.masks, backend=weights.backend)
-    return out.flatten(2)
+    return weights.use(_Gated(gate, x, y))
+
+
+class _Gated(NamedTuple):
+    """The use of weights that averages x tanh(gate) and gates the averages by y, all (T, B, H * C)."""
+
+    gate: Tensor
+    x: Tensor
+    y: Tensor
+
+    def of_stored(self, pieces: tuple[Piece, ...]) -> Tensor:
+        """In one function where one head is stored and the three lie side by side, else by parts."""
+        if stored.serves(pieces, *self):
+            return stored.gated_average(*pieces, *self)
+        values = split_last(self.x * torch.tanh(self.gate), sum(piece.w.shape[0] for piece in pieces))
+        return self.y * average(pieces, values).flatten(2)
+
+    def of_scores(self, weights: RecomputedWeights) -> Tensor:
+        """By the op."""
+        split = (split_last(t, weights.shape[0]) for t in self)
+        args = *weights.scores, *split, weights.softmax, *weights.masks
+        return _op(*args, backend=weights.place.backend).flatten(2)
 
 
 __all__ = ["nonlin_attention"]

@@ -6,9 +6,9 @@ from functools import partial
 
 import torch
 
-from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention.cases import dense, padding, weights_inputs
-from zipformer_kernels.ops.cases import BATCH, Case, leaf, stacks
+from zipformer_kernels.ops.attention.op import _op as attention
+from zipformer_kernels.ops.cases import BATCH, Case, leaf, normal, stacks
 
 
 def _case(
@@ -30,7 +30,7 @@ def _case(
         projected = leaf(frames, batch, 3 * heads * channels, dtype=dtype, device=device).detach()
         split = (x.unflatten(2, (heads, channels)).requires_grad_() for x in projected.chunk(3, dim=2))
         masks = padding(batch, frames, device) if padded else None, None, chunk, left_chunks
-        softmax = attention._softmax(*(x.detach() for x in scores), *masks)
+        softmax = attention.variants["softmax"](*(x.detach() for x in scores), *masks)
         return *scores, *split, softmax, *masks
 
     pairs = frames * frames * batch * heads
@@ -55,3 +55,34 @@ CASES = [
     _case("two heads", 20, 2, 9, heads=2),
     *(_case(stack.name, stack.frames, BATCH, 3 * stack.channels // 4, large=True) for stack in stacks("L")[:4]),
 ]
+
+
+def _inference(
+    name: str, frames: int, batch: int, channels: int, *, heads: int = 1, bias: bool = True, large: bool = False
+) -> Case:
+    """The variant ``infer``, with `channels` for each head."""
+    width = heads * channels
+
+    def inputs(dtype: torch.dtype, device: torch.device | str) -> tuple:
+        on = {"dtype": dtype, "device": device}
+        weights = normal(heads, batch, frames, frames, dtype=torch.float32, device=device).softmax(dim=-1).to(dtype)
+        return normal(frames, batch, 3 * width, **on), normal(3 * width, **on) if bias else None, weights
+
+    pairs, values = frames * frames * batch * heads, frames * batch * width
+    moved = lambda size: {"forward": size * (pairs + 4 * values + 3 * width)}  # noqa: E731
+    return Case(name, inputs, moved, {"forward": 2 * pairs * channels}, large)
+
+
+VARIANT_CASES = {
+    "infer": [
+        _inference("odd sizes", 37, 3, 5),
+        _inference("one element", 1, 1, 1),
+        _inference("no frames", 0, 2, 3),
+        _inference("wide, no bias", 40, 2, 144, bias=False),
+        _inference("three heads", 33, 2, 7, heads=3),
+        *(
+            _inference(stack.name, stack.frames, BATCH, 3 * stack.channels // 4, large=True)
+            for stack in stacks("L")[1:4]
+        ),
+    ],
+}

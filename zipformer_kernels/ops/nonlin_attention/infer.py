@@ -1,74 +1,11 @@
-"""NonlinAttention between its projections in inference, with weights that are kept."""
+"""NonlinAttention between its projections in inference, with weights that are stored."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from zipformer_kernels.core.launch import (
-    DTYPE_CODES,
-    INFERENCE_DTYPES,
-    call_cpu,
-    contiguous,
-    pointer,
-    unsupported_dtypes,
-)
-from zipformer_kernels.core.op import Launchers, Op
-from zipformer_kernels.ops.attention import merge_heads, split_heads
+from zipformer_kernels.ops.nonlin_attention import _op
 from zipformer_kernels.ops.shapes import check_shapes
-
-
-def infer(projected: Tensor, bias: Tensor | None, weights: Tensor) -> Tensor:
-    """The reference, see `infer_nonlin_attention`."""
-    s, x, y = (projected if bias is None else projected + bias).chunk(3, dim=2)
-    return merge_heads(weights @ split_heads(x * torch.tanh(s), weights.shape[0])) * y
-
-
-def _eager(*args: Tensor | None) -> tuple[Tensor]:
-    return (infer(*args).contiguous(),)
-
-
-def _cpu(projected: Tensor, bias: Tensor | None, weights: Tensor) -> tuple[Tensor]:
-    frames, batch, width = projected.shape
-    if projected.numel() == 0:
-        return (projected.new_empty(frames, batch, width // 3),)
-    projected, bias = contiguous(projected, bias)
-    average = merge_heads(weights @ split_heads(open_(projected, bias), weights.shape[0]))
-    return (close(projected, bias, average),)
-
-
-def open_(projected: Tensor, bias: Tensor | None) -> Tensor:
-    """x tanh(s) by the compiled kernel; arguments contiguous, as of `infer_nonlin_attention`."""
-    values, *sizes = _result(projected)
-    call_cpu("nonlin_attention_open", projected, *map(pointer, (projected, bias, values)), *sizes)
-    return values
-
-
-def close(projected: Tensor, bias: Tensor | None, average: Tensor) -> Tensor:
-    """average y by the compiled kernel; `average`, (T, batch, channels), with channels of stride 1."""
-    out, *sizes = _result(projected)
-    inputs = *map(pointer, (projected, bias, average)), *average.stride()[:2]
-    call_cpu("nonlin_attention_close", projected, *inputs, pointer(out), *sizes)
-    return out
-
-
-def _result(projected: Tensor) -> tuple[Tensor, int, int, int, int]:
-    """What a gate fills in, and its sizes and dtype."""
-    frames, batch, channels = projected.shape[0], projected.shape[1], projected.shape[2] // 3
-    return projected.new_empty(frames, batch, channels), frames, batch, channels, DTYPE_CODES[projected.dtype]
-
-
-op = Op(
-    "nonlin_attention_infer",
-    "Tensor projected, Tensor? bias, Tensor weights",
-    reference=infer,
-    backends={
-        "eager": Launchers(lambda *_: None, _eager, None),
-        "cpu": Launchers(lambda *args: unsupported_dtypes(args, INFERENCE_DTYPES), _cpu, None),
-    },
-    saves=(),
-    fake=lambda projected, *_: (projected.new_empty(*projected.shape[:2], projected.shape[2] // 3),),
-)
 
 
 def infer_nonlin_attention(
@@ -92,4 +29,4 @@ def infer_nonlin_attention(
     if width % (3 * heads):
         raise ValueError(f"projected must have a multiple of {3 * heads} channels, got {tuple(projected.shape)}")
     check_shapes(weights=(weights, (heads, batch, frames, frames)), bias=(bias, (width,)))
-    return op(projected, bias, weights, backend=backend)
+    return _op.variants["infer"](projected, bias, weights, backend=backend)

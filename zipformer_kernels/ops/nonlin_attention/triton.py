@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels.core.op import Launchers
+from zipformer_kernels.ops.attention.scores import grouped
 from zipformer_kernels.ops.attention.triton import (
     aggregate,
     compute_delta,
@@ -24,27 +25,28 @@ def _alike(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.contiguous() for x in tensors)
 
 
-def _forward(q, k, p, e, gate, x, y, softmax, key_padding_mask, attn_mask, chunk, left_chunks):
+def _forward(*args):
+    scores, (gate, x, y, softmax), masks, _ = grouped(4, args)
     gate, x, y = _alike(gate, x, y)
     inner, out = x.new_empty(x.shape), x.new_empty(x.shape)
     if out.numel() > 0:
-        weights = weights_of(q, k, p, e, softmax, key_padding_mask, attn_mask, chunk, left_chunks)
-        aggregate(weights, x, inner, gate, y, out, is_gated=True)
+        aggregate(weights_of(scores, softmax, masks), x, inner, gate, y, out, is_gated=True)
     return out, inner
 
 
-def _backward(needs, grads, saved, q, k, p, e, gate, x, y, softmax, key_padding_mask, attn_mask, chunk, left_chunks):
+def _backward(needs, grads, saved, *args):
+    scores, (gate, x, y, softmax), masks, penalty = grouped(4, args)
     (inner,) = saved
     if inner.numel() == 0:
-        tensors = (q, k, p, e, gate, x, y)
+        tensors = (*scores, gate, x, y)
         zeros = (torch.zeros_like(t) if need else None for t, need in zip(tensors, needs, strict=False))
         return *zeros, None, None, None
     gate, x, y = _alike(gate, x, y)
     grad = unit_stride(grads[0].to(x.dtype))
-    weights = weights_of(q, k, p, e, softmax, key_padding_mask, attn_mask, chunk, left_chunks)
+    weights = weights_of(scores, softmax, masks)
     dinner, dy, values = (x.new_empty(x.shape) for _ in range(3))
     delta = compute_delta(grad, inner, x=x, gate=gate, y=y, inner=dinner, dy=dy, values=values)
-    dq, dk, dp, de, _ = score_gradients(weights, (*needs[:4], False), values, dinner, delta, 0.0, 0.0)
+    dq, dk, dp, de, _ = score_gradients(weights, (*needs[:4], False), values, dinner, delta, *penalty)
     dx = dgate = None
     if needs[4] or needs[5]:
         dx, dgate = x.new_empty(x.shape), x.new_empty(x.shape)

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from zipformer_kernels.core.op import triton_launchers
-from zipformer_kernels.ops.scaled_adam import native, reference
+from zipformer_kernels.ops.scaled_adam import cpu, cuda, reference
 from zipformer_kernels.ops.scaled_adam.reference import EARLY_ESTIMATES, Group, Hyper, Statistics
 from zipformer_kernels.ops.scaled_adam.stepper import StepOp, Stepper
 
@@ -25,7 +25,9 @@ __all__ = ["EARLY_ESTIMATES", "Group", "Hyper", "Statistics", "step"]
 _eager = Stepper(
     (), lambda groups, loss_scale, found_inf, reduce, _: reference.step(groups, loss_scale, found_inf, reduce)
 )
-_op = StepOp("scaled_adam", {"eager": _eager, "cpu": native.cpu, "cuda": native.cuda, **triton_launchers(__name__)})
+_op = StepOp(
+    "scaled_adam", {"eager": _eager, "cpu": cpu.launchers, "cuda": cuda.launchers, **triton_launchers(__name__)}
+)
 
 
 def step(

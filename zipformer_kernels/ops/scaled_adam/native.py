@@ -1,4 +1,4 @@
-"""ScaledAdam through the compiled module: ``csrc/scaled_adam/cpu.cpp`` and ``csrc/scaled_adam/cuda.cu``."""
+"""ScaledAdam through the compiled module: what the CPU's and CUDA's steppers share."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from zipformer_kernels.core.launch import CPU_DTYPES, GPU_DTYPES, call_cpu, call_cuda
 from zipformer_kernels.ops.scaled_adam.stepper import Stepper
 from zipformer_kernels.ops.scaled_adam.table import Table, run
 
 CHUNK_ELEMENTS = 2**14  # a block's or thread's share: long enough to pay, short enough to share out small models
 
 
-def _stepper(call: Callable[..., None], dtypes: tuple[torch.dtype, ...], real: torch.dtype) -> Stepper:
+def stepper_by(call: Callable[..., None], dtypes: tuple[torch.dtype, ...], real: torch.dtype) -> Stepper:
+    """The stepper whose kernels `call` calls, which take `dtypes` and compute sums and the plan in `real`."""
+
     def launch(name: str, table: Table, loss_scale: Tensor | None, found_inf: Tensor | None) -> None:
         options = (0 if x is None else x.data_ptr() for x in (loss_scale, found_inf))
         call(f"scaled_adam_{name}", table.sums, *table.arguments(), *options)
@@ -23,7 +24,3 @@ def _stepper(call: Callable[..., None], dtypes: tuple[torch.dtype, ...], real: t
         run(groups, reduce, loss_scale, found_inf, tables, CHUNK_ELEMENTS, real, launch)
 
     return Stepper(dtypes, step)
-
-
-cpu = _stepper(call_cpu, CPU_DTYPES, torch.float64)
-cuda = _stepper(call_cuda, GPU_DTYPES, torch.float32)

@@ -50,11 +50,13 @@ class StepOp:
     Attributes:
         name: for messages.
         backends: steppers by backend name; ``eager`` among them.
+        variants: none.
     """
 
     def __init__(self, name: str, steppers: dict[str, Stepper]) -> None:
         self.name = name
         self.backends = steppers
+        self.variants: dict[str, Op] = {}
 
     def unsupported(self, name: str, groups: Sequence[Group]) -> str | None:
         """Why backend `name` cannot take a step of these groups, or None if it can."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from zipformer_kernels.core.call import plain
 from zipformer_kernels.core.op import Op, Settled, triton_launchers
-from zipformer_kernels.ops.swoosh import native, reference
+from zipformer_kernels.ops.swoosh import cpu, cuda, reference
 
 _op = Op(
     "swoosh",
@@ -23,8 +23,8 @@ _op = Op(
     reference=reference.swoosh,
     backends={
         "eager": reference.eager,
-        "cpu": native.cpu,
-        "cuda": native.cuda,
+        "cpu": cpu.launchers,
+        "cuda": cuda.launchers,
         **triton_launchers(__name__),
     },
     saves=("x",),
@@ -72,7 +72,7 @@ def swoosh_(x: Tensor, kind: str, bias: Tensor | None = None, *, backend: str | 
     settled = type(backend) is Settled
     name = backend if settled else _op.select(backend, x, kind)
     if name == "cpu" and (settled or plain(x, bias)) and x.is_contiguous():
-        native.overwrite(x, kind, bias)
+        cpu.overwrite(x, kind, bias)
         return x
     return x.copy_(_op(x if bias is None else x + bias, kind, backend=backend))
 
@@ -94,7 +94,7 @@ def swoosh_backward_(dy: Tensor, x: Tensor, kind: str, bias: Tensor | None = Non
         wanted = f"{tuple(x.shape)} in {x.dtype}"
         raise ValueError(f"dy must be of shape {wanted}, got {tuple(dy.shape)} in {dy.dtype}")
     if _op.select(None, x, kind) == "cpu" and plain(dy, x, bias) and x.is_contiguous() and dy.is_contiguous():
-        native.overwrite_backward(dy, x, kind, bias)
+        cpu.overwrite_backward(dy, x, kind, bias)
         return dy, x
     with torch.enable_grad():
         shifted = (x if bias is None else x + bias).detach().requires_grad_()

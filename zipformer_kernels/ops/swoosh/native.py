@@ -1,4 +1,4 @@
-"""Swoosh through the compiled module: ``csrc/swoosh/cpu.cpp`` and ``csrc/swoosh/cuda.cu``."""
+"""Swoosh through the compiled module: what the CPU's and CUDA's launchers share."""
 
 from __future__ import annotations
 
@@ -8,17 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from zipformer_kernels.core.launch import (
-    CPU_DTYPES,
-    DTYPE_CODES,
-    GPU_DTYPES,
-    call_cpu,
-    call_cuda,
-    dense,
-    like,
-    pointer,
-    unsupported_dtype,
-)
+from zipformer_kernels.core.launch import DTYPE_CODES, dense, like, pointer, unsupported_dtype
 from zipformer_kernels.core.op import Launchers
 
 KINDS = {"l": 0, "r": 1}
@@ -31,21 +21,6 @@ def _forward(call: Callable[..., None], x: Tensor, kind: str) -> tuple[Tensor]:
     return (y,)
 
 
-def overwrite(x: Tensor, kind: str, bias: Tensor | None) -> None:
-    """Puts swoosh(x + bias) in the place of a contiguous x on the CPU; bias (channels,) of the dtype of x, or None."""
-    channels = 1 if bias is None else bias.numel()
-    codes = DTYPE_CODES[x.dtype], KINDS[kind]
-    call_cpu("swoosh_overwrite", x, pointer(x), pointer(bias), x.numel(), channels, *codes)
-
-
-def overwrite_backward(dy: Tensor, x: Tensor, kind: str, bias: Tensor | None) -> None:
-    """Puts dy swoosh'(x + bias) in the place of dy and swoosh(x + bias) in that of x, as `overwrite` does."""
-    channels = x.shape[-1] if x.ndim > 0 else 1
-    sizes = x.numel(), channels, DTYPE_CODES[x.dtype], KINDS[kind]
-    if x.numel() > 0:
-        call_cpu("swoosh_overwrite_backward", x, pointer(dy), pointer(x), pointer(bias), *sizes)
-
-
 def _backward(call: Callable[..., None], needs: tuple, grads: tuple, saved: tuple, x: Tensor, kind: str):
     x = dense(x)
     dy = like(grads[0], x)
@@ -54,13 +29,10 @@ def _backward(call: Callable[..., None], needs: tuple, grads: tuple, saved: tupl
     return (dx,)
 
 
-def _launchers(call: Callable[..., None], dtypes: tuple[torch.dtype, ...]) -> Launchers:
+def launchers_by(call: Callable[..., None], dtypes: tuple[torch.dtype, ...]) -> Launchers:
+    """The launchers whose kernels `call` calls, which take `dtypes`."""
     return Launchers(
         supports=lambda x, kind: unsupported_dtype(x, dtypes),
         forward=partial(_forward, call),
         backward=partial(_backward, call),
     )
-
-
-cpu = _launchers(call_cpu, CPU_DTYPES)
-cuda = _launchers(call_cuda, GPU_DTYPES)

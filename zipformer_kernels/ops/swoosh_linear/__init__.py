@@ -23,7 +23,7 @@ from torch import Tensor
 from zipformer_kernels.core.call import autocast_dtype
 from zipformer_kernels.core.op import Op, triton_launchers
 from zipformer_kernels.ops.shapes import check_shapes
-from zipformer_kernels.ops.swoosh_linear import native, reference
+from zipformer_kernels.ops.swoosh_linear import cpu, cuda, reference
 
 _op = Op(
     "swoosh_linear",
@@ -31,19 +31,19 @@ _op = Op(
     reference=reference.swoosh_linear,
     backends={
         "eager": reference.eager,
-        "cpu": native.cpu,
-        "cuda": native.cuda,
+        "cpu": cpu.launchers,
+        "cuda": cuda.launchers,
         **triton_launchers(__name__),
     },
     saves=("x", "weight", "bias", "mask"),
     fake=lambda x, weight, bias, mask, kind, dtype: (x.new_empty(*x.shape[:-1], weight.shape[0], dtype=dtype),),
 )
 
-_infer = Op(
-    "swoosh_linear_infer",
+_op.variant(
+    "feed_forward",
     "Tensor src, Tensor in_weight, Tensor? in_bias, Tensor out_weight, Tensor? out_bias, str kind",
-    reference=reference.infer,
-    backends={"eager": reference.eager_infer, "cpu": native.cpu_infer},
+    when="a feed-forward module and its residual sum, without gradients, on few rows",
+    reference=reference.feed_forward,
     saves=(),
 )
 
@@ -143,7 +143,8 @@ def infer_feed_forward(
     check_shapes(in_bias=(in_bias, (hidden,)), out_bias=(out_bias, (channels,)))
     if kind not in ("l", "r"):
         raise ValueError(f"kind must be 'l' or 'r', got {kind!r}")
-    return _infer(src, in_weight, in_bias, out_weight, out_bias, kind, backend=backend)
+    feed_forward = _op.variants["feed_forward"]
+    return feed_forward(src, in_weight, in_bias, out_weight, out_bias, kind, backend=backend)
 
 
 def _check_mask(mask: Tensor, x: Tensor) -> None:

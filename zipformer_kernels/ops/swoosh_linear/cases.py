@@ -6,7 +6,7 @@ from math import prod
 
 import torch
 
-from zipformer_kernels.ops.cases import BATCH, Case, leaf, stacks
+from zipformer_kernels.ops.cases import BATCH, Case, leaf, linear, linear_elements, normal, stacks
 
 FLOPS_PER_ELEMENT = {"forward": 29, "backward": 47}  # of the elementwise passes
 
@@ -71,3 +71,48 @@ CASES = [
     *_feed_forward("M"),
     *_feed_forward("L"),
 ]
+
+
+def _chunk(
+    name: str,
+    rows: tuple[int, ...],
+    channels: int,
+    hidden: int,
+    *,
+    kind: str = "l",
+    bias: bool = True,
+    large: bool = False,
+) -> Case:
+    """A feed-forward module on a chunk, whose rows are given by all dimensions but the last."""
+    count = prod(rows)
+
+    def inputs(dtype: torch.dtype, device: torch.device | str) -> tuple:
+        on = {"dtype": dtype, "device": device}
+        src = normal(*rows, channels, **on)
+        return src, *linear(hidden, channels, bias, **on), *linear(channels, hidden, bias, **on), kind
+
+    elements = linear_elements(hidden, channels) + linear_elements(channels, hidden) + 2 * count * channels
+    flops = count * hidden * (4 * channels + FLOPS_PER_ELEMENT["forward"])
+    return Case(name, inputs, lambda size: {"forward": size * elements}, {"forward": flops}, large)
+
+
+VARIANT_CASES = {
+    "feed_forward": [
+        _chunk("one element", (1, 1), 1, 1),
+        _chunk("odd sizes", (5, 3), 33, 50),
+        _chunk("no bias", (3,), 20, 40, bias=False, kind="r"),
+        _chunk("no frames", (0, 2), 8, 12),
+        _chunk("more rows than auto takes", (23, 1), 48, 17),
+        *(
+            _chunk(
+                f"{stack.name.split(',')[0]}, a chunk of 32",
+                (32 // stack.downsampling, 1),
+                stack.channels,
+                stack.hidden,
+                large=True,
+            )
+            for stack in stacks("S")
+            if stack.downsampling > 1
+        ),
+    ],
+}

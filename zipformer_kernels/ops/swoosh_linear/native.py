@@ -1,4 +1,4 @@
-"""swoosh_linear through the compiled module: ``cpu.cpp`` and ``cuda.cu`` of ``csrc/swoosh_linear/``."""
+"""swoosh_linear through the compiled module: what the CPU's and CUDA's launchers share."""
 
 from __future__ import annotations
 
@@ -8,19 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from zipformer_kernels.core.launch import (
-    CPU_DTYPES,
-    DTYPE_CODES,
-    GPU_DTYPES,
-    INFERENCE_DTYPES,
-    as_empty_like,
-    call_cpu,
-    call_cuda,
-    contiguous,
-    few_rows,
-    pointer,
-    unsupported_dtypes,
-)
+from zipformer_kernels.core.launch import DTYPE_CODES, as_empty_like, pointer
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.swoosh_linear.layout import layout
 from zipformer_kernels.ops.swoosh_linear.product import around_product, unsupported
@@ -49,27 +37,6 @@ def _differentiate(
     return as_empty_like(dx, given), a
 
 
-def _infer(
-    src: Tensor, in_weight: Tensor, in_bias: Tensor | None, out_weight: Tensor, out_bias: Tensor | None, kind: str
-) -> tuple[Tensor]:
-    tensors = contiguous(src, in_weight, in_bias, out_weight, out_bias)
-    y = torch.empty_like(tensors[0])
-    if y.numel() > 0:
-        hidden, channels = in_weight.shape
-        sizes = src.numel() // channels, channels, hidden, DTYPE_CODES[src.dtype], KINDS[kind]
-        call_cpu("swoosh_linear_infer", src, *map(pointer, (*tensors, y)), *sizes)
-    return (y,)
-
-
-def _launchers(call: Callable[..., None], dtypes: tuple[torch.dtype, ...]) -> Launchers:
+def launchers_by(call: Callable[..., None], dtypes: tuple[torch.dtype, ...]) -> Launchers:
+    """The launchers whose kernels `call` calls, which take `dtypes`."""
     return around_product(partial(_activate, call), partial(_differentiate, call), partial(unsupported, dtypes))
-
-
-cpu = _launchers(call_cpu, CPU_DTYPES)
-cpu_infer = Launchers(
-    supports=lambda *args: unsupported_dtypes(args[:-1], INFERENCE_DTYPES),
-    forward=_infer,
-    backward=None,
-    worthwhile=lambda src, *_: few_rows(src),
-)
-cuda = _launchers(call_cuda, GPU_DTYPES)

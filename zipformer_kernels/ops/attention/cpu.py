@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,15 @@ from zipformer_kernels.core.launch import (
     DTYPE_CODES,
     INFERENCE_DTYPES,
     call_cpu,
+    contiguous,
+    few_rows,
     pointer,
     unsupported_dtype,
+    unsupported_dtypes,
 )
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention.reference import empty_rows
+from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, grouped
 
 Rows = tuple[int, int, int, int]
 
@@ -27,10 +32,10 @@ LEAST_SCORES = {torch.float32: 64 * 64, torch.float16: 64 * 64, torch.float64: 1
 LEAST_WEIGHTS_BFLOAT16 = 1 << 24
 """Elements of the weights from which on eager loses in bfloat16, for which processors may have instructions."""
 
-KEPT_BYTES = 32 << 20
-"""Size of the weights of all heads but the first, which may lie apart, below which they are kept: to read them again is
-faster than to compute them again, but not in memory that allocators hand back to the system, as glibc's does from this
-size on."""
+STORED_BYTES = 32 << 20
+"""Size of the weights of all heads but the first, which may lie apart, below which they are stored: to read them again
+is faster than to compute them again, but not in memory that allocators hand back to the system, as glibc's does from
+this size on."""
 
 
 def _unit_stride(x: Tensor | None) -> Tensor | None:
@@ -54,23 +59,12 @@ def _projections(e: Tensor | None) -> Rows:
 class _Weights:
     """The weights' side of every call, with the tensors that it points to."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        p: Tensor | None,
-        e: Tensor | None,
-        result: Tensor,
-        key_padding_mask: Tensor | None,
-        attn_mask: Tensor | None,
-        chunk: int,
-        left_chunks: int,
-    ) -> None:
-        self.q, self.k, self.p, self.e = (_unit_stride(x) for x in (q, k, p, e))
+    def __init__(self, scores: Scores, result: Tensor, masks: Masks) -> None:
+        self.q, self.k, self.p, self.e = (_unit_stride(x) for x in scores)
         self.result = result.contiguous()  # the softmax rows, or the weights themselves
-        self.padding = None if key_padding_mask is None else key_padding_mask.contiguous()
-        self.mask = _unit_stride(attn_mask)
-        self.rule = chunk, left_chunks
+        self.padding = None if masks.key_padding_mask is None else masks.key_padding_mask.contiguous()
+        self.mask = _unit_stride(masks.attn_mask)
+        self.rule = masks.chunk, masks.left_chunks
 
     def arguments(self) -> tuple:
         """What every function of the compiled module takes first."""
@@ -83,20 +77,20 @@ class _Weights:
 
 
 def _softmax(*args: Tensor | int | None) -> tuple[Tensor]:
-    q, k, p, e, *masks = args
-    softmax = empty_rows(q)
+    scores, _, masks, _ = grouped(0, args)
+    softmax = empty_rows(scores.q)
     if softmax.numel() > 0:
-        weights = _Weights(q, k, p, e, softmax, *masks)  # keeps copies alive until the call is over
-        call_cpu("attention_softmax", q, *weights.arguments())
+        weights = _Weights(scores, softmax, masks)  # holds copies until the call is over
+        call_cpu("attention_softmax", scores.q, *weights.arguments())
     return (softmax,)
 
 
 def forward(*args: Tensor | int | float | None) -> tuple[Tensor]:
     """Launchers' forward."""
-    q, k, p, e, v, softmax, *masks, _, _ = args
-    out = v.new_empty(q.shape[0], *v.shape[1:])
+    scores, (v, softmax), masks, _ = grouped(2, args)
+    out = v.new_empty(scores.q.shape[0], *v.shape[1:])
     if out.numel() > 0:
-        weights = _Weights(q, k, p, e, softmax, *masks)
+        weights = _Weights(scores, softmax, masks)
         v = _unit_stride(v)
         call_cpu("attention_forward", v, *weights.arguments(), _rows(v), pointer(out), v.shape[3])
     return (out,)
@@ -106,24 +100,25 @@ def backward(
     needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | float | None
 ) -> tuple[Tensor | None, ...]:
     """Launchers' backward. Gradients of p and e are computed together."""
-    q, k, p, e, v, softmax, *masks, penalty, limit = args
+    scores, (v, softmax), masks, penalty = grouped(2, args)
     (out,), (grad,) = saved, grads
     wanted = needs[0], needs[1], needs[2] or needs[3], needs[2] or needs[3], needs[4]
-    gradients, written = _room((q, k, p, e, v), wanted, out.numel() > 0)
+    gradients, written = _room((*scores, v), wanted, out.numel() > 0)
     if out.numel() > 0:
-        weights = _Weights(q, k, p, e, softmax, *masks)
+        weights = _Weights(scores, softmax, masks)
         v, out, grad = (_unit_stride(x) for x in (v, out, grad.to(v.dtype)))
         use = _rows(v), _rows(out), _rows(grad), v.shape[3]
-        call_cpu("attention_backward", v, *weights.arguments(), use, _all_rows(written), penalty, limit)
+        call_cpu("attention_backward", v, *weights.arguments(), use, _all_rows(written), *penalty)
     return *_filled(gradients, written), None, None, None
 
 
 def make_weights(*args: Tensor | int | float | None) -> tuple[Tensor]:
-    """The forward of ``attention_weights``."""
-    q, k, p, e, *masks, _, _ = args
+    """The forward of the variant ``weights``."""
+    scores, _, masks, _ = grouped(0, args)
+    q, k, *_ = scores
     w = q.new_empty(q.shape[2], q.shape[1], q.shape[0], k.shape[0])
     if w.numel() > 0:
-        weights = _Weights(q, k, p, e, w, *masks)
+        weights = _Weights(scores, w, masks)
         call_cpu("attention_weights_forward", q, *weights.arguments())
     return (w,)
 
@@ -131,7 +126,9 @@ def make_weights(*args: Tensor | int | float | None) -> tuple[Tensor]:
 def weights_gradients(
     needs: tuple[bool, ...],
     pieces: Sequence[tuple[slice, Tensor, Tensor | None, Sequence[tuple[Tensor, Tensor, Tensor]]]],
-    *args: Tensor | int | float | None,
+    scores: Scores,
+    masks: Masks,
+    penalty: Penalty,
 ) -> list[Tensor | None]:
     """The gradients of q, k, p and e from those of pieces of W, each dw plus G V^T of every use.
 
@@ -139,36 +136,27 @@ def weights_gradients(
         needs: which are wanted; those of p and e are computed together.
         pieces: which heads; W, (H, B, T, S); dw of the same shape, or None; and the uses: values V, (S, B, H, C), their
             average and its gradient G, (T, B, H, C).
-        args: of the op ``attention_weights``, of all heads.
+        scores, masks, penalty: of all heads.
     """
-    q, k, p, e, *masks, penalty, limit = args
     wanted = needs[0], needs[1], needs[2] or needs[3], needs[2] or needs[3]
-    filled = q.numel() > 0 and k.numel() > 0
-    gradients, written = _room((q, k, p, e), wanted, filled)
+    filled = scores.q.numel() > 0 and scores.k.numel() > 0
+    gradients, written = _room(scores, wanted, filled)
     for heads, w, dw, uses in pieces if filled else ():
-        weights = _Weights(*of_heads(heads, q, k, p, e), w, *masks)
+        weights = _Weights(scores.of_heads(heads), w, masks)
         dw = None if dw is None else dw.to(w.dtype).contiguous()
         uses = [tuple(_unit_stride(x.to(w.dtype)) for x in use) for use in uses]
         given = [(*map(_rows, use), use[0].shape[3]) for use in uses]
-        results = _all_rows(of_heads(heads, *written))
-        call_cpu("attention_weights_backward", q, *weights.arguments(), pointer(dw), given, results, penalty, limit)
+        results = _all_rows(Scores(*written).of_heads(heads))
+        call_cpu("attention_weights_backward", w, *weights.arguments(), pointer(dw), given, results, *penalty)
     return _filled(gradients, written)
-
-
-def of_heads(
-    heads: slice, q: Tensor | None, k: Tensor | None, p: Tensor | None, e: Tensor | None
-) -> list[Tensor | None]:
-    """Some heads of the four."""
-    if heads == slice(None):
-        return [q, k, p, e]
-    by_head = [None if x is None else x[:, :, heads] for x in (q, k, p)]
-    return [*by_head, None if e is None else e[..., heads, :]]
 
 
 def _weights_backward(
     needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | float | None
 ) -> tuple[Tensor | None, ...]:
-    return *weights_gradients(needs, [(slice(None), saved[0], grads[0], ())], *args), None, None
+    scores, _, masks, penalty = grouped(0, args)
+    pieces = [(slice(None), saved[0], grads[0], ())]
+    return *weights_gradients(needs, pieces, scores, masks, penalty), None, None
 
 
 def _room(
@@ -218,11 +206,53 @@ def worthwhile(q: Tensor, k: Tensor, *rest: object) -> bool:
     return scores >= LEAST_SCORES[q.dtype]
 
 
-def keeps_weights(heads: int, batch: int, targets: int, sources: int, dtype: torch.dtype) -> bool:
-    """Whether weights of this shape are small enough to keep."""
-    return heads * batch * targets * sources * dtype.itemsize < KEPT_BYTES
+def average(weights: Tensor, values: Tensor) -> Tensor:
+    """W V by the products of torch, without gradients: weights (H, B, T, S), values (S, B, H * C) -> (T, B, H * C).
+
+    Raises:
+        ValueError: the values do not fit the weights.
+    """
+    heads, batch, _, sources = weights.shape
+    if values.shape[:2] != (sources, batch):
+        raise ValueError(f"values must be of {sources} frames and {batch} sequences, got {tuple(values.shape)}")
+    by_head = values.unflatten(2, (heads, -1)).permute(2, 1, 0, 3)
+    return (weights @ by_head).permute(2, 1, 0, 3).flatten(2)
 
 
-cpu = Launchers(unsupported, forward, backward, worthwhile)
-cpu_softmax = Launchers(unsupported, _softmax, None, worthwhile)
-cpu_weights = Launchers(unsupported, make_weights, _weights_backward)
+def stores(heads: int, batch: int, targets: int, sources: int, dtype: torch.dtype) -> bool:
+    """Whether weights of this shape are small enough to be stored whole on the CPU."""
+    return heads * batch * targets * sources * dtype.itemsize < STORED_BYTES
+
+
+def _stream(*args: Any) -> tuple[Tensor, Tensor]:
+    *tensors, gated = args
+    src, in_weight, in_bias, context, weights, *after = contiguous(*tensors)
+    targets, batch, channels = src.shape
+    heads, _, _, sources = weights.shape
+    values = context.shape[2]
+    y, joined = torch.empty_like(src), src.new_empty(sources, batch, values)
+    if y.numel() == 0:
+        joined[: context.shape[0]].copy_(context)
+        return y, joined
+    addresses = tuple(map(pointer, (src, in_weight, in_bias, context, weights, *after, joined, y)))
+    sizes = targets, sources, batch, channels, heads, values
+    call_cpu("attention_stream", src, addresses, sizes, gated, DTYPE_CODES[src.dtype])
+    return y, joined
+
+
+launchers = Launchers(
+    unsupported,
+    forward,
+    backward,
+    worthwhile,
+    variants={
+        "softmax": Launchers(unsupported, _softmax, None, worthwhile),
+        "weights": Launchers(unsupported, make_weights, _weights_backward),
+        "stream": Launchers(
+            supports=lambda *args: unsupported_dtypes(args[:-1], INFERENCE_DTYPES),
+            forward=_stream,
+            backward=None,
+            worthwhile=lambda src, *_: few_rows(src),
+        ),
+    },
+)

@@ -61,4 +61,4 @@ def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     return partials.sum(0).permute(2, 0, 1).unsqueeze(1).to(weight.dtype)
 
 
-cpu = Launchers(lambda x, *_: unsupported_dtype(x, CPU_DTYPES), _forward, _backward)
+launchers = Launchers(lambda x, *_: unsupported_dtype(x, CPU_DTYPES), _forward, _backward)

@@ -66,4 +66,4 @@ def _unsupported(*tensors: Tensor) -> str | None:
     return next(filter(None, (unsupported_dtype(x, CPU_DTYPES) for x in tensors)), None)
 
 
-cpu = Launchers(_unsupported, _forward, _backward)
+launchers = Launchers(_unsupported, _forward, _backward)

@@ -1,12 +1,12 @@
-"""Attention weights that are kept, and what their uses leave of the scores' gradient.
+"""Attention weights that are stored, and what their uses leave of the scores' gradient.
 
 With use u averaging values V_u to O_u = W V_u, and G_u the gradient of O_u::
 
     dV_u = W^T G_u,   ds = W * (sum_u G_u V_u^T - D),   D = sum_u rowsum(G_u * O_u)
 
 The gradient of W, as large as W, is never made: backward of a use gives dV_u and leaves V_u, O_u and G_u to backward of
-the weights, which one kernel takes all gradients of scores from, a tile at a time. What a use leaves is kept apart for
-each backward pass over a graph.
+the weights, which one kernel takes all gradients of scores from, a tile at a time. What a use leaves is stored apart
+for each backward pass over a graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from zipformer_kernels.core.autograd import keep, kept_tensors, reference_gradients
 from zipformer_kernels.core.call import autocast_dtype, plain, without_autocast
-from zipformer_kernels.ops.attention import native, reference
+from zipformer_kernels.ops.attention import cpu, reference
+from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, grouped
 
 Use = tuple[Tensor, Tensor, Tensor]  # V_u, O_u, G_u: (frames, B, H, C)
 
@@ -65,33 +66,34 @@ class Uses:
 class _Make(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, uses: Sequence[Uses], groups: Sequence[slice], *args: Any) -> tuple[Tensor, ...]:
-        tensors, ctx.rest = args[:4], args[6:]
-        weights = [native.make_weights(*native.of_heads(heads, *tensors), *args[4:])[0] for heads in groups]
-        ctx.uses, ctx.groups = uses, groups
-        keep(ctx, *args[:6], *weights)
+        scores, _, masks, ctx.penalty = grouped(0, args)
+        weights = [cpu.make_weights(*scores.of_heads(heads), *masks, *ctx.penalty)[0] for heads in groups]
+        ctx.uses, ctx.groups, ctx.rule = uses, groups, masks[2:]
+        keep(ctx, *scores, *masks[:2], *weights)
         ctx.set_materialize_grads(False)
         return tuple(weights)
 
     @staticmethod
     def backward(ctx: Any, *dweights: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = kept_tensors(ctx)  # once: checkpointing computes them again
-        tensors, weights = saved[:6], saved[6:]
+        scores, masks, weights = Scores(*saved[:4]), Masks(*saved[4:6], *ctx.rule), saved[6:]
         needs = ctx.needs_input_grad[2:6]
         left = [uses.take() for uses in ctx.uses]
         if torch.is_grad_enabled():  # create_graph=True: uses have left nothing
-            wanted = [x for x, need in zip(tensors, needs, strict=False) if need]
-            w = reference.weights(*tensors, *ctx.rest)
+            wanted = [x for x, need in zip(scores, needs, strict=True) if need]
+            w = reference.weights(*scores, *masks, *ctx.penalty)
             made = [w[heads] for heads, dw in zip(ctx.groups, dweights, strict=True) if dw is not None]
             given = [dw for dw in dweights if dw is not None]
             found = iter(torch.autograd.grad(made, wanted, given, create_graph=True))
             gradients = [next(found) if need else None for need in needs]
         elif plain(*saved, *dweights):
             pieces = list(zip(ctx.groups, weights, dweights, left, strict=True))
-            gradients = native.weights_gradients(needs, pieces, *tensors, *ctx.rest)
+            gradients = cpu.weights_gradients(needs, pieces, scores, masks, ctx.penalty)
         else:
             dw = torch.cat([_dense_gradient(*piece) for piece in zip(weights, dweights, left, strict=True)])
-            gradients = reference.weights_backward(needs, (dw,), (torch.cat(weights),), *tensors, *ctx.rest)[:4]
-        return None, None, *gradients, *(None,) * (2 + len(ctx.rest))
+            args = *scores, *masks, *ctx.penalty
+            gradients = reference.weights_backward(needs, (dw,), (torch.cat(weights),), *args)[:4]
+        return None, None, *gradients, *(None,) * (len(masks) + len(ctx.penalty))
 
 
 class _Average(torch.autograd.Function):
@@ -134,10 +136,10 @@ def _dense_gradient(w: Tensor, dw: Tensor | None, left: Sequence[Use]) -> Tensor
     return dw
 
 
-def make(groups: Sequence[slice], *args: Any) -> tuple[Piece, ...]:
-    """The weights in pieces of some heads each; arguments as of the op ``attention_weights``, on backend ``cpu``."""
+def make(groups: Sequence[slice], scores: Scores, masks: Masks, penalty: Penalty) -> tuple[Piece, ...]:
+    """The weights in pieces of some heads each, on backend ``cpu``."""
     uses = [Uses() for _ in groups]
-    return tuple(map(Piece, _Make.apply(uses, groups, *args), uses))
+    return tuple(map(Piece, _Make.apply(uses, groups, *scores, *masks, *penalty), uses))
 
 
 def average(pieces: tuple[Piece, ...], values: Tensor) -> Tensor:
@@ -145,6 +147,19 @@ def average(pieces: tuple[Piece, ...], values: Tensor) -> Tensor:
     if all(piece.serves(values) for piece in pieces):
         return _Average.apply([piece.uses for piece in pieces], values, *(piece.w for piece in pieces))
     return _dense([piece.w for piece in pieces], values)
+
+
+def of_heads(pieces: tuple[Piece, ...], heads: slice) -> tuple[Piece, ...]:
+    """Some heads of weights in pieces; whole pieces stay themselves, for a slice's gradient is as large as its base."""
+    wanted = range(sum(len(piece) for piece in pieces))[heads]
+    first, last = wanted.start, wanted.stop
+    parts = []
+    for piece in pieces:
+        begin, end = max(first, 0), min(last, len(piece))
+        if begin < end:
+            parts.append(piece if end - begin == len(piece) else Piece(piece.w[begin:end]))
+        first, last = first - len(piece), last - len(piece)
+    return tuple(parts)
 
 
 def _dense(weights: Sequence[Tensor], values: Tensor) -> Tensor:

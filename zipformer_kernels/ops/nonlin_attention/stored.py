@@ -1,11 +1,11 @@
-"""NonlinAttention between its projections in training, with weights of one head that are kept on the CPU.
+"""NonlinAttention between its projections in training, with weights of one head that are stored on the CPU.
 
 With s, x, y the thirds of a projection, V = x tanh(s) and O = W V::
 
     out = O y;   G = dout y,  dy = dout O,  dV = W^T G,  ds = dV x (1 - tanh(s)^2),  dx = dV tanh(s)
 
-V, O and G are what the use leaves to backward of the weights, see `zipformer_kernels.ops.attention.kept`. Each gate is
-one pass; V is computed again in backward, and the gradients of the thirds are written side by side.
+V, O and G are what the use leaves to backward of the weights, see `zipformer_kernels.ops.attention.stored`. Each gate
+is one pass; V is computed again in backward, and the gradients of the thirds are written side by side.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from zipformer_kernels.core.autograd import keep, kept_tensors, reference_gradie
 from zipformer_kernels.core.call import plain, without_autocast
 from zipformer_kernels.core.joint import side_by_side
 from zipformer_kernels.core.launch import DTYPE_CODES, INFERENCE_DTYPES, call_cpu, pointer
-from zipformer_kernels.ops.attention.kept import Piece, Uses
-from zipformer_kernels.ops.nonlin_attention.infer import close, infer, open_
+from zipformer_kernels.ops.attention.stored import Piece, Uses
+from zipformer_kernels.ops.nonlin_attention.cpu import close, open_
+from zipformer_kernels.ops.nonlin_attention.reference import infer
 
 
 class _GatedAverage(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""Uses of weights that the CPU keeps: gradients against float64 on eager, pass by pass, and what backward allocates."""
+"""Uses of weights that are stored on the CPU: gradients against float64, pass by pass, what backward allocates."""
 
 import itertools
 
@@ -13,7 +13,7 @@ from unseen import unseen
 
 from zipformer_kernels.core import backend
 from zipformer_kernels.core.joint import side_by_side, split
-from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, kept
+from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, StoredWeights, stored
 from zipformer_kernels.ops.attention.cases import padding, weights_inputs
 from zipformer_kernels.ops.nonlin_attention import nonlin_attention
 
@@ -31,9 +31,9 @@ def values(frames=45, dtype=torch.float64, heads=HEADS, batch=BATCH, channels=CH
     return torch.randn(frames, batch, heads * channels, dtype=dtype, requires_grad=True)
 
 
-def kept_weights(leaves, *args):
+def stored_weights(leaves, *args):
     weights = AttentionWeights(*leaves, *args, backend="cpu")
-    assert weights.keeps
+    assert isinstance(weights.held, StoredWeights)
     return weights
 
 
@@ -52,7 +52,7 @@ def wide(x):
 def check(function, score_leaves, args=(), others=()):
     """`function(weights, *others)`, a list of outputs, and all gradients on the CPU against float64 on eager."""
     leaves = [x for x in (*score_leaves, *others) if x is not None]
-    outs = function(kept_weights(score_leaves, *args), *others)
+    outs = function(stored_weights(score_leaves, *args), *others)
     grads = gradients(outs, leaves, allow_unused=True)
     mine, theirs = ([wide(x) for x in tensors] for tensors in (score_leaves, others))
     expected = function(AttentionWeights(*mine, *args, backend="eager"), *theirs)
@@ -160,7 +160,7 @@ def test_uses_of_strided_values_and_expanded_gradients():
 
 def test_uses_under_autocast_and_outside_add_up():
     leaves, v = scores(dtype=torch.float32), values(dtype=torch.float32)
-    weights = kept_weights(leaves)
+    weights = stored_weights(leaves)
     outside = weights.aggregate(v)
     with torch.autocast("cpu", torch.bfloat16):
         inside = weights.aggregate(v)
@@ -176,9 +176,9 @@ def test_uses_under_autocast_and_outside_add_up():
 
 
 def layer(leaves, others=None, penalty=0.0):
-    """Outputs of all uses on kept weights, and all leaves."""
+    """Outputs of all uses on stored weights, and all leaves."""
     others = others or all_values()
-    weights = kept_weights(leaves, padding(BATCH, 45, "cpu"), None, penalty, 1.0)
+    weights = stored_weights(leaves, padding(BATCH, 45, "cpu"), None, penalty, 1.0)
     return as_a_layer(weights, *others), [*leaves, *others]
 
 
@@ -211,8 +211,8 @@ def test_a_pass_over_a_part_of_the_graph_adds_nothing_to_the_next(wanted):
 
 def test_a_pass_that_fails_adds_nothing_to_the_next():
     leaves, v = scores(), values()
-    weights = kept_weights(leaves)
-    weights.pieces()  # made before the values are cut by head, whose gradient then comes first
+    weights = stored_weights(leaves)
+    weights.held.pieces()  # made before the values are cut by head, whose gradient then comes first
     doubled = weights.aggregate(v) * 2
     expected = gradients([doubled], leaves, retain_graph=True)
 
@@ -237,8 +237,8 @@ def test_passes_from_two_losses_add_up():
 def test_a_pass_inside_another():
     """A hook that runs a backward pass of its own over the same weights, between a use and the weights."""
     leaves, v, other = scores(), values(), values()
-    weights = kept_weights(leaves)
-    weights.pieces()  # as above
+    weights = stored_weights(leaves)
+    weights.held.pieces()  # as above
     out, inner = weights.aggregate(v), weights.aggregate(other).sum()
     expected = torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)
     expected_inside = torch.autograd.grad(inner, leaves, retain_graph=True)
@@ -254,7 +254,7 @@ def test_gradients_can_be_differentiated():
     others = [torch.randn(5, 1, width, dtype=torch.float64, requires_grad=True) for width in (4, 6)]
 
     def function(q, k, p, e, v, projected):
-        weights = kept_weights((q, k, p, e), torch.arange(5)[None] > 3, ChunkMask(2, 1))
+        weights = stored_weights((q, k, p, e), torch.arange(5)[None] > 3, ChunkMask(2, 1))
         gated = nonlin_attention(weights[0:1], *projected.chunk(3, dim=2))
         return weights.aggregate(v), gated, weights.materialize()
 
@@ -282,11 +282,11 @@ def test_checkpointing_changes_no_gradient(around):
 
     masks = (padding(BATCH, 45, "cpu"),)
     if around == "uses alone":
-        weights = kept_weights(leaves, *masks)
-        weights.pieces()  # made outside
+        weights = stored_weights(leaves, *masks)
+        weights.held.pieces()  # made outside
         outs = checkpoint(uses, weights, *others, use_reentrant=False)
     else:
-        function = lambda *args: uses(kept_weights(args[:4], *masks), *args[4:])  # noqa: E731
+        function = lambda *args: uses(stored_weights(args[:4], *masks), *args[4:])  # noqa: E731
         outs = checkpoint(function, *leaves, *others, use_reentrant=False)
     assert all(map(torch.equal, gradients(outs, [*leaves, *others]), expected))
 
@@ -314,7 +314,7 @@ def test_frozen_values():
 def test_changes_in_place_are_noticed():
     leaves, v = scores(), values()
     for i in range(5):
-        out = kept_weights(leaves).aggregate(v)
+        out = stored_weights(leaves).aggregate(v)
         with torch.no_grad():
             [*leaves, v][i].mul_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -357,7 +357,7 @@ def test_backward_makes_nothing_as_large_as_the_weights(penalty):
 
 
 @pytest.mark.parametrize("wanted", [slice(None), slice(1), slice(4, None)], ids=["all", "q", "values"])
-def test_nothing_is_kept_of_a_pass(wanted):
+def test_nothing_is_left_of_a_pass(wanted):
     """Whatever gradients it is asked for, while the graph is retained."""
     outs, leaves = layer(scores())
     uses = uses_of(outs)
@@ -372,7 +372,7 @@ def uses_of(outs):
     while nodes:
         node = nodes.pop()
         uses = getattr(node, "uses", None)
-        found += uses if isinstance(uses, list) else [uses] if isinstance(uses, kept.Uses) else []
+        found += uses if isinstance(uses, list) else [uses] if isinstance(uses, stored.Uses) else []
         nodes += [following for following, _ in node.next_functions if following is not None]
     return found
 
@@ -381,7 +381,7 @@ def test_gradients_of_scores_do_not_depend_on_the_threads():
     """Those of one forward pass, whose products are torch's."""
     leaves, others = scores(400, dtype=torch.float32, batch=1), [values(400, torch.float32, batch=1)]
     others.append(values(400, torch.float32, heads=1, batch=1, channels=15))
-    weights = kept_weights(leaves, None, None, 0.3, 1.0)
+    weights = stored_weights(leaves, None, None, 0.3, 1.0)
     outs = [weights.aggregate(others[0]), nonlin_attention(weights[0:1], *split(others[1], [CHANNELS] * 3))]
     threads, runs = torch.get_num_threads(), []
     try:

@@ -1,0 +1,71 @@
+"""What attention weights are made from: scores, masks, and a penalty on the scores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Scores(NamedTuple):
+    """What scores are made from.
+
+    Attributes:
+        q: queries (T, B, H, D).
+        k: keys (S, B, H, D).
+        p: position queries (T, B, H, P), or None for no positional term.
+        e: position projections (T + S - 1, H, P), or (B, T + S - 1, H, P); None where p is.
+    """
+
+    q: Tensor
+    k: Tensor
+    p: Tensor | None
+    e: Tensor | None
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> Scores:
+        """The function of each of the four that there is."""
+        return Scores(*(None if x is None else function(x) for x in self))
+
+    def of_heads(self, heads: slice) -> Scores:
+        """Those of some heads."""
+        if heads == slice(None):
+            return self
+        by_head = (None if x is None else x[:, :, heads] for x in self[:3])
+        return Scores(*by_head, None if self.e is None else self.e[..., heads, :])
+
+
+class Masks(NamedTuple):
+    """Which sources a target must not attend to: the union of all that is given.
+
+    Attributes:
+        key_padding_mask: bool (B, S), True for sources that no target may attend to; or None.
+        attn_mask: bool (T, S) or (B, T, S), True where a target may not attend to a source; or None.
+        chunk: frames per chunk; a target sees no later chunk. Zero or less: no chunks.
+        left_chunks: how many chunks to its left a target sees; negative: all.
+    """
+
+    key_padding_mask: Tensor | None = None
+    attn_mask: Tensor | None = None
+    chunk: int = -1
+    left_chunks: int = -1
+
+
+class Penalty(NamedTuple):
+    """The gradient of the scores s gains weight sign(s) where abs(s) > limit."""
+
+    weight: float = 0.0
+    limit: float = 0.0
+
+
+def grouped(count: int, args: Sequence[Any]) -> tuple[Scores, Sequence[Any], Masks, Penalty]:
+    """The arguments of an op that begins with q, k, p, e, in groups.
+
+    Args:
+        count: how many tensors of its own the op takes before the masks.
+        args: all arguments, in the order of the schema.
+    Returns:
+        The scores, the op's own tensors, the masks, and the penalty; none where the op takes none.
+    """
+    masks = 4 + count
+    return Scores(*args[:4]), args[4:masks], Masks(*args[masks : masks + 4]), Penalty(*args[masks + 4 :])

@@ -1,0 +1,97 @@
+"""conv_module on the CPU: ``csrc/conv_module/cpu.cpp``, and kernels for calls without gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zipformer_kernels.core.launch import (
+    CPU_DTYPES,
+    DTYPE_CODES,
+    INFERENCE_DTYPES,
+    call_cpu,
+    contiguous,
+    few_rows,
+    pointer,
+    unsupported_dtypes,
+)
+from zipformer_kernels.core.op import Launchers
+from zipformer_kernels.ops.conv_module.arguments import chunk_length, unsupported
+from zipformer_kernels.ops.conv_module.native import launchers_by
+
+PARTS = 64  # groups of frames that are summed apart at most: so many that threads share them out evenly
+
+
+def _infer(
+    x: Tensor,
+    x_bias: Tensor | None,
+    left: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    causal_weight: Tensor | None,
+    causal_bias: Tensor | None,
+    edge_scale: Tensor | None,
+    padding: Tensor | None,
+    chunk_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Chunks of a stream are small and come often: arguments are taken as they are, see `_unsupported_infer`."""
+    frames, batch, channels = x.shape[0], x.shape[1], x.shape[2] // 2
+    y = x.new_empty(frames, batch, channels)
+    following = x.new_empty(0) if left is None else torch.empty_like(left)
+    if y.numel() == 0:
+        return y, following if left is None else left.clone()
+    parameters = contiguous(padding, weight, bias, causal_weight, causal_bias, edge_scale)
+    tensors = x, x[..., channels:], *parameters
+    more = y, x_bias, left, None if left is None else following
+    sizes = (
+        frames,
+        batch,
+        channels,
+        *x.stride()[:2],
+        weight.shape[2],
+        chunk_length(chunk_size if causal_weight is not None else -1, frames),
+    )
+    addresses = tuple(map(pointer, tensors)), *map(pointer, more)
+    call_cpu("conv_module_infer", x, *addresses, sizes, DTYPE_CODES[x.dtype])
+    return y, following
+
+
+def _unsupported_infer(x: Tensor, *rest: Any) -> str | None:
+    x_bias, left, *parameters = rest[:-2]
+    if x.stride(2) != 1 or not all(t is None or t.is_contiguous() for t in (x_bias, left)):
+        return "it takes x with channels of stride 1, contiguous x_bias and left"
+    return unsupported_dtypes((x, x_bias, left, *parameters), INFERENCE_DTYPES)
+
+
+def _stream(*args: Any) -> tuple[Tensor, Tensor]:
+    src, in_weight, in_bias, left, weight, *inner, padding, out_weight, out_bias = contiguous(*args)
+    frames, batch, channels = src.shape
+    y, following = torch.empty_like(src), torch.empty_like(left)
+    if y.numel() == 0:
+        return y, left.clone()
+    sizes = frames, batch, channels, 2 * batch * channels, 2 * channels, weight.shape[2], frames
+    call_cpu(
+        "conv_module_stream",
+        src,
+        tuple(map(pointer, (src, in_weight, out_weight, out_bias, y))),
+        (0, 0, *map(pointer, (padding, weight, *inner))),
+        *map(pointer, (in_bias, left, following)),
+        sizes,
+        DTYPE_CODES[src.dtype],
+    )
+    return y, following
+
+
+launchers = replace(
+    launchers_by(call_cpu, partial(unsupported, CPU_DTYPES), lambda _: PARTS, beside=True),
+    variants={
+        "infer": Launchers(_unsupported_infer, _infer, None),
+        "stream": Launchers(
+            lambda *args: unsupported_dtypes(args, INFERENCE_DTYPES), _stream, None, lambda src, *_: few_rows(src)
+        ),
+    },
+)
