@@ -20,9 +20,9 @@ from collections.abc import Callable, Set
 from itertools import repeat
 
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 from torch.nn.parameter import Parameter
 
+from zipformer_kernels.core.private import has_global_hooks
 from zipformer_kernels.training import Balancer, ScaleGrad, Whiten
 
 
@@ -78,7 +78,7 @@ def plain_module(module: nn.Module, expected: Expected, way: int = Way.ANY) -> b
         expected: what a fused way was written for.
         way: what that way is for.
     """
-    return not _has_global_hooks() and matches(module, expected, way)
+    return not has_global_hooks() and matches(module, expected, way)
 
 
 def plain_part(module: nn.Module, name: str, way: int = Way.ANY) -> bool:
@@ -89,7 +89,7 @@ def plain_part(module: nn.Module, name: str, way: int = Way.ANY) -> bool:
 
 def plain_parts(module: nn.Module, way: int) -> Set[str]:
     """The names of all parts of a module, of such a class, whose calls may be left out."""
-    if _has_global_hooks():
+    if has_global_hooks():
         return NONE
     children = module._modules
     return {
@@ -101,16 +101,6 @@ def plain_parts(module: nn.Module, way: int) -> Set[str]:
 
 def _parts_of(module: nn.Module, way: int) -> dict[str, Expected]:
     return next(_KINDS[kind][2][way] for kind in type(module).__mro__ if kind in _KINDS)
-
-
-def _has_global_hooks() -> bool:
-    """Whether anyone looks on at every module. Torch has such a function only since 2.8."""
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
 
 
 def matches(module: nn.Module, expected: Expected, way: int) -> bool:
