@@ -16,6 +16,7 @@ from zipformer_kernels import explain, ops, swoosh_l, use_backend
 from zipformer_kernels.core import backend
 from zipformer_kernels.core.autograd import gradient_hook
 from zipformer_kernels.core.backend import BackendError
+from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention import AttentionWeights
 
 X = torch.zeros(4)
@@ -170,6 +171,60 @@ print(zk.explain("swoosh"))
     assert float(value) == float(swoosh_l(torch.zeros(1), backend="eager"))
     assert chosen == "swoosh: runs on 'eager' (asked for: 'auto')"
     assert sum("the compiled module was not built" in line for line in reasons) == 2
+
+
+# ---- a backend from outside ----
+
+
+@pytest.fixture
+def mine():
+    """A backend registered from outside the package, with launchers of swoosh that tell when they run."""
+    calls, eager = [], ops.get("swoosh").backends["eager"]
+
+    def forward(*args):
+        calls.append("forward")
+        return eager.forward(*args)
+
+    def backward(*args):
+        calls.append("backward")
+        return eager.backward(*args)
+
+    backend.register(backend.Backend("mine", lambda: ("cpu",), lambda: None, {"cpu": 500}))
+    ops.get("swoosh").add_backend("mine", Launchers(lambda x, kind: None, forward, backward))
+    try:
+        yield calls
+    finally:
+        del ops.get("swoosh").backends["mine"]
+        backend.unregister("mine")
+
+
+def test_a_backend_can_be_added_from_outside(mine):
+    x = torch.randn(4, requires_grad=True)
+    swoosh_l(x, backend="mine").sum().backward()
+    with use_backend("mine"), torch.no_grad():
+        assert torch.equal(swoosh_l(x), swoosh_l(x, backend="eager"))
+    assert mine == ["forward", "backward", "forward"]
+    assert backend.PREFERENCE["cpu"] == ("cpu", "mine", "eager")
+    assert [line.split()[0] for line in explain("swoosh").splitlines()[1:]] == [*backend.BACKENDS]
+    assert explain("swoosh", backend="mine").startswith("swoosh: runs on 'mine'")
+    with use_backend("mine"):  # an op that has none there runs on the next
+        assert ops.get("bypass").select(None, *ops.example("bypass")) == "eager"
+    with pytest.raises(BackendError, match="bypass has no mine kernels"):
+        ops.get("bypass").select("mine", *ops.example("bypass"))
+    with pytest.raises(ValueError, match="launchers for 'mine' already"):
+        ops.get("swoosh").add_backend("mine", ops.get("swoosh").backends["eager"])
+
+
+def test_a_backend_that_is_gone_cannot_be_asked_for():
+    with pytest.raises(ValueError, match="got 'mine'"):
+        swoosh_l(X, backend="mine")
+    with pytest.raises(ValueError, match="got 'mine'"):
+        ops.get("swoosh").add_backend("mine", ops.get("swoosh").backends["eager"])
+    with pytest.raises(ValueError, match="there is a backend 'cpu' already"):
+        backend.register(backend.registry["cpu"])
+    for name in ("auto", "a,b", ""):
+        with pytest.raises(ValueError, match="must not be 'auto', empty, or have a comma"):
+            backend.register(backend.Backend(name, None, lambda: None, {}))
 
 
 # ---- whose choice it is ----

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Iterator
@@ -274,8 +275,10 @@ def recording(native: ModuleType | None = None) -> Iterator[list[Launch]]:
         mock.patch.object(JITFunction, "run", compile_only),
         mock.patch.object(backend, "TRITON_INTERPRETS", True),
         mock.patch.object(backend, "native", module),
-        mock.patch.object(backend, "PREFERENCE", {"cpu": backend.PREFERENCE["cuda"]}),
-        mock.patch("torch._C._len_torch_dispatch_stack", return_value=0),  # who looks on here does not count
+        mock.patch.dict(backend.registry, {name: _as_on_a_gpu(known) for name, known in backend.registry.items()}),
+        mock.patch(
+            "zipformer_kernels.core.call.count_dispatch_modes", return_value=0
+        ),  # who looks on here does not count
         mock.patch("zipformer_kernels.training.randomness.has_values", return_value=False),
     ]
     for user in [m for name, m in sys.modules.items() if name.startswith("zipformer_kernels")]:
@@ -291,6 +294,12 @@ def recording(native: ModuleType | None = None) -> Iterator[list[Launch]]:
         stack.enter_context(_Uncomputed(launches.append))
         yield launches
     backend.refresh()
+
+
+def _as_on_a_gpu(known: backend.Backend) -> backend.Backend:
+    """The backend, chosen for CPU tensors as it is for a GPU's."""
+    place = known.preferred.get("cuda")
+    return dataclasses.replace(known, preferred={} if place is None else {"cpu": place})
 
 
 @contextlib.contextmanager

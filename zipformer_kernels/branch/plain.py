@@ -23,10 +23,10 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
-from torch.nn.modules import module as torch_module
 from torch.nn.parameter import Parameter
 
 from zipformer_kernels.branch.said import Said
+from zipformer_kernels.core.private import has_global_hooks
 from zipformer_kernels.training import Balancer, ScaleGrad, Whiten
 
 
@@ -83,12 +83,7 @@ def plain_parts(module: nn.Module, when: int) -> Set[str]:
         module: of a class declared by `made_of`, or of a subclass.
         when: what the fused way is for.
     """
-    if (
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    ):
+    if has_global_hooks():
         return NONE
     remembers = not is_dynamo_compiling()  # which cannot record weak references
     if remembers and (said := _known.setdefault(module, {}).get(when)) is not None and said.holds(module._modules):

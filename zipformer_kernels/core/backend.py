@@ -23,7 +23,7 @@ import importlib.util
 import os
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -31,10 +31,56 @@ from dataclasses import dataclass
 import torch  # before the compiled module, so that both use one OpenMP runtime
 from torch.compiler import is_compiling
 
-BACKENDS = ("eager", "cpu", "triton", "cuda")
-PREFERENCE = {"cpu": ("cpu", "eager"), "cuda": ("cuda", "triton", "eager")}
-BEHIND = {name: order[i + 1 :] for order in PREFERENCE.values() for i, name in enumerate(order)}
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to run ops.
+
+    Attributes:
+        name: as a call asks for it.
+        devices: ``()`` -> the types of devices whose tensors it takes in this process; None if it takes all.
+        why_missing: ``()`` -> why it cannot run in this process at all, or None if it can.
+        preferred: its place among the backends of ``auto`` for each type of device: those with lower numbers come
+            first. ``auto`` never chooses it on other devices.
+    """
+
+    name: str
+    devices: Callable[[], Collection[str]] | None
+    why_missing: Callable[[], str | None]
+    preferred: Mapping[str, int]
+
+
+registry: dict[str, Backend] = {}
+"""All backends by name, in the order in which they were registered."""
+
+BACKENDS: tuple[str, ...] = ()
+"""Their names."""
+
+PREFERENCE: dict[str, tuple[str, ...]] = {}
+"""For each type of device, the backends among which ``auto`` chooses, in that order."""
+
+BEHIND: dict[str, tuple[str, ...]] = {}
 """For each backend, those behind it in `PREFERENCE`."""
+
+
+def register(backend: Backend) -> None:
+    """Adds a backend, which `Op.add_backend` gives launchers of an op to. From then on it can be asked for by name.
+
+    Raises:
+        ValueError: there is one of this name, or the name cannot be asked for.
+    """
+    if backend.name in registry:
+        raise ValueError(f"there is a backend {backend.name!r} already")
+    if backend.name == "auto" or "," in backend.name or not backend.name:
+        raise ValueError(f"a backend's name must not be 'auto', empty, or have a comma, got {backend.name!r}")
+    registry[backend.name] = backend
+    refresh()
+
+
+def unregister(name: str) -> None:
+    """Takes a backend away that `register` added."""
+    del registry[name], missing[name]
+    refresh()
 
 
 class BackendError(RuntimeError):
@@ -57,7 +103,7 @@ class _Choice:
     holds: bool = True
 
 
-_default = check_request(os.environ.get("ZIPFORMER_KERNELS_BACKEND", "auto"))
+_default = "auto"  # until the backends are registered, at the end of this file
 _choices: ContextVar[tuple[_Choice, ...]] = ContextVar("choices of backends, the innermost last", default=())
 
 _lock = threading.Lock()
@@ -139,16 +185,24 @@ def emulated() -> bool:
     return native is not None and native.build["emulated"]
 
 
-def _missing(name: str) -> str | None:
-    if name in ("cpu", "cuda") and native is None:
+def _no_native() -> str | None:
+    return _native_error if native is None else None
+
+
+def _no_cuda() -> str | None:
+    if native is None:
         return _native_error
-    if name == "cuda" and not native.build["cuda_targets"]:
+    if not native.build["cuda_targets"]:
         return "the compiled module was built without CUDA: `zipformer-kernels info` says why"
-    if name == "cuda" and not emulated() and not torch.cuda.is_available():
+    if not emulated() and not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    if name == "triton" and importlib.util.find_spec("triton") is None:
+    return None
+
+
+def _no_triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
         return "triton is not installed: pip install triton"
-    if name == "triton" and not TRITON_INTERPRETS and not torch.cuda.is_available():
+    if not TRITON_INTERPRETS and not torch.cuda.is_available():
         return "torch sees no CUDA device (with TRITON_INTERPRET=1 the kernels run interpreted on the CPU)"
     return None
 
@@ -161,20 +215,36 @@ serving: dict[str, tuple[str, ...]] = {}
 
 
 def refresh() -> None:
-    """Fills `missing` and `serving`. Called at import, and by tests that put another compiled module in place."""
+    """Fills what is derived of the registry. Called by `register`, and by tests that put another module in place."""
+    global BACKENDS
+    BACKENDS = tuple(registry)
+    devices = dict.fromkeys(device for backend in registry.values() for device in backend.preferred)
+    PREFERENCE.clear()
+    BEHIND.clear()
+    for device in devices:
+        chosen = [backend for backend in registry.values() if device in backend.preferred]
+        PREFERENCE[device] = tuple(b.name for b in sorted(chosen, key=lambda b: b.preferred[device]))
     for name in BACKENDS:
-        missing[name] = _missing(name)
+        missing[name] = registry[name].why_missing()
+        orders = [order for order in PREFERENCE.values() if name in order]
+        BEHIND[name] = orders[-1][orders[-1].index(name) + 1 :] if orders else ("eager",)
+    serving.clear()
     for device, order in PREFERENCE.items():
         serving[device] = tuple(name for name in order if unserved_device(name, device) is None)
 
 
 def unserved_device(name: str, device: str) -> str | None:
     """Why backend `name` cannot run on tensors of a device type in this process, or None if it can."""
-    if missing[name] is not None or name == "eager":
+    if missing[name] is not None or registry[name].devices is None:
         return missing[name]
-    stands_in = TRITON_INTERPRETS if name == "triton" else emulated()
-    wanted = "cpu" if name == "cpu" or stands_in else "cuda"
-    return None if device == wanted else f"it takes {wanted} tensors, got one on {device}"
+    taken = registry[name].devices()
+    return None if device in taken else f"it takes {' or '.join(taken)} tensors, got one on {device}"
 
 
-refresh()
+# Numbers leave room for others between.
+register(Backend("eager", None, lambda: None, {"cpu": 1000, "cuda": 1000}))
+register(Backend("cpu", lambda: ("cpu",), _no_native, {"cpu": 100}))
+register(Backend("triton", lambda: ("cpu" if TRITON_INTERPRETS else "cuda",), _no_triton, {"cuda": 200}))
+register(Backend("cuda", lambda: ("cpu" if emulated() else "cuda",), _no_cuda, {"cuda": 100}))
+
+_default = check_request(os.environ.get("ZIPFORMER_KERNELS_BACKEND", "auto"))

@@ -12,10 +12,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling, is_dynamo_compiling
-from torch.utils._device import DeviceContext
+
+from zipformer_kernels.core.private import (
+    DeviceContext,
+    FakeTensor,
+    count_dispatch_modes,
+    count_function_modes,
+    dual_level,
+    function_mode,
+    is_tracing,
+    transforms_are_active,
+)
 
 _is_exporting = getattr(torch.compiler, "is_exporting", is_compiling)  # since torch 2.7
 
@@ -49,13 +57,13 @@ def watcher() -> str | None:
     """
     if is_compiling():  # so it is while torch.export records, too
         return "export" if _is_exporting() else "compile"
-    if torch._C._is_tracing():
+    if is_tracing():
         return "export"
-    if torch._C._are_functorch_transforms_active():
+    if transforms_are_active():
         return "transform"
-    if forward_ad._current_level >= 0:
+    if dual_level() >= 0:
         return "tangents"
-    if torch._C._len_torch_dispatch_stack() or (torch._C._len_torch_function_stack() and _wants_to_see_functions()):
+    if count_dispatch_modes() or (count_function_modes() and _wants_to_see_functions()):
         return "mode"
     return None
 
@@ -66,7 +74,7 @@ def being_traced() -> bool:
     What is recorded runs again: on other sizes, and with no new draw of Python's ``random``. So in eval mode modules
     draw nothing while they are recorded, and sizes stay variables (`zipformer_kernels.ops.sizes`).
     """
-    return is_compiling() or torch._C._is_tracing()
+    return is_compiling() or is_tracing()
 
 
 def exports_calls() -> bool:
@@ -76,8 +84,7 @@ def exports_calls() -> bool:
 
 def _wants_to_see_functions() -> bool:
     """Whether a TorchFunctionMode is active that is more than `torch.set_default_device`."""
-    stack = map(torch._C._get_function_stack_at, range(torch._C._len_torch_function_stack()))
-    return any(type(mode) is not DeviceContext for mode in stack)
+    return any(type(mode) is not DeviceContext for mode in map(function_mode, range(count_function_modes())))
 
 
 def barred(tensors: Sequence[Tensor | None], watched_by: str | None) -> str | None:

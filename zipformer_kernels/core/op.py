@@ -125,6 +125,18 @@ class Op:
         variant.when = when
         return variant
 
+    def add_backend(self, name: str, launchers: Launchers) -> None:
+        """Gives the op the launchers of one more backend, which `zipformer_kernels.core.backend.register` knows.
+
+        Raises:
+            ValueError: there is no such backend, or the op has launchers for it.
+        """
+        if name not in backends.registry:
+            raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}, got {name!r}")
+        if name in self.backends:
+            raise ValueError(f"{self.name} has launchers for {name!r} already")
+        self.backends[name] = launchers
+
     # ---- choosing a backend ----
 
     def unsupported(self, name: str, *args: Any) -> str | None:

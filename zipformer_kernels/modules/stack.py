@@ -6,11 +6,11 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from zipformer_kernels.branch.plain import When, made_of
 from zipformer_kernels.branch.ways import IN_PLACE, settle
 from zipformer_kernels.core.module import Module
+from zipformer_kernels.core.private import dispatch_modes
 from zipformer_kernels.modules.attention import given_mask
 from zipformer_kernels.modules.bypass import BypassModule
 from zipformer_kernels.modules.layer import ZipformerEncoderLayer
@@ -225,4 +225,4 @@ def _bypass_repeated(src: Tensor, output: Tensor, scale: Tensor, factor: int) ->
 
 def _copy(module: nn.Module) -> nn.Module:
     """A deep copy, but for the modes that it is made under: fake tensors hold theirs, and a copied one is another."""
-    return copy.deepcopy(module, {id(mode): mode for mode in _get_current_dispatch_mode_stack()})
+    return copy.deepcopy(module, {id(mode): mode for mode in dispatch_modes()})

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels.core.call import being_traced, exports_calls
+from zipformer_kernels.core.private import sizes_of_one_are_open
 
 P, R = ParamSpec("P"), TypeVar("R")
 
@@ -33,9 +34,7 @@ def of_every_size(forward: Callable[P, R]) -> Callable[P, R]:
     def recorded(*args: P.args, **kwargs: P.kwargs) -> R:
         if not exports_calls():
             return forward(*args, **kwargs)
-        from torch.fx.experimental import _config
-
-        with _config.patch(backed_size_oblivious=True):
+        with sizes_of_one_are_open():
             return forward(*args, **kwargs)
 
     return recorded

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from zipformer_kernels.core.private import disable_dynamo
 from zipformer_kernels.ops import scaled_adam
 from zipformer_kernels.optim.diagnostics import GroupDiagnostics, PendingDiagnostics
 from zipformer_kernels.optim.gradients import gradients
@@ -144,7 +145,7 @@ class ScaledAdam(Optimizer):
         self._step()
         return loss
 
-    @torch._disable_dynamo  # a compiled training step breaks off here: addresses are nothing that it could record
+    @disable_dynamo  # a compiled training step breaks off here: addresses are nothing that it could record
     def _step(self) -> None:
         groups = self._bind()
         found_inf = getattr(self, "found_inf", None)  # GradScaler's sum over no gradients is a plain 0

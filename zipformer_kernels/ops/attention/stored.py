@@ -20,6 +20,7 @@ from torch import Tensor
 
 from zipformer_kernels.core.autograd import keep, kept_tensors, reference_gradients
 from zipformer_kernels.core.call import autocast_dtype, plain, without_autocast
+from zipformer_kernels.core.private import backward_pass, knows_backward_passes, will_execute
 from zipformer_kernels.ops.attention import cpu, reference
 from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, grouped
 
@@ -39,7 +40,8 @@ class Piece:
     def serves(self, values: Tensor) -> bool:
         """Whether a use of the values leaves its part, rather than to multiply with the tensor."""
         same = self.w.dtype == values.dtype and autocast_dtype(values) in (None, values.dtype)
-        return same and self.uses is not None and torch.is_grad_enabled() and plain(values)
+        leaves = self.uses is not None and knows_backward_passes
+        return same and leaves and torch.is_grad_enabled() and plain(values)
 
 
 @dataclass
@@ -55,12 +57,12 @@ class Uses:
             weights: the node of the graph that made them, as ``ctx.next_functions`` has it; None if they need nothing.
             use: V_u, O_u and G_u.
         """
-        if weights is not None and torch._C._will_engine_execute_node(weights):
-            self.left.setdefault(torch._C._current_graph_task_id(), []).append(use)
+        if weights is not None and will_execute(weights):
+            self.left.setdefault(backward_pass(), []).append(use)
 
     def take(self) -> list[Use]:
         """All that was left in the pass that is going on."""
-        return self.left.pop(torch._C._current_graph_task_id(), [])
+        return self.left.pop(backward_pass(), [])
 
 
 class _Make(torch.autograd.Function):
