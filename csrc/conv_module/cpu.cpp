@@ -36,7 +36,7 @@ class Block {
     if (block * width_ == first && channels > 0) return;
     first = block * width_;
     channels = std::min(width_, n.channels - first);
-    panels = (channels + Lanes<W>::count - 1) / Lanes<W>::count;
+    panels = (channels + lanes<W> - 1) / lanes<W>;
     read_taps(in.weight, n.kernel, weight);
     read_row(in.bias, bias);
     if (!in.chunked()) return;
@@ -85,12 +85,12 @@ class Block {
   int64_t dense(int64_t b, int64_t t) const { return (t * n.batch + b) * n.channels + first; }
 
   // e_p of frame t and a panel.
-  Lanes<W> factor(int64_t p, int64_t t) {
-    Lanes<W> result{};
+  Register<W> factor(int64_t p, int64_t t) {
+    Register<W> result{};
     int64_t at = t % n.chunk;
-    result.v += W(1);
-    if (at < n.kernel) result.v += left.panel(p)[at].v;
-    if (at >= n.chunk - n.kernel) result.v += right.panel(p)[at - n.chunk + n.kernel].v;
+    result += W(1);
+    if (at < n.kernel) result += left.panel(p)[at];
+    if (at >= n.chunk - n.kernel) result += right.panel(p)[at - n.chunk + n.kernel];
     return result;
   }
 
@@ -105,10 +105,10 @@ class Block {
   }
 
   // Copies rows from - H .. to + H - 1 of a panel whose first row is frame t0 - H; zero outside of the chunk of `from`.
-  void isolate(const Lanes<W>* rows, int64_t t0, int64_t from, int64_t to, Lanes<W>* copy) const {
+  void isolate(const Register<W>* rows, int64_t t0, int64_t from, int64_t to, Register<W>* copy) const {
     int64_t begin = from / n.chunk * n.chunk, end = begin + n.chunk;
     for (int64_t u = from - half; u < to + half; ++u) {
-      *copy++ = u >= begin && u < end ? rows[u - t0 + half] : Lanes<W>{};
+      *copy++ = u >= begin && u < end ? rows[u - t0 + half] : Register<W>{};
     }
   }
 
@@ -120,12 +120,12 @@ class Block {
  private:
   // Parameters of (channels, count).
   void read_taps(const void* from, int64_t count, Strip<W>& taps) {
-    constexpr int64_t size = Lanes<W>::count;
+    constexpr int64_t size = lanes<W>;
     taps.resize(panels, count);
     const W* values = static_cast<const W*>(from) + first * count;
     for (int64_t p = 0; p < panels; ++p) {
       int64_t rows = std::min(size, channels - p * size);
-      transpose(values + p * size * count, count, rows, count, taps.panel(p)->data(), size);
+      transpose(values + p * size * count, count, rows, count, elements<W>(taps.panel(p)), size);
     }
   }
 
@@ -170,17 +170,17 @@ class Forward {
 
  private:
   void convolve(int64_t p, int64_t t0, int64_t count) {
-    const Lanes<W>*x = x_.panel(p), *weight = block_.weight.panel(p);
-    Lanes<W>* result = result_.panel(p);
+    const Register<W>*x = x_.panel(p), *weight = block_.weight.panel(p);
+    Register<W>* result = result_.panel(p);
     int64_t kernel = block_.n.kernel;
-    Lanes<W> bias = *block_.bias.panel(p);
-    if (!block_.in.chunked()) return correlate_rows(x, weight, kernel, count, bias, result);
-    correlate_rows(x, block_.causal_weight.panel(p), block_.half + 1, count, *block_.causal_bias.panel(p), result);
-    Lanes<W>*rows = isolated_.panel(0), *within = isolated_.panel(1);
+    Register<W> bias = *block_.bias.panel(p);
+    if (!block_.in.chunked()) return correlate_rows<W>(x, weight, kernel, count, bias, result);
+    correlate_rows<W>(x, block_.causal_weight.panel(p), block_.half + 1, count, *block_.causal_bias.panel(p), result);
+    Register<W>*rows = isolated_.panel(0), *within = isolated_.panel(1);
     block_.each_chunk(t0, count, [&](int64_t from, int64_t to) {
       block_.isolate(x, t0, from, to, rows);
-      correlate_rows(rows, weight, kernel, to - from, bias, within);
-      for (int64_t t = from; t < to; ++t) result[t - t0].v += block_.factor(p, t).v * within[t - from].v;
+      correlate_rows<W>(rows, weight, kernel, to - from, bias, within);
+      for (int64_t t = from; t < to; ++t) result[t - t0] += block_.factor(p, t) * within[t - from];
     });
   }
 
@@ -266,49 +266,49 @@ class Backward {
   // e dy, on every frame that dy is held of.
   void scale(int64_t p, int64_t t0, int64_t count) {
     int64_t begin = std::max<int64_t>(t0 - block_.half, 0);
-    const Lanes<W>* dy = dy_.panel(p);
-    Lanes<W>* scaled = scaled_.panel(p);
+    const Register<W>* dy = dy_.panel(p);
+    Register<W>* scaled = scaled_.panel(p);
     for (int64_t t = begin; t < t0 + count + block_.half; ++t) {
       int64_t r = t - t0 + block_.half;
-      scaled[r].v = dy[r].v * block_.factor(p, t).v;
+      scaled[r] = dy[r] * block_.factor(p, t);
     }
   }
 
   void differentiate(int64_t p, int64_t t0, int64_t count) {
-    const Lanes<W>*dy = dy_.panel(p), *weight = flipped_weight_.panel(p);
-    Lanes<W>* dx = dx_.panel(p);
+    const Register<W>*dy = dy_.panel(p), *weight = flipped_weight_.panel(p);
+    Register<W>* dx = dx_.panel(p);
     int64_t kernel = block_.n.kernel, half = block_.half;
-    if (!args_.in.chunked()) return correlate_rows(dy, weight, kernel, count, Lanes<W>{}, dx);
-    correlate_rows(dy + half, flipped_causal_.panel(p), half + 1, count, Lanes<W>{}, dx);
-    Lanes<W>*rows = isolated_.panel(0), *within = isolated_.panel(1);
+    if (!args_.in.chunked()) return correlate_rows<W>(dy, weight, kernel, count, Register<W>{}, dx);
+    correlate_rows<W>(dy + half, flipped_causal_.panel(p), half + 1, count, Register<W>{}, dx);
+    Register<W>*rows = isolated_.panel(0), *within = isolated_.panel(1);
     block_.each_chunk(t0, count, [&](int64_t from, int64_t to) {
       block_.isolate(scaled_.panel(p), t0, from, to, rows);
-      correlate_rows(rows, weight, kernel, to - from, Lanes<W>{}, within);
-      for (int64_t t = from; t < to; ++t) dx[t - t0].v += within[t - from].v;
+      correlate_rows<W>(rows, weight, kernel, to - from, Register<W>{}, within);
+      for (int64_t t = from; t < to; ++t) dx[t - t0] += within[t - from];
     });
   }
 
   void add_parameters(int64_t p, int64_t t0, int64_t count) {
-    const Lanes<W>*x = x_.panel(p), *dy = dy_.panel(p) + block_.half;
+    const Register<W>*x = x_.panel(p), *dy = dy_.panel(p) + block_.half;
     int64_t kernel = block_.n.kernel;
     if (!args_.in.chunked()) {
-      correlate_taps(x, dy, count, kernel, dweight_.panel(p));
-      return add_rows(dy, count, *dbias_.panel(p));
+      correlate_taps<W>(x, dy, count, kernel, dweight_.panel(p));
+      return add_rows<W>(dy, count, *dbias_.panel(p));
     }
-    correlate_taps(x, dy, count, block_.half + 1, dcausal_.panel(p));
-    add_rows(dy, count, *dcausal_bias_.panel(p));
-    const Lanes<W>* scaled = scaled_.panel(p) + block_.half;
-    add_rows(scaled, count, *dbias_.panel(p));
-    Lanes<W>*rows = isolated_.panel(0), *within = isolated_.panel(1);
+    correlate_taps<W>(x, dy, count, block_.half + 1, dcausal_.panel(p));
+    add_rows<W>(dy, count, *dcausal_bias_.panel(p));
+    const Register<W>* scaled = scaled_.panel(p) + block_.half;
+    add_rows<W>(scaled, count, *dbias_.panel(p));
+    Register<W>*rows = isolated_.panel(0), *within = isolated_.panel(1);
     block_.each_chunk(t0, count, [&](int64_t from, int64_t to) {
       block_.isolate(x, t0, from, to, rows);
-      correlate_taps(rows, scaled + from - t0, to - from, kernel, dweight_.panel(p));
-      correlate_rows(rows, block_.weight.panel(p), kernel, to - from, *block_.bias.panel(p), within);
+      correlate_taps<W>(rows, scaled + from - t0, to - from, kernel, dweight_.panel(p));
+      correlate_rows<W>(rows, block_.weight.panel(p), kernel, to - from, *block_.bias.panel(p), within);
       for (int64_t t = from; t < to; ++t) {
         int64_t at = t % block_.n.chunk, from_right = at - block_.n.chunk + kernel;
-        auto product = dy[t - t0].v * within[t - from].v;
-        if (at < kernel) dleft_.panel(p)[at].v += product;
-        if (from_right >= 0) dright_.panel(p)[from_right].v += product;
+        auto product = dy[t - t0] * within[t - from];
+        if (at < kernel) dleft_.panel(p)[at] += product;
+        if (from_right >= 0) dright_.panel(p)[from_right] += product;
       }
     });
   }
@@ -346,8 +346,8 @@ class Backward {
   void write_taps(Strip<W>& from, int64_t count, W* to) {
     to += block_.first * count;
     for (int64_t c = 0; c < block_.channels; ++c) {
-      Lanes<W>* panel = from.panel(c / Lanes<W>::count);
-      for (int64_t k = 0; k < count; ++k) to[c * count + k] = panel[k].data()[c % Lanes<W>::count];
+      Register<W>* panel = from.panel(c / lanes<W>);
+      for (int64_t k = 0; k < count; ++k) to[c * count + k] = elements<W>(panel + k)[c % lanes<W>];
     }
   }
 
