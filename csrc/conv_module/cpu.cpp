@@ -142,7 +142,7 @@ template <class X, class Y, class W = Wide<X>>
 class Forward {
  public:
   Forward(const ConvModuleForward& args, int64_t width)
-      : block_(args.in, width), y_(static_cast<Y*>(args.y)), next_(args.next), swoosh_(args.swoosh) {}
+      : block_(args, width), y_(static_cast<Y*>(args.y)), next_(args.next), swoosh_(args.swoosh) {}
 
   ZK_TILE void run(int64_t block, int64_t b, int64_t t0) {
     block_.select(block);
@@ -205,14 +205,14 @@ template <class X, class Y, class W = Wide<X>>
 class Backward {
  public:
   Backward(const ConvModuleBackward& args, int64_t width)
-      : args_(args), block_(args.in, width), offsets_(args.in.shape, args.in.chunked()) {}
+      : args_(args), block_(args, width), offsets_(args.shape, args.chunked()) {}
 
   // The share of one part of all tiles.
   ZK_TILE void run(int64_t block, int64_t part) {
     block_.select(block);
     const ConvModuleShape& n = block_.n;
     flip(block_.weight, n.kernel, flipped_weight_);
-    if (args_.in.chunked()) flip(block_.causal_weight, block_.half + 1, flipped_causal_);
+    if (args_.chunked()) flip(block_.causal_weight, block_.half + 1, flipped_causal_);
     int64_t rows = tile + 2 * block_.half + group, taps = round_up(n.kernel, group);
     if (sized_ != block_.panels) {
       sized_ = block_.panels;
@@ -221,7 +221,7 @@ class Backward {
     }
     dweight_.resize(block_.panels, taps);
     dbias_.resize(block_.panels, 1);
-    if (args_.in.chunked()) {
+    if (args_.chunked()) {
       dcausal_.resize(block_.panels, taps);
       dcausal_bias_.resize(block_.panels, 1);
       dleft_.resize(block_.panels, n.kernel);
@@ -256,7 +256,7 @@ class Backward {
     }
     if (args_.partials) block_.load_gated(b, t0, count, x_);
     for (int64_t p = 0; p < block_.panels; ++p) {
-      if (args_.in.chunked()) scale(p, t0, count);
+      if (args_.chunked()) scale(p, t0, count);
       if (args_.da) differentiate(p, t0, count);
       if (args_.partials) add_parameters(p, t0, count);
     }
@@ -278,7 +278,7 @@ class Backward {
     const Register<W>*dy = dy_.panel(p), *weight = flipped_weight_.panel(p);
     Register<W>* dx = dx_.panel(p);
     int64_t kernel = block_.n.kernel, half = block_.half;
-    if (!args_.in.chunked()) return correlate_rows<W>(dy, weight, kernel, count, Register<W>{}, dx);
+    if (!args_.chunked()) return correlate_rows<W>(dy, weight, kernel, count, Register<W>{}, dx);
     correlate_rows<W>(dy + half, flipped_causal_.panel(p), half + 1, count, Register<W>{}, dx);
     Register<W>*rows = isolated_.panel(0), *within = isolated_.panel(1);
     block_.each_chunk(t0, count, [&](int64_t from, int64_t to) {
@@ -291,7 +291,7 @@ class Backward {
   void add_parameters(int64_t p, int64_t t0, int64_t count) {
     const Register<W>*x = x_.panel(p), *dy = dy_.panel(p) + block_.half;
     int64_t kernel = block_.n.kernel;
-    if (!args_.in.chunked()) {
+    if (!args_.chunked()) {
       correlate_taps<W>(x, dy, count, kernel, dweight_.panel(p));
       return add_rows<W>(dy, count, *dbias_.panel(p));
     }
@@ -322,7 +322,7 @@ class Backward {
       std::fill_n(ds, block_.channels, X{});
       return;
     }
-    const X *a = block_.row(args_.in.a, b, t), *s = block_.row(args_.in.s, b, t);
+    const X *a = block_.row(args_.a, b, t), *s = block_.row(args_.s, b, t);
     dx_.each_channel(i, block_.channels, [&](int64_t c, W& dx) {
       W wide_da, wide_ds;
       gate_gradients(widen(a[c]), widen(s[c]), dx, wide_da, wide_ds);
@@ -335,7 +335,7 @@ class Backward {
     const ConvModuleShape& n = block_.n;
     write_taps(dweight_, n.kernel, share);
     write_taps(dbias_, 1, share + offsets_.bias);
-    if (!args_.in.chunked()) return;
+    if (!args_.chunked()) return;
     write_taps(dcausal_, block_.half + 1, share + offsets_.causal_weight);
     write_taps(dcausal_bias_, 1, share + offsets_.causal_bias);
     write_taps(dleft_, n.kernel, share + offsets_.edge_scale);
@@ -364,11 +364,11 @@ const auto dispatch = [](DType dtype, auto&& f) { dispatch_cpu(dtype, f); };
 }  // namespace
 
 void conv_module_forward(const ConvModuleForward& args) {
-  const ConvModuleShape& n = args.in.shape;
+  const ConvModuleShape& n = args.shape;
   int64_t across = (n.frames + tile - 1) / tile, tiles = n.batch * across;
-  int64_t width = block_width(n, tiles, args.in.threads), blocks = (n.channels + width - 1) / width;
-  dispatch_conv_module(dispatch, args.in.x_dtype, args.in.y_dtype, [&](auto x, auto y) {
-    parallel_for(blocks * tiles, 1, args.in.threads, [&](int64_t begin, int64_t end) {
+  int64_t width = block_width(n, tiles, args.threads), blocks = (n.channels + width - 1) / width;
+  dispatch_conv_module(dispatch, args.x_dtype, args.y_dtype, [&](auto x, auto y) {
+    parallel_for(blocks * tiles, 1, args.threads, [&](int64_t begin, int64_t end) {
       Forward<decltype(x), decltype(y)> forward(args, width);
       for (int64_t i = begin; i < end; ++i) forward.run(i / tiles, i % tiles / across, i % across * tile);
     });
@@ -376,10 +376,10 @@ void conv_module_forward(const ConvModuleForward& args) {
 }
 
 void conv_module_backward(const ConvModuleBackward& args) {
-  const ConvModuleShape& n = args.in.shape;
-  int64_t width = block_width(n, args.parts, args.in.threads), blocks = (n.channels + width - 1) / width;
-  dispatch_conv_module(dispatch, args.in.x_dtype, args.in.y_dtype, [&](auto x, auto y) {
-    parallel_for(blocks * args.parts, 1, args.in.threads, [&](int64_t begin, int64_t end) {
+  const ConvModuleShape& n = args.shape;
+  int64_t width = block_width(n, args.parts, args.threads), blocks = (n.channels + width - 1) / width;
+  dispatch_conv_module(dispatch, args.x_dtype, args.y_dtype, [&](auto x, auto y) {
+    parallel_for(blocks * args.parts, 1, args.threads, [&](int64_t begin, int64_t end) {
       Backward<decltype(x), decltype(y)> backward(args, width);
       for (int64_t i = begin; i < end; ++i) backward.run(i / args.parts, i % args.parts);
     });

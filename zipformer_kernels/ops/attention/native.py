@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +20,50 @@ from zipformer_kernels.core.launch import (
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention.reference import empty_rows
 
-Rows = tuple[int, int, int, int]
+
+class Rows(NamedTuple):
+    """`AttentionRows` of ``csrc/attention/attention.h``: address and strides of a tensor (frames, B, H, channels)."""
+
+    data: int
+    frame: int
+    sequence: int
+    head: int
+
+
+NO_ROWS = Rows(0, 0, 0, 0)
+
+
+class Weights(NamedTuple):
+    """`AttentionWeights` of ``csrc/attention/attention.h``."""
+
+    q: Rows
+    k: Rows
+    p: Rows
+    e: Rows
+    softmax: int
+    padding: int
+    mask: int
+    mask_frame: int
+    mask_sequence: int
+    targets: int
+    sources: int
+    sequences: int
+    heads: int
+    query_channels: int
+    position_channels: int
+    chunk: int
+    left_chunks: int
+    dtype: int
+
+
+class Use(NamedTuple):
+    """`AttentionUse` of ``csrc/attention/attention.h``."""
+
+    v: Rows
+    out: Rows
+    grad: Rows
+    channels: int
+
 
 LEAST_SCORES = {torch.float32: 64 * 64, torch.float16: 64 * 64, torch.float64: 100 * 100}
 """Targets times sources from which on a layer with three uses of its weights measured faster than on eager."""
@@ -39,16 +83,15 @@ def _unit_stride(x: Tensor | None) -> Tensor | None:
 
 
 def _rows(x: Tensor | None) -> Rows:
-    """The address and strides of a tensor (frames, B, H, channels)."""
-    return (0, 0, 0, 0) if x is None else (pointer(x), *x.stride()[:3])
+    return NO_ROWS if x is None else Rows(pointer(x), *x.stride()[:3])
 
 
 def _projections(e: Tensor | None) -> Rows:
     """The address and strides of position projections, by offset, sequence and head; 0 if sequences share them."""
     if e is None:
-        return (0, 0, 0, 0)
+        return NO_ROWS
     offset, head = e.stride()[-3:-1]
-    return pointer(e), offset, e.stride(0) if e.ndim == 4 else 0, head
+    return Rows(pointer(e), offset, e.stride(0) if e.ndim == 4 else 0, head)
 
 
 class _Weights:
@@ -60,26 +103,26 @@ class _Weights:
         k: Tensor,
         p: Tensor | None,
         e: Tensor | None,
-        result: Tensor,
+        softmax: Tensor | None,
         key_padding_mask: Tensor | None,
         attn_mask: Tensor | None,
         chunk: int,
         left_chunks: int,
     ) -> None:
         self.q, self.k, self.p, self.e = (_unit_stride(x) for x in (q, k, p, e))
-        self.result = result.contiguous()  # the softmax rows, or the weights themselves
+        self.softmax = None if softmax is None else softmax.contiguous()  # not read where W itself is given
         self.padding = None if key_padding_mask is None else key_padding_mask.contiguous()
         self.mask = _unit_stride(attn_mask)
         self.rule = chunk, left_chunks
 
-    def arguments(self) -> tuple:
+    def arguments(self) -> Weights:
         """What every function of the compiled module takes first."""
         q, k, p, mask = self.q, self.k, self.p, self.mask
         scores = _rows(q), _rows(k), _rows(p), _projections(self.e)
-        masks = pointer(self.padding), pointer(mask)
         strides = (0, 0) if mask is None else (mask.stride(-2), mask.stride(0) if mask.ndim == 3 else 0)
+        masks = pointer(self.padding), pointer(mask), *strides
         sizes = (q.shape[0], k.shape[0], *q.shape[1:], 0 if p is None else p.shape[3], *self.rule)
-        return scores, pointer(self.result), (*masks, *strides), sizes, DTYPE_CODES[q.dtype]
+        return Weights(*scores, pointer(self.softmax), *masks, *sizes, DTYPE_CODES[q.dtype])
 
 
 def _softmax(*args: Tensor | int | None) -> tuple[Tensor]:
@@ -87,7 +130,7 @@ def _softmax(*args: Tensor | int | None) -> tuple[Tensor]:
     softmax = empty_rows(q)
     if softmax.numel() > 0:
         weights = _Weights(q, k, p, e, softmax, *masks)  # keeps copies alive until the call is over
-        call_cpu("attention_softmax", q, *weights.arguments())
+        call_cpu("attention_softmax", q, weights.arguments())
     return (softmax,)
 
 
@@ -98,7 +141,7 @@ def forward(*args: Tensor | int | float | None) -> tuple[Tensor]:
     if out.numel() > 0:
         weights = _Weights(q, k, p, e, softmax, *masks)
         v = _unit_stride(v)
-        call_cpu("attention_forward", v, *weights.arguments(), _rows(v), pointer(out), v.shape[3])
+        call_cpu("attention_forward", v, weights.arguments(), _rows(v), pointer(out), v.shape[3])
     return (out,)
 
 
@@ -113,8 +156,8 @@ def backward(
     if out.numel() > 0:
         weights = _Weights(q, k, p, e, softmax, *masks)
         v, out, grad = (_unit_stride(x) for x in (v, out, grad.to(v.dtype)))
-        use = _rows(v), _rows(out), _rows(grad), v.shape[3]
-        call_cpu("attention_backward", v, *weights.arguments(), use, _all_rows(written), penalty, limit)
+        use = Use(_rows(v), _rows(out), _rows(grad), v.shape[3])
+        call_cpu("attention_backward", v, weights.arguments(), 0, 0, [use], *_all_rows(written), penalty, limit)
     return *_filled(gradients, written), None, None, None
 
 
@@ -123,8 +166,8 @@ def make_weights(*args: Tensor | int | float | None) -> tuple[Tensor]:
     q, k, p, e, *masks, _, _ = args
     w = q.new_empty(q.shape[2], q.shape[1], q.shape[0], k.shape[0])
     if w.numel() > 0:
-        weights = _Weights(q, k, p, e, w, *masks)
-        call_cpu("attention_weights_forward", q, *weights.arguments())
+        weights = _Weights(q, k, p, e, None, *masks)
+        call_cpu("attention_weights_forward", q, weights.arguments(), pointer(w))
     return (w,)
 
 
@@ -146,12 +189,13 @@ def weights_gradients(
     filled = q.numel() > 0 and k.numel() > 0
     gradients, written = _room((q, k, p, e), wanted, filled)
     for heads, w, dw, uses in pieces if filled else ():
-        weights = _Weights(*of_heads(heads, q, k, p, e), w, *masks)
+        weights, w = _Weights(*of_heads(heads, q, k, p, e), None, *masks), w.contiguous()
         dw = None if dw is None else dw.to(w.dtype).contiguous()
         uses = [tuple(_unit_stride(x.to(w.dtype)) for x in use) for use in uses]
-        given = [(*map(_rows, use), use[0].shape[3]) for use in uses]
-        results = _all_rows(of_heads(heads, *written))
-        call_cpu("attention_weights_backward", q, *weights.arguments(), pointer(dw), given, results, penalty, limit)
+        given = [Use(*map(_rows, use), use[0].shape[3]) for use in uses]
+        results = *_all_rows(of_heads(heads, *written)), NO_ROWS
+        tensors = pointer(w), pointer(dw), given
+        call_cpu("attention_backward", q, weights.arguments(), *tensors, *results, penalty, limit)
     return _filled(gradients, written)
 
 

@@ -52,9 +52,22 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
     if y.numel() == 0:
         joined[: context.shape[0]].copy_(context)
         return y, joined
-    addresses = tuple(map(pointer, (src, in_weight, in_bias, context, weights, *after, joined, y)))
-    sizes = targets, sources, batch, channels, heads, values
-    call_cpu("attention_stream", src, addresses, sizes, gated, DTYPE_CODES[src.dtype])
+    call_cpu(
+        "average_branch",
+        src,
+        *map(pointer, (src, in_weight, in_bias, *after, y)),
+        channels,
+        DTYPE_CODES[src.dtype],
+        targets=targets,
+        sources=sources,
+        sequences=batch,
+        heads=heads,
+        values=values,
+        gated=gated,
+        context=pointer(context),
+        weights=pointer(weights),
+        joined=pointer(joined),
+    )
     return y, joined
 
 

@@ -22,7 +22,7 @@ from zipformer_kernels.core.launch import (
     unsupported_dtypes,
 )
 from zipformer_kernels.core.op import Launchers
-from zipformer_kernels.ops.conv_module.arguments import Arguments, Gradients, chunk_length, unsupported
+from zipformer_kernels.ops.conv_module.arguments import Arguments, Gradients, Shape, chunk_length, unsupported
 
 TILE = 128  # frames that kernels take at a time
 BLOCKS_PER_MULTIPROCESSOR = 2
@@ -33,7 +33,7 @@ def _forward(call: Callable[..., None], *args: Any) -> tuple[Tensor]:
     arguments = Arguments(*args)
     y = arguments.result()
     if y.numel() > 0:
-        call("conv_module_forward", y, _inputs(arguments), pointer(y), arguments.sizes, *_dtypes(arguments))
+        call("conv_module_forward", y, **_inputs(arguments), y=pointer(y))
     return (y,)
 
 
@@ -56,18 +56,21 @@ def _infer(
     if y.numel() == 0:
         return y, following if left is None else left.clone()
     parameters = contiguous(padding, weight, bias, causal_weight, causal_bias, edge_scale)
-    tensors = x, x[..., channels:], *parameters
-    more = y, x_bias, left, None if left is None else following
-    sizes = (
-        frames,
-        batch,
-        channels,
-        *x.stride()[:2],
-        weight.shape[2],
-        chunk_length(chunk_size if causal_weight is not None else -1, frames),
+    chunk = chunk_length(chunk_size if causal_weight is not None else -1, frames)
+    dtype = DTYPE_CODES[x.dtype]
+    call_cpu(
+        "conv_module_infer",
+        x,
+        *map(pointer, (x, x[..., channels:], *parameters)),
+        shape=Shape(frames, batch, channels, *x.stride()[:2], weight.shape[2], chunk),
+        x_dtype=dtype,
+        y_dtype=dtype,
+        y=pointer(y),
+        left=pointer(left),
+        projection_bias=pointer(x_bias),
+        next=pointer(None if left is None else following),
+        swoosh=True,
     )
-    addresses = tuple(map(pointer, tensors)), *map(pointer, more)
-    call_cpu("conv_module_infer", x, *addresses, sizes, DTYPE_CODES[x.dtype])
     return y, following
 
 
@@ -84,19 +87,28 @@ def _backward(
     dy = grads[0].contiguous()
     out = Gradients(arguments, needs, arguments.parts(TILE, most_parts(arguments)), beside)
     if dy.numel() > 0:
-        pointers = _inputs(arguments), *map(pointer, (dy, out.da, out.ds, out.partials))
-        steps = (out.step,) if beside else ()
-        call("conv_module_backward", dy, *pointers, out.parts, *steps, arguments.sizes, *_dtypes(arguments))
+        call(
+            "conv_module_backward",
+            dy,
+            **_inputs(arguments),
+            dy=pointer(dy),
+            da=pointer(out.da),
+            ds=pointer(out.ds),
+            partials=pointer(out.partials),
+            parts=out.parts,
+            gradient_step=out.step,
+        )
     return out.returned()
 
 
-def _inputs(arguments: Arguments) -> tuple[int, ...]:
+INPUTS = "a", "s", "padding", "weight", "bias", "causal_weight", "causal_bias", "edge_scale"
+
+
+def _inputs(arguments: Arguments) -> dict[str, Any]:
+    """`ConvModuleInputs` of ``csrc/conv_module/conv_module.h``."""
     tensors = arguments.a, arguments.s, arguments.padding, *arguments.parameters
-    return tuple(map(pointer, tensors))
-
-
-def _dtypes(arguments: Arguments) -> tuple[int, int]:
-    return DTYPE_CODES[arguments.a.dtype], DTYPE_CODES[arguments.dtype]
+    dtypes = {"x_dtype": DTYPE_CODES[arguments.a.dtype], "y_dtype": DTYPE_CODES[arguments.dtype]}
+    return {**dict(zip(INPUTS, map(pointer, tensors), strict=True)), "shape": arguments.shape, **dtypes}
 
 
 def _unsupported_cuda(a: Tensor, s: Tensor, weight: Tensor, *rest: Any) -> str | None:

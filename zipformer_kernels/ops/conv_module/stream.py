@@ -54,15 +54,18 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor]:
     y, following = torch.empty_like(src), torch.empty_like(left)
     if y.numel() == 0:
         return y, left.clone()
-    sizes = frames, batch, channels, 2 * batch * channels, 2 * channels, weight.shape[2], frames
     call_cpu(
-        "conv_module_stream",
+        "convolution_branch",
         src,
-        tuple(map(pointer, (src, in_weight, out_weight, out_bias, y))),
-        (0, 0, *map(pointer, (padding, weight, *inner))),
-        *map(pointer, (in_bias, left, following)),
-        sizes,
+        *map(pointer, (src, in_weight, in_bias, out_weight, out_bias, y)),
+        channels,
         DTYPE_CODES[src.dtype],
+        frames,
+        batch,
+        weight.shape[2],
+        *map(pointer, (padding, weight, *inner)),
+        left=pointer(left),
+        next=pointer(following),
     )
     return y, following
 

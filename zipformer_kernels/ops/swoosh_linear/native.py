@@ -56,8 +56,9 @@ def _infer(
     y = torch.empty_like(tensors[0])
     if y.numel() > 0:
         hidden, channels = in_weight.shape
-        sizes = src.numel() // channels, channels, hidden, DTYPE_CODES[src.dtype], KINDS[kind]
-        call_cpu("swoosh_linear_infer", src, *map(pointer, (*tensors, y)), *sizes)
+        dtype = DTYPE_CODES[src.dtype]
+        sizes = {"rows": src.numel() // channels, "hidden": hidden, "kind": KINDS[kind]}
+        call_cpu("feed_forward_branch", src, *map(pointer, (*tensors, y)), channels, dtype, **sizes)
     return (y,)
 
 
