@@ -25,7 +25,7 @@ BACKENDS = """requested _innermost unserved_device select _select unsupported _u
     unsupported_dtype unsupported_dtypes supports worthwhile _instead_of settled_backend"""
 MODULES = """plain_module plain_part plain_parts matches _causal_or_not expected _swoosh_r _pointwise _has_global_hooks
     holds takes given_mask _given _given_to check"""
-WAYS = "settle keeps_weights stores falls_back _trained serves happens"
+WAYS = "settle keeps_weights stores falls_back must_fall_back _trained wants_gradients serves happens"
 QUESTIONS = frozenset(" ".join((LOOKING_ON, BACKENDS, MODULES, WAYS)).split())
 SIZES = {
     "embed_dim": 192,

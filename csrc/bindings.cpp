@@ -2,6 +2,7 @@
 #include "attention/bind.h"
 #include "balancer/bind.h"
 #include "bias_norm/bind.h"
+#include "branch/bind.h"
 #include "bypass/bind.h"
 #include "common/bind.h"
 #include "common/isa.h"
@@ -40,6 +41,7 @@ PYBIND11_MODULE(ZK_MODULE_NAME, m) {
   bind_attention(m);
   bind_balancer(m);
   bind_bias_norm(m);
+  bind_branch(m);
   bind_bypass(m);
   bind_conv_module(m);
   bind_depthwise_conv2d(m);

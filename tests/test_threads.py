@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,9 @@ class Watch:
 
     def __getattr__(self, name):
         function = getattr(self.native, name)
-        return (lambda *args: self._run(name, function, args)) if name.endswith("_cpu") else function
+        if not name.endswith("_cpu"):
+            return function
+        return lambda *args, **named: self._run(name, partial(function, **named), args)
 
     def _run(self, name, function, args):
         before, span, used, woken = set(os.listdir(TASKS)), [], [], []

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "common/dtypes.h"
+#include "common/fields.h"
 #include "common/isa.h"
 
 namespace zk {
@@ -13,6 +14,8 @@ namespace zk {
 struct AttentionRows {
   void* data;  // null: not given, or not wanted
   int64_t frame, sequence, head;
+
+  ZK_FIELDS(data, frame, sequence, head)
 };
 
 // The weights: queries against keys, with relative positions and masks. Of position projections there are
@@ -26,13 +29,26 @@ struct AttentionWeights {
   int64_t targets, sources, sequences, heads, query_channels, position_channels;
   int64_t chunk, left_chunks;  // chunk <= 0: no rule; left_chunks < 0: all
   DType dtype;
+
+  ZK_FIELDS(q, k, p, e, softmax, padding, mask, mask_frame, mask_sequence, targets, sources, sequences, heads,
+            query_channels, position_channels, chunk, left_chunks, dtype)
+};
+
+// The softmax rows, which `weights.softmax` points to.
+struct AttentionSoftmax {
+  AttentionWeights weights;
   int threads;
+
+  ZK_FIELDS(weights)
 };
 
 // W itself, (heads, sequences, targets, sources), contiguous. `weights.softmax` is not read.
 struct AttentionDense {
   AttentionWeights weights;
   void* w;
+  int threads;
+
+  ZK_FIELDS(weights, w)
 };
 
 // out = W v. `out` is contiguous.
@@ -41,12 +57,17 @@ struct AttentionForward {
   AttentionRows v;
   void* out;
   int64_t channels;
+  int threads;
+
+  ZK_FIELDS(weights, v, out, channels)
 };
 
 // One use of the weights, out = W v, and the gradient of its result.
 struct AttentionUse {
   AttentionRows v, out, grad;
   int64_t channels;
+
+  ZK_FIELDS(v, out, grad, channels)
 };
 
 // Gradients from those of the results of uses; without data where not wanted. dp and de come together. The gradient
@@ -58,29 +79,12 @@ struct AttentionBackward {
   std::vector<AttentionUse> uses;
   AttentionRows dq, dk, dp, de, dv;
   double penalty, limit;
-};
-
-// A module that averages over a chunk of a stream and its left context, whole, for few rows:
-//
-//     v = src W1^T + b1, or x tanh(s) of its thirds s, x, g
-//     joined = the left context, then v
-//     y = src + (W joined, for each head; times g where there is one) W2^T + b2
-struct AttentionStream {
-  const void* src;                    // (targets, sequences, channels)
-  const void *in_weight, *in_bias;    // W1 (values, or 3 values, channels), b1 or null
-  const void* context;                // (sources - targets, sequences, values)
-  const void* w;                      // (heads, sequences, targets, sources), contiguous
-  const void *out_weight, *out_bias;  // W2 (channels, values), b2 or null
-  void* joined;                       // (sources, sequences, values)
-  void* y;                            // (targets, sequences, channels)
-  int64_t targets, sources, sequences, channels, heads, values;
-  bool gated;
-  DType dtype;  // float32 or float64
   int threads;
+
+  ZK_FIELDS(weights, w, dw, uses, dq, dk, dp, de, dv, penalty, limit)
 };
 
-ZK_DECLARE_CPU(attention_stream, AttentionStream)
-ZK_DECLARE_CPU(attention_softmax, AttentionWeights)
+ZK_DECLARE_CPU(attention_softmax, AttentionSoftmax)
 ZK_DECLARE_CPU(attention_weights_forward, AttentionDense)
 ZK_DECLARE_CPU(attention_forward, AttentionForward)
 ZK_DECLARE_CPU(attention_backward, AttentionBackward)

@@ -64,11 +64,12 @@ void average_block(const Scores<T>& scores, int64_t pair, int64_t block, const W
 
 }  // namespace
 
-void attention_softmax(const AttentionWeights& args) {
+void attention_softmax(const AttentionSoftmax& softmax) {
+  const AttentionWeights& args = softmax.weights;
   dispatch_cpu(args.dtype, [&](auto element) {
     using T = decltype(element);
     using W = Wide<T>;
-    Scores<T> scores(args);
+    Scores<T> scores(args, softmax.threads);
     int64_t blocks = scores.row_blocks;
     int threads = scores.threads_for(scores.pairs * args.targets * args.sources);
     for_each_item<W>(scores.pairs * blocks, threads, Block<W>::size(args), [&](int64_t item, W* scratch) {
@@ -88,7 +89,7 @@ void attention_forward(const AttentionForward& args) {
   dispatch_cpu(weights.dtype, [&](auto element) {
     using T = decltype(element);
     using W = Wide<T>;
-    Scores<T> scores(weights);
+    Scores<T> scores(weights, args.threads);
     int64_t blocks = scores.row_blocks, sources = weights.sources, channels = args.channels;
     int64_t pitch = whole_lanes<W>(channels);
     Buffer<W> values(scores.pairs * sources * pitch);

@@ -24,7 +24,7 @@ class Backward {
   explicit Backward(const AttentionBackward& args)
       : args_(args),
         weights_(args.weights),
-        scores_(args.weights),
+        scores_(args.weights, args.threads),
         depth_(weights_.query_channels),
         positions_(weights_.p.data ? weights_.position_channels : 0),
         channels_(channels_of(args.uses)),

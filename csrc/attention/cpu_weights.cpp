@@ -14,7 +14,7 @@ class Softmax {
   using W = Wide<T>;
 
   explicit Softmax(const AttentionDense& args)
-      : scores_(args.weights), to_(static_cast<T*>(args.w)), row_pitch_(scores_.pitch + lanes<W>) {}
+      : scores_(args.weights, args.threads), to_(static_cast<T*>(args.w)), row_pitch_(scores_.pitch + lanes<W>) {}
 
   void run() {
     const AttentionWeights& args = scores_.args;

@@ -117,8 +117,9 @@ class Scores {
  public:
   using W = Wide<T>;
 
-  explicit Scores(const AttentionWeights& args)
+  Scores(const AttentionWeights& args, int threads)
       : args(args),
+        threads(threads),
         pairs(args.sequences * args.heads),
         row_blocks((args.targets + tile_rows - 1) / tile_rows),
         column_blocks((args.sources + tile_columns - 1) / tile_columns),
@@ -145,7 +146,7 @@ class Scores {
   SoftmaxRow<W>* softmax(int64_t pair) const { return static_cast<SoftmaxRow<W>*>(args.softmax) + pair * args.targets; }
 
   // So many threads that each has some 50 us of work.
-  int threads_for(int64_t elements) const { return elements < (1 << 16) ? 1 : args.threads; }
+  int threads_for(int64_t elements) const { return elements < (1 << 16) ? 1 : threads; }
 
   int64_t rows_of(int64_t block) const {
     int64_t left = args.targets - block * tile_rows;
@@ -241,6 +242,7 @@ class Scores {
   }
 
   const AttentionWeights& args;
+  const int threads;
   const int64_t pairs, row_blocks, column_blocks, pitch, offset_pitch, offset_sets;
 
  private:

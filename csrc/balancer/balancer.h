@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtypes.h"
+#include "common/fields.h"
 #include "common/isa.h"
 
 namespace zk {
@@ -18,10 +19,14 @@ struct BalancerMoments {
   int64_t rows, channels, parts;
   DType dtype;
   int threads;
+
+  ZK_FIELDS(x, mean, variance, partials, rows, channels, parts, dtype)
 };
 
 struct BalancerLimits {
   double min_mean, max_mean, min_rms, max_rms, grad_scale;
+
+  ZK_FIELDS(min_mean, max_mean, min_rms, max_rms, grad_scale)
 };
 
 // out = grad + |grad| (level + slope (x - mean)), level and slope of each channel from its moments and the limits.
@@ -33,6 +38,8 @@ struct BalancerGradient {
   int64_t rows, channels;
   DType dtype;
   int threads;
+
+  ZK_FIELDS(grad, x, mean, variance, out, limits, rows, channels, dtype)
 };
 
 ZK_DECLARE_CPU(balancer_moments, BalancerMoments)

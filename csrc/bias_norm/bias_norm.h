@@ -5,6 +5,7 @@
 
 #include "bias_norm/math.h"
 #include "common/dtypes.h"
+#include "common/fields.h"
 #include "common/isa.h"
 
 namespace zk {
@@ -20,6 +21,8 @@ struct BiasNormForward {
   int64_t rows, channels;
   DType x_dtype, y_dtype;
   int threads;  // on the CPU
+
+  ZK_FIELDS(x, bias, log_scale, y, inverse_rms, rows, channels, x_dtype, y_dtype)
 };
 
 // Null outputs are not computed. `partials` is (parts, channels + 1) of the wide type, and is null if neither dbias nor
@@ -38,6 +41,9 @@ struct BiasNormBackward {
   int64_t rows, channels, parts;
   DType x_dtype, y_dtype;
   int threads;  // on the CPU
+
+  ZK_FIELDS(dy, x, bias, log_scale, inverse_rms, dx, dbias, dlog_scale, partials, rows, channels, parts, x_dtype,
+            y_dtype)
 };
 
 // Calls f with a value of x's element type and one of y's, with `dispatch` being dispatch_cpu or dispatch_gpu.

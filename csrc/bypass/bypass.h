@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtypes.h"
+#include "common/fields.h"
 #include "common/isa.h"
 
 namespace zk {
@@ -16,6 +17,8 @@ struct BypassForward {
   int64_t rows, channels;
   DType dtype;  // of all tensors
   int threads;
+
+  ZK_FIELDS(a, b, c, y, rows, channels, dtype)
 };
 
 // db = g c, da = g - db, dc = the sum over rows of g (b - a). Null gradients are not computed. `partials` is
@@ -30,6 +33,8 @@ struct BypassBackward {
   int64_t rows, channels, parts;
   DType dtype;  // of all tensors but `partials`
   int threads;
+
+  ZK_FIELDS(g, a, b, c, da, db, dc, partials, rows, channels, parts, dtype)
 };
 
 ZK_DECLARE_CPU(bypass_forward, BypassForward)

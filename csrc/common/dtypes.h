@@ -1,5 +1,5 @@
-// Element types as Python numbers them (zipformer_kernels/core/launch.py), their storage, and conversions to and from the
-// types that arithmetic is done in.
+// Element types as Python numbers them (zipformer_kernels/core/launch.py), their storage, and conversions to and from
+// the types that arithmetic is done in.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -3,46 +3,17 @@
 
 #include <cstdint>
 
-#include "common/macros.h"
+#include "common/simd.h"
 
 namespace zk::ZK_ISA {
 
-#if defined(__AVX512F__)
-#define ZK_VECTOR_BYTES 64
-constexpr int row_block = 8;
-#elif defined(__AVX__)
-#define ZK_VECTOR_BYTES 32
-constexpr int row_block = 4;
-#else
-#define ZK_VECTOR_BYTES 16
-constexpr int row_block = 4;
-#endif
-
-// A register of W, loaded from any address.
-template <class W>
-struct Register;
-template <>
-struct Register<float> {
-  typedef float type __attribute__((vector_size(ZK_VECTOR_BYTES), aligned(4), may_alias));
-};
-template <>
-struct Register<double> {
-  typedef double type __attribute__((vector_size(ZK_VECTOR_BYTES), aligned(8), may_alias));
-};
-
-template <class W>
-constexpr int lanes = ZK_VECTOR_BYTES / int(sizeof(W));
-
-template <class W>
-constexpr int64_t whole_lanes(int64_t n) {
-  return (n + lanes<W> - 1) / lanes<W> * lanes<W>;
-}
+constexpr int row_block = register_bytes == 64 ? 8 : 4;  // rows whose sums registers have room for
 
 // c (MR rows, NV registers wide) = or += a b, with the sums in registers.
 template <int MR, int NV, bool add, class W>
 void gemm_block(int64_t depth, const W* a, int64_t a_row, int64_t a_column, const W* b, int64_t b_row, W* c,
                 int64_t c_row) {
-  using V = typename Register<W>::type;
+  using V = Register<W>;
   V sum[MR][NV];
 #pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
@@ -52,7 +23,7 @@ void gemm_block(int64_t depth, const W* a, int64_t a_row, int64_t a_column, cons
   for (int64_t k = 0; k < depth; ++k, a += a_column, b += b_row) {
     V right[NV];
 #pragma GCC unroll 4
-    for (int n = 0; n < NV; ++n) right[n] = *reinterpret_cast<const V*>(b + n * lanes<W>);
+    for (int n = 0; n < NV; ++n) right[n] = load(b + n * lanes<W>);
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m) {
       W left = a[m * a_row];
@@ -64,8 +35,8 @@ void gemm_block(int64_t depth, const W* a, int64_t a_row, int64_t a_column, cons
   for (int m = 0; m < MR; ++m) {
 #pragma GCC unroll 4
     for (int n = 0; n < NV; ++n) {
-      V& to = *reinterpret_cast<V*>(c + m * c_row + n * lanes<W>);
-      to = add ? to + sum[m][n] : sum[m][n];
+      W* to = c + m * c_row + n * lanes<W>;
+      store(to, add ? load(to) + sum[m][n] : sum[m][n]);
     }
   }
 }
@@ -109,25 +80,21 @@ void gemm(int64_t rows, int64_t columns, int64_t depth, const W* a, int64_t a_ro
 
 template <int MR, int NR, class W>
 void dots_block(int64_t depth, const W* a, int64_t a_row, const W* b, int64_t b_row, W* c, int64_t c_row) {
-  using V = typename Register<W>::type;
+  using V = Register<W>;
   V sum[MR][NR] = {};
   for (int64_t k = 0; k < depth; k += lanes<W>) {
     V right[NR];
 #pragma GCC unroll 4
-    for (int n = 0; n < NR; ++n) right[n] = *reinterpret_cast<const V*>(b + n * b_row + k);
+    for (int n = 0; n < NR; ++n) right[n] = load(b + n * b_row + k);
 #pragma GCC unroll 4
     for (int m = 0; m < MR; ++m) {
-      V left = *reinterpret_cast<const V*>(a + m * a_row + k);
+      V left = load(a + m * a_row + k);
 #pragma GCC unroll 4
       for (int n = 0; n < NR; ++n) sum[m][n] += left * right[n];
     }
   }
   for (int m = 0; m < MR; ++m) {
-    for (int n = 0; n < NR; ++n) {
-      W total = 0;
-      for (int lane = 0; lane < lanes<W>; ++lane) total += sum[m][n][lane];
-      c[m * c_row + n] += total;
-    }
+    for (int n = 0; n < NR; ++n) c[m * c_row + n] += sum_lanes<W>(sum[m][n]);
   }
 }
 

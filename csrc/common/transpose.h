@@ -2,14 +2,13 @@
 #pragma once
 
 #include "common/dtypes.h"
-#include "common/gemm.h"
+#include "common/simd.h"
 
 namespace zk::ZK_ISA {
 
 // The lanes of a and b in turn: a0 b0 a1 b1 ... in low, the other half in high.
 template <class W>
-ZK_HD void interleave(const typename Register<W>::type& a, const typename Register<W>::type& b,
-                      typename Register<W>::type& low, typename Register<W>::type& high) {
+ZK_HD void interleave(const Register<W>& a, const Register<W>& b, Register<W>& low, Register<W>& high) {
 #if defined(__clang__)
   for (int n = 0; n < lanes<W>; ++n) {
     low[n] = n % 2 ? b[n / 2] : a[n / 2];
@@ -31,7 +30,7 @@ ZK_HD void interleave(const typename Register<W>::type& a, const typename Regist
 // first half of all rows with the second doubles the runs of lanes that lie right, until all do.
 template <class From, class To, class W = Wide<From>>
 void transpose_block(const From* from, int64_t from_pitch, int64_t rows, int64_t columns, To* to, int64_t to_pitch) {
-  using V = typename Register<W>::type;
+  using V = Register<W>;
   constexpr int size = lanes<W>;
   V x[size], y[size];
 #pragma GCC unroll 16

@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "common/dtypes.h"
+#include "common/fields.h"
 #include "common/isa.h"
 
 namespace zk {
@@ -19,6 +20,8 @@ struct ConvModuleShape {
   int64_t chunk;   // frames of a chunk; `frames` where there are none
 
   int64_t half() const { return kernel / 2; }
+
+  ZK_FIELDS(frames, batch, channels, frame_stride, batch_stride, kernel, chunk)
 };
 
 struct ConvModuleInputs {
@@ -40,24 +43,32 @@ struct ConvModuleInputs {
   bool chunked() const { return causal_weight != nullptr; }
 };
 
-struct ConvModuleForward {
-  ConvModuleInputs in;
+struct ConvModuleForward : ConvModuleInputs {
   void* y;
   // In inference on the CPU only:
   void* next = nullptr;  // `left` for the frames to come; or null
   bool swoosh = false;   // y goes through SwooshR
+
+  ZK_FIELDS(a, s, padding, weight, bias, causal_weight, causal_bias, edge_scale, shape, x_dtype, y_dtype, y)
+};
+
+struct ConvModuleInfer : ConvModuleForward {
+  ZK_FIELDS(a, s, padding, weight, bias, causal_weight, causal_bias, edge_scale, shape, x_dtype, y_dtype, y, left,
+            projection_bias, next, swoosh)
 };
 
 // Null outputs are not computed; da and ds only both. `partials` is (parts, P): each of `parts` groups of frames leaves
 // its share of the gradients of all P parameters there, in the order of ParameterOffsets.
-struct ConvModuleBackward {
-  ConvModuleInputs in;
+struct ConvModuleBackward : ConvModuleInputs {
   const void* dy;
   void* da;
   void* ds;
   void* partials;
   int64_t parts;
   int64_t gradient_step = 0;  // on the CPU, elements of da and ds from a row of channels to the next
+
+  ZK_FIELDS(a, s, padding, weight, bias, causal_weight, causal_bias, edge_scale, shape, x_dtype, y_dtype, dy, da, ds,
+            partials, parts, gradient_step)
 };
 
 // Where the gradient of each parameter begins in a row of `partials`.

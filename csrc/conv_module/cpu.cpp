@@ -36,7 +36,7 @@ class Block {
     if (block * width_ == first && channels > 0) return;
     first = block * width_;
     channels = std::min(width_, n.channels - first);
-    panels = (channels + Lanes<W>::count - 1) / Lanes<W>::count;
+    panels = (channels + lanes<W> - 1) / lanes<W>;
     read_taps(in.weight, n.kernel, weight);
     read_row(in.bias, bias);
     if (!in.chunked()) return;
@@ -85,12 +85,12 @@ class Block {
   int64_t dense(int64_t b, int64_t t) const { return (t * n.batch + b) * n.channels + first; }
 
   // e_p of frame t and a panel.
-  Lanes<W> factor(int64_t p, int64_t t) {
-    Lanes<W> result{};
+  Register<W> factor(int64_t p, int64_t t) {
+    Register<W> result{};
     int64_t at = t % n.chunk;
-    result.v += W(1);
-    if (at < n.kernel) result.v += left.panel(p)[at].v;
-    if (at >= n.chunk - n.kernel) result.v += right.panel(p)[at - n.chunk + n.kernel].v;
+    result += W(1);
+    if (at < n.kernel) result += left.panel(p)[at];
+    if (at >= n.chunk - n.kernel) result += right.panel(p)[at - n.chunk + n.kernel];
     return result;
   }
 
@@ -105,10 +105,10 @@ class Block {
   }
 
   // Copies rows from - H .. to + H - 1 of a panel whose first row is frame t0 - H; zero outside of the chunk of `from`.
-  void isolate(const Lanes<W>* rows, int64_t t0, int64_t from, int64_t to, Lanes<W>* copy) const {
+  void isolate(const Register<W>* rows, int64_t t0, int64_t from, int64_t to, Register<W>* copy) const {
     int64_t begin = from / n.chunk * n.chunk, end = begin + n.chunk;
     for (int64_t u = from - half; u < to + half; ++u) {
-      *copy++ = u >= begin && u < end ? rows[u - t0 + half] : Lanes<W>{};
+      *copy++ = u >= begin && u < end ? rows[u - t0 + half] : Register<W>{};
     }
   }
 
@@ -120,12 +120,12 @@ class Block {
  private:
   // Parameters of (channels, count).
   void read_taps(const void* from, int64_t count, Strip<W>& taps) {
-    constexpr int64_t size = Lanes<W>::count;
+    constexpr int64_t size = lanes<W>;
     taps.resize(panels, count);
     const W* values = static_cast<const W*>(from) + first * count;
     for (int64_t p = 0; p < panels; ++p) {
       int64_t rows = std::min(size, channels - p * size);
-      transpose(values + p * size * count, count, rows, count, taps.panel(p)->data(), size);
+      transpose(values + p * size * count, count, rows, count, elements<W>(taps.panel(p)), size);
     }
   }
 
@@ -142,7 +142,7 @@ template <class X, class Y, class W = Wide<X>>
 class Forward {
  public:
   Forward(const ConvModuleForward& args, int64_t width)
-      : block_(args.in, width), y_(static_cast<Y*>(args.y)), next_(args.next), swoosh_(args.swoosh) {}
+      : block_(args, width), y_(static_cast<Y*>(args.y)), next_(args.next), swoosh_(args.swoosh) {}
 
   ZK_TILE void run(int64_t block, int64_t b, int64_t t0) {
     block_.select(block);
@@ -170,17 +170,17 @@ class Forward {
 
  private:
   void convolve(int64_t p, int64_t t0, int64_t count) {
-    const Lanes<W>*x = x_.panel(p), *weight = block_.weight.panel(p);
-    Lanes<W>* result = result_.panel(p);
+    const Register<W>*x = x_.panel(p), *weight = block_.weight.panel(p);
+    Register<W>* result = result_.panel(p);
     int64_t kernel = block_.n.kernel;
-    Lanes<W> bias = *block_.bias.panel(p);
-    if (!block_.in.chunked()) return correlate_rows(x, weight, kernel, count, bias, result);
-    correlate_rows(x, block_.causal_weight.panel(p), block_.half + 1, count, *block_.causal_bias.panel(p), result);
-    Lanes<W>*rows = isolated_.panel(0), *within = isolated_.panel(1);
+    Register<W> bias = *block_.bias.panel(p);
+    if (!block_.in.chunked()) return correlate_rows<W>(x, weight, kernel, count, bias, result);
+    correlate_rows<W>(x, block_.causal_weight.panel(p), block_.half + 1, count, *block_.causal_bias.panel(p), result);
+    Register<W>*rows = isolated_.panel(0), *within = isolated_.panel(1);
     block_.each_chunk(t0, count, [&](int64_t from, int64_t to) {
       block_.isolate(x, t0, from, to, rows);
-      correlate_rows(rows, weight, kernel, to - from, bias, within);
-      for (int64_t t = from; t < to; ++t) result[t - t0].v += block_.factor(p, t).v * within[t - from].v;
+      correlate_rows<W>(rows, weight, kernel, to - from, bias, within);
+      for (int64_t t = from; t < to; ++t) result[t - t0] += block_.factor(p, t) * within[t - from];
     });
   }
 
@@ -205,14 +205,14 @@ template <class X, class Y, class W = Wide<X>>
 class Backward {
  public:
   Backward(const ConvModuleBackward& args, int64_t width)
-      : args_(args), block_(args.in, width), offsets_(args.in.shape, args.in.chunked()) {}
+      : args_(args), block_(args, width), offsets_(args.shape, args.chunked()) {}
 
   // The share of one part of all tiles.
   ZK_TILE void run(int64_t block, int64_t part) {
     block_.select(block);
     const ConvModuleShape& n = block_.n;
     flip(block_.weight, n.kernel, flipped_weight_);
-    if (args_.in.chunked()) flip(block_.causal_weight, block_.half + 1, flipped_causal_);
+    if (args_.chunked()) flip(block_.causal_weight, block_.half + 1, flipped_causal_);
     int64_t rows = tile + 2 * block_.half + group, taps = round_up(n.kernel, group);
     if (sized_ != block_.panels) {
       sized_ = block_.panels;
@@ -221,7 +221,7 @@ class Backward {
     }
     dweight_.resize(block_.panels, taps);
     dbias_.resize(block_.panels, 1);
-    if (args_.in.chunked()) {
+    if (args_.chunked()) {
       dcausal_.resize(block_.panels, taps);
       dcausal_bias_.resize(block_.panels, 1);
       dleft_.resize(block_.panels, n.kernel);
@@ -256,7 +256,7 @@ class Backward {
     }
     if (args_.partials) block_.load_gated(b, t0, count, x_);
     for (int64_t p = 0; p < block_.panels; ++p) {
-      if (args_.in.chunked()) scale(p, t0, count);
+      if (args_.chunked()) scale(p, t0, count);
       if (args_.da) differentiate(p, t0, count);
       if (args_.partials) add_parameters(p, t0, count);
     }
@@ -266,49 +266,49 @@ class Backward {
   // e dy, on every frame that dy is held of.
   void scale(int64_t p, int64_t t0, int64_t count) {
     int64_t begin = std::max<int64_t>(t0 - block_.half, 0);
-    const Lanes<W>* dy = dy_.panel(p);
-    Lanes<W>* scaled = scaled_.panel(p);
+    const Register<W>* dy = dy_.panel(p);
+    Register<W>* scaled = scaled_.panel(p);
     for (int64_t t = begin; t < t0 + count + block_.half; ++t) {
       int64_t r = t - t0 + block_.half;
-      scaled[r].v = dy[r].v * block_.factor(p, t).v;
+      scaled[r] = dy[r] * block_.factor(p, t);
     }
   }
 
   void differentiate(int64_t p, int64_t t0, int64_t count) {
-    const Lanes<W>*dy = dy_.panel(p), *weight = flipped_weight_.panel(p);
-    Lanes<W>* dx = dx_.panel(p);
+    const Register<W>*dy = dy_.panel(p), *weight = flipped_weight_.panel(p);
+    Register<W>* dx = dx_.panel(p);
     int64_t kernel = block_.n.kernel, half = block_.half;
-    if (!args_.in.chunked()) return correlate_rows(dy, weight, kernel, count, Lanes<W>{}, dx);
-    correlate_rows(dy + half, flipped_causal_.panel(p), half + 1, count, Lanes<W>{}, dx);
-    Lanes<W>*rows = isolated_.panel(0), *within = isolated_.panel(1);
+    if (!args_.chunked()) return correlate_rows<W>(dy, weight, kernel, count, Register<W>{}, dx);
+    correlate_rows<W>(dy + half, flipped_causal_.panel(p), half + 1, count, Register<W>{}, dx);
+    Register<W>*rows = isolated_.panel(0), *within = isolated_.panel(1);
     block_.each_chunk(t0, count, [&](int64_t from, int64_t to) {
       block_.isolate(scaled_.panel(p), t0, from, to, rows);
-      correlate_rows(rows, weight, kernel, to - from, Lanes<W>{}, within);
-      for (int64_t t = from; t < to; ++t) dx[t - t0].v += within[t - from].v;
+      correlate_rows<W>(rows, weight, kernel, to - from, Register<W>{}, within);
+      for (int64_t t = from; t < to; ++t) dx[t - t0] += within[t - from];
     });
   }
 
   void add_parameters(int64_t p, int64_t t0, int64_t count) {
-    const Lanes<W>*x = x_.panel(p), *dy = dy_.panel(p) + block_.half;
+    const Register<W>*x = x_.panel(p), *dy = dy_.panel(p) + block_.half;
     int64_t kernel = block_.n.kernel;
-    if (!args_.in.chunked()) {
-      correlate_taps(x, dy, count, kernel, dweight_.panel(p));
-      return add_rows(dy, count, *dbias_.panel(p));
+    if (!args_.chunked()) {
+      correlate_taps<W>(x, dy, count, kernel, dweight_.panel(p));
+      return add_rows<W>(dy, count, *dbias_.panel(p));
     }
-    correlate_taps(x, dy, count, block_.half + 1, dcausal_.panel(p));
-    add_rows(dy, count, *dcausal_bias_.panel(p));
-    const Lanes<W>* scaled = scaled_.panel(p) + block_.half;
-    add_rows(scaled, count, *dbias_.panel(p));
-    Lanes<W>*rows = isolated_.panel(0), *within = isolated_.panel(1);
+    correlate_taps<W>(x, dy, count, block_.half + 1, dcausal_.panel(p));
+    add_rows<W>(dy, count, *dcausal_bias_.panel(p));
+    const Register<W>* scaled = scaled_.panel(p) + block_.half;
+    add_rows<W>(scaled, count, *dbias_.panel(p));
+    Register<W>*rows = isolated_.panel(0), *within = isolated_.panel(1);
     block_.each_chunk(t0, count, [&](int64_t from, int64_t to) {
       block_.isolate(x, t0, from, to, rows);
-      correlate_taps(rows, scaled + from - t0, to - from, kernel, dweight_.panel(p));
-      correlate_rows(rows, block_.weight.panel(p), kernel, to - from, *block_.bias.panel(p), within);
+      correlate_taps<W>(rows, scaled + from - t0, to - from, kernel, dweight_.panel(p));
+      correlate_rows<W>(rows, block_.weight.panel(p), kernel, to - from, *block_.bias.panel(p), within);
       for (int64_t t = from; t < to; ++t) {
         int64_t at = t % block_.n.chunk, from_right = at - block_.n.chunk + kernel;
-        auto product = dy[t - t0].v * within[t - from].v;
-        if (at < kernel) dleft_.panel(p)[at].v += product;
-        if (from_right >= 0) dright_.panel(p)[from_right].v += product;
+        auto product = dy[t - t0] * within[t - from];
+        if (at < kernel) dleft_.panel(p)[at] += product;
+        if (from_right >= 0) dright_.panel(p)[from_right] += product;
       }
     });
   }
@@ -322,7 +322,7 @@ class Backward {
       std::fill_n(ds, block_.channels, X{});
       return;
     }
-    const X *a = block_.row(args_.in.a, b, t), *s = block_.row(args_.in.s, b, t);
+    const X *a = block_.row(args_.a, b, t), *s = block_.row(args_.s, b, t);
     dx_.each_channel(i, block_.channels, [&](int64_t c, W& dx) {
       W wide_da, wide_ds;
       gate_gradients(widen(a[c]), widen(s[c]), dx, wide_da, wide_ds);
@@ -335,7 +335,7 @@ class Backward {
     const ConvModuleShape& n = block_.n;
     write_taps(dweight_, n.kernel, share);
     write_taps(dbias_, 1, share + offsets_.bias);
-    if (!args_.in.chunked()) return;
+    if (!args_.chunked()) return;
     write_taps(dcausal_, block_.half + 1, share + offsets_.causal_weight);
     write_taps(dcausal_bias_, 1, share + offsets_.causal_bias);
     write_taps(dleft_, n.kernel, share + offsets_.edge_scale);
@@ -346,8 +346,8 @@ class Backward {
   void write_taps(Strip<W>& from, int64_t count, W* to) {
     to += block_.first * count;
     for (int64_t c = 0; c < block_.channels; ++c) {
-      Lanes<W>* panel = from.panel(c / Lanes<W>::count);
-      for (int64_t k = 0; k < count; ++k) to[c * count + k] = panel[k].data()[c % Lanes<W>::count];
+      Register<W>* panel = from.panel(c / lanes<W>);
+      for (int64_t k = 0; k < count; ++k) to[c * count + k] = elements<W>(panel + k)[c % lanes<W>];
     }
   }
 
@@ -364,11 +364,11 @@ const auto dispatch = [](DType dtype, auto&& f) { dispatch_cpu(dtype, f); };
 }  // namespace
 
 void conv_module_forward(const ConvModuleForward& args) {
-  const ConvModuleShape& n = args.in.shape;
+  const ConvModuleShape& n = args.shape;
   int64_t across = (n.frames + tile - 1) / tile, tiles = n.batch * across;
-  int64_t width = block_width(n, tiles, args.in.threads), blocks = (n.channels + width - 1) / width;
-  dispatch_conv_module(dispatch, args.in.x_dtype, args.in.y_dtype, [&](auto x, auto y) {
-    parallel_for(blocks * tiles, 1, args.in.threads, [&](int64_t begin, int64_t end) {
+  int64_t width = block_width(n, tiles, args.threads), blocks = (n.channels + width - 1) / width;
+  dispatch_conv_module(dispatch, args.x_dtype, args.y_dtype, [&](auto x, auto y) {
+    parallel_for(blocks * tiles, 1, args.threads, [&](int64_t begin, int64_t end) {
       Forward<decltype(x), decltype(y)> forward(args, width);
       for (int64_t i = begin; i < end; ++i) forward.run(i / tiles, i % tiles / across, i % across * tile);
     });
@@ -376,10 +376,10 @@ void conv_module_forward(const ConvModuleForward& args) {
 }
 
 void conv_module_backward(const ConvModuleBackward& args) {
-  const ConvModuleShape& n = args.in.shape;
-  int64_t width = block_width(n, args.parts, args.in.threads), blocks = (n.channels + width - 1) / width;
-  dispatch_conv_module(dispatch, args.in.x_dtype, args.in.y_dtype, [&](auto x, auto y) {
-    parallel_for(blocks * args.parts, 1, args.in.threads, [&](int64_t begin, int64_t end) {
+  const ConvModuleShape& n = args.shape;
+  int64_t width = block_width(n, args.parts, args.threads), blocks = (n.channels + width - 1) / width;
+  dispatch_conv_module(dispatch, args.x_dtype, args.y_dtype, [&](auto x, auto y) {
+    parallel_for(blocks * args.parts, 1, args.threads, [&](int64_t begin, int64_t end) {
       Backward<decltype(x), decltype(y)> backward(args, width);
       for (int64_t i = begin; i < end; ++i) backward.run(i / args.parts, i % args.parts);
     });

@@ -406,31 +406,33 @@ int64_t tiles_of(const ConvModuleShape& n) { return n.batch * ceil_div(n.frames,
 }  // namespace
 
 void conv_module_forward_cuda(const ConvModuleForward& args, void* stream) {
-  const ConvModuleShape& n = args.in.shape;
+  const ConvModuleInputs& inputs = args;
+  const ConvModuleShape& n = args.shape;
   int kernel = int(n.kernel), rows = strip_rows(kernel) + padded(kernel) + padded(kernel / 2 + 1);
-  with_types(args.in, [&](auto x, auto y, auto chunked) {
+  with_types(args, [&](auto x, auto y, auto chunked) {
     using Y = decltype(y);
     launch("conv_module forward", forward<decltype(x), Y, chunked.value>, grid(n, tiles_of(n)), warps * lanes,
-           bytes(rows), stream, args.in, static_cast<Y*>(args.y));
+           bytes(rows), stream, inputs, static_cast<Y*>(args.y));
   });
 }
 
 void conv_module_backward_cuda(const ConvModuleBackward& args, void* stream) {
-  const ConvModuleShape& n = args.in.shape;
+  const ConvModuleInputs& inputs = args;
+  const ConvModuleShape& n = args.shape;
   int kernel = int(n.kernel);
-  with_types(args.in, [&](auto x, auto y, auto chunked) {
+  with_types(args, [&](auto x, auto y, auto chunked) {
     using X = decltype(x);
     using Y = decltype(y);
     auto dy = static_cast<const Y*>(args.dy);
     if (args.da) {
       int strip = strip_rows(kernel), taps = padded(kernel) + padded(kernel / 2 + 1);
       launch("conv_module backward", backward<X, Y, chunked.value>, grid(n, tiles_of(n)), warps * lanes,
-             bytes((chunked.value ? 2 : 1) * strip + taps), stream, args.in, dy, static_cast<X*>(args.da),
+             bytes((chunked.value ? 2 : 1) * strip + taps), stream, inputs, dy, static_cast<X*>(args.da),
              static_cast<X*>(args.ds));
     }
     if (args.partials) {
       launch("conv_module backward, parameters", backward_parameters<X, Y, chunked.value>, grid(n, args.parts),
-             warps * lanes, bytes(ParameterRows(kernel, chunked.value).all), stream, args.in, dy,
+             warps * lanes, bytes(ParameterRows(kernel, chunked.value).all), stream, inputs, dy,
              static_cast<float*>(args.partials), args.parts, ParameterOffsets(n, chunked.value));
     }
   });

@@ -24,8 +24,8 @@ class WeightGradient {
   // Leaves the sums over the frames of a part.
   void run(int64_t part) {
     int64_t tiles_each = (n.frames + tile - 1) / tile, tiles = n.batch * tiles_each;
-    for (int64_t first = 0; first < n.channels; first += Lanes<W>::count) {
-      count_ = std::min<int64_t>(Lanes<W>::count, n.channels - first);
+    for (int64_t first = 0; first < n.channels; first += lanes<W>) {
+      count_ = std::min<int64_t>(lanes<W>, n.channels - first);
       sums_.resize(n.kernel_frames, taps_);
       for (int64_t i = tiles * part / n.parts; i < tiles * (part + 1) / n.parts; ++i) {
         add(first, i / tiles_each, i % tiles_each * tile);
@@ -33,7 +33,7 @@ class WeightGradient {
       W* to = static_cast<W*>(n.partials) + part * n.kernel_frames * n.kernel_bins * n.channels + first;
       for (int64_t i = 0; i < n.kernel_frames; ++i) {
         for (int64_t j = 0; j < n.kernel_bins; ++j, to += n.channels) {
-          std::copy_n(sums_.panel(i)[j].data(), count_, to);
+          std::copy_n(elements<W>(sums_.panel(i) + j), count_, to);
         }
       }
     }
@@ -48,20 +48,20 @@ class WeightGradient {
     for (int64_t t = t0; t < t1; ++t) load(n.dy, first, b, t, dy_.panel(t - t0));
     for (int64_t t = t0; t < t1; ++t) {
       for (int64_t u = std::max(t - half, u0); u < std::min(t + half + 1, u1); ++u) {
-        correlate_taps(x_.panel(u - u0), dy_.panel(t - t0), n.bins, n.kernel_bins, sums_.panel(u - t + half));
+        correlate_taps<W>(x_.panel(u - u0), dy_.panel(t - t0), n.bins, n.kernel_bins, sums_.panel(u - t + half));
       }
     }
   }
 
-  void load(const Image& image, int64_t first, int64_t b, int64_t t, Lanes<W>* to) const {
+  void load(const Image& image, int64_t first, int64_t b, int64_t t, Register<W>* to) const {
     const X* from = static_cast<const X*>(image.data) + b * image.batch_stride + t * image.frame_stride + first;
     for (int64_t f = 0; f < n.bins; ++f, from += image.bin_stride) {
-      W* lanes = to[f].data();
-      if (count_ == Lanes<W>::count) {
+      W* values = elements<W>(to + f);
+      if (count_ == lanes<W>) {
 #pragma omp simd
-        for (int c = 0; c < Lanes<W>::count; ++c) lanes[c] = widen(from[c]);
+        for (int c = 0; c < lanes<W>; ++c) values[c] = widen(from[c]);
       } else {  // lanes beyond hold what they held: their sums are never read
-        for (int64_t c = 0; c < count_; ++c) lanes[c] = widen(from[c]);
+        for (int64_t c = 0; c < count_; ++c) values[c] = widen(from[c]);
       }
     }
   }

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtypes.h"
+#include "common/fields.h"
 #include "common/isa.h"
 
 namespace zk {
@@ -12,6 +13,8 @@ namespace zk {
 struct Image {
   const void* data;
   int64_t batch_stride, frame_stride, bin_stride;
+
+  ZK_FIELDS(data, batch_stride, frame_stride, bin_stride)
 };
 
 // The gradient of the weight of y_tfc = b_c + sum_ij w_cij x_(t + i - I / 2)(f + j - J / 2)c, zeros around x:
@@ -26,6 +29,8 @@ struct DepthwiseConv2dWeightGradient {
   int64_t kernel_frames, kernel_bins;  // I and J, odd
   DType dtype;                         // of x and dy
   int threads;
+
+  ZK_FIELDS(x, dy, partials, parts, batch, channels, frames, bins, kernel_frames, kernel_bins, dtype)
 };
 
 ZK_DECLARE_CPU(depthwise_conv2d_weight_gradient, DepthwiseConv2dWeightGradient)

@@ -17,8 +17,8 @@ constexpr int64_t grain = 64;  // columns
 
 // A register whose lane i is the sum of the lanes of sums[i].
 template <class W>
-typename Register<W>::type add_lanes(typename Register<W>::type* sums) {
-  typename Register<W>::type low, high;
+Register<W> add_lanes(Register<W>* sums) {
+  Register<W> low, high;
 #pragma GCC unroll 4
   for (int count = lanes<W> / 2; count > 0; count /= 2) {
 #pragma GCC unroll 8
@@ -34,7 +34,7 @@ typename Register<W>::type add_lanes(typename Register<W>::type* sums) {
 // rows, `columns`, the others repeat the last.
 template <int rows, class W>
 void product_block(int64_t depth, const W* x, const W* w, int64_t columns, W* y) {
-  using V = typename Register<W>::type;
+  using V = Register<W>;
   constexpr int width = lanes<W>, across = width / rows;  // sums of `rows` by `across` at a time
   const int64_t next = width * depth;                     // from here to the block that comes after
   for (int first = 0; first < width; first += across) {
@@ -46,12 +46,12 @@ void product_block(int64_t depth, const W* x, const W* w, int64_t columns, W* y)
       V b[across];
 #pragma GCC unroll 16
       for (int n = 0; n < across; ++n) {
-        b[n] = *reinterpret_cast<const V*>(right[n] + k);
+        b[n] = load(right[n] + k);
         __builtin_prefetch(right[n] + k + next);  // rows are too short for the hardware to see where this goes
       }
 #pragma GCC unroll 16
       for (int m = 0; m < rows; ++m) {
-        V a = *reinterpret_cast<const V*>(x + m * depth + k);
+        V a = load(x + m * depth + k);
 #pragma GCC unroll 16
         for (int n = 0; n < across; ++n) sums[m * across + n] += a * b[n];
       }

@@ -57,6 +57,11 @@ void each_row(const Args& args, F f) {
 }
 
 template <class W>
+W* at(const NonlinRows& x, int64_t t, int64_t b) {
+  return static_cast<W*>(x.data) + t * x.frame + b * x.sequence;
+}
+
+template <class W>
 void open(const NonlinGates& args) {
   auto projected = static_cast<const W*>(args.projected), bias = static_cast<const W*>(args.bias);
   auto out = static_cast<W*>(args.out);
@@ -71,17 +76,10 @@ void close(const NonlinGates& args) {
   int64_t channels = args.channels;
   auto y = static_cast<const W*>(args.projected) + 2 * channels;
   auto bias = args.bias ? static_cast<const W*>(args.bias) + 2 * channels : nullptr;
-  auto average = static_cast<const W*>(args.average);
   auto out = static_cast<W*>(args.out);
   each_row(args, [&](int64_t row, int64_t t, int64_t b) {
-    const W* from = average + t * args.average_frame + b * args.average_sequence;
-    close_row(from, y + row * 3 * channels, bias, channels, out + row * channels);
+    close_row<W>(at<W>(args.average, t, b), y + row * 3 * channels, bias, channels, out + row * channels);
   });
-}
-
-template <class W>
-W* at(const NonlinRows& x, int64_t t, int64_t b) {
-  return static_cast<W*>(x.data) + t * x.frame + b * x.sequence;
 }
 
 template <class W>

@@ -4,27 +4,31 @@
 #include <cstdint>
 
 #include "common/dtypes.h"
+#include "common/fields.h"
 #include "common/isa.h"
 
 namespace zk {
+
+// Rows of channels next to each other, (frames, sequences, channels); strides in elements.
+struct NonlinRows {
+  void* data;
+  int64_t frame, sequence;
+
+  ZK_FIELDS(data, frame, sequence)
+};
 
 // With s, x, y the thirds of rows of a projection, and its bias: values = x tanh(s) before the average over frames, and
 // out = average y after it.
 struct NonlinGates {
   const void* projected;  // (frames, sequences, 3 channels)
   const void* bias;       // (3 channels), or null
-  const void* average;    // (frames, sequences, channels) of these strides; of `close` only
-  int64_t average_frame, average_sequence;
-  void* out;  // (frames, sequences, channels): values, or the average times y
+  NonlinRows average;     // of `close`; without data elsewhere
+  void* out;              // (frames, sequences, channels): values, or the average times y
   int64_t frames, sequences, channels;
   DType dtype;  // of everything: float32 or float64
   int threads;
-};
 
-// Rows of channels next to each other, (frames, sequences, channels); strides in elements.
-struct NonlinRows {
-  void* data;
-  int64_t frame, sequence;
+  ZK_FIELDS(projected, bias, average, out, frames, sequences, channels, dtype)
 };
 
 // Their gradients. close: inner = grad y and dy = grad average; open, where grad is that of the values: ds = grad x (1
@@ -32,11 +36,13 @@ struct NonlinRows {
 struct NonlinGatesBackward {
   const void* projected;  // (frames, sequences, 3 channels)
   NonlinRows grad;
-  NonlinRows average, inner;  // of `close`
+  NonlinRows average, inner;  // of `close`; without data elsewhere
   void* dprojected;           // (frames, sequences, 3 channels)
   int64_t frames, sequences, channels;
   DType dtype;  // of everything: float32 or float64
   int threads;
+
+  ZK_FIELDS(projected, grad, average, inner, dprojected, frames, sequences, channels, dtype)
 };
 
 ZK_DECLARE_CPU(nonlin_attention_open_backward, NonlinGatesBackward)

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/dtypes.h"
+#include "common/fields.h"
 #include "common/isa.h"
 #include "swoosh/math.h"
 
@@ -19,6 +20,13 @@ struct SwooshForward {
   int threads;                 // on the CPU
   const void* bias = nullptr;  // (channels,), or null
   int64_t channels = 1;
+
+  ZK_FIELDS(x, y, n, dtype, kind)
+};
+
+// The same with a bias.
+struct SwooshBiasForward : SwooshForward {
+  ZK_FIELDS(x, y, bias, n, channels, dtype, kind)
 };
 
 // dx = dy * swoosh'(x) over n elements. On the CPU y = swoosh(x) may be written too, dx may then be dy and y may be x,
@@ -34,6 +42,13 @@ struct SwooshBackward {
   void* y = nullptr;           // or null
   const void* bias = nullptr;  // (channels,), or null; with y
   int64_t channels = 1;
+
+  ZK_FIELDS(dy, x, dx, n, dtype, kind)
+};
+
+// The same with a bias, and y.
+struct SwooshBiasBackward : SwooshBackward {
+  ZK_FIELDS(dy, x, dx, y, bias, n, channels, dtype, kind)
 };
 
 ZK_DECLARE_CPU(swoosh_forward, SwooshForward)

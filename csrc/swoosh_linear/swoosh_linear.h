@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "common/dtypes.h"
+#include "common/fields.h"
 #include "common/isa.h"
 #include "swoosh/math.h"
 
@@ -27,6 +28,8 @@ struct SwooshLinearForward {
   DType x_dtype, a_dtype;
   SwooshKind kind;
   int threads;  // on the CPU
+
+  ZK_FIELDS(x, mask, a, shape.outer, shape.shared, shape.inner, x_dtype, a_dtype, kind)
 };
 
 // dx = da mask swoosh'(x), and once more a = mask swoosh(x) unless `a` is null.
@@ -40,6 +43,8 @@ struct SwooshLinearBackward {
   DType x_dtype, a_dtype;
   SwooshKind kind;
   int threads;  // on the CPU
+
+  ZK_FIELDS(da, x, mask, dx, a, shape.outer, shape.shared, shape.inner, x_dtype, a_dtype, kind)
 };
 
 // Calls f with a value of x's element type and one of a's, which is the same or, for float32, half precision;

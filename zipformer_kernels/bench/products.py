@@ -121,9 +121,9 @@ def named_kernels() -> Iterator[None]:
         backend.native = native
 
 
-def _named(name: str, function: Callable[..., Any], *args: Any) -> Any:
+def _named(name: str, function: Callable[..., Any], *args: Any, **named: Any) -> Any:
     with record_function(name):
-        return function(*args)
+        return function(*args, **named)
 
 
 def _prepare(name: str, wanted: Sequence[str]) -> Prepared:

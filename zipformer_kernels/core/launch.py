@@ -109,13 +109,16 @@ def on_device(x: Tensor) -> AbstractContextManager:
     return torch.cuda.device(x.device)
 
 
-def call_cpu(function: str, x: Tensor, *args: int | float) -> None:
-    """Calls ``<function>_cpu`` of the compiled module with torch's thread count."""
-    getattr(backend.native, function + "_cpu")(*args, torch.get_num_threads())
+def call_cpu(function: str, x: Tensor, *args: int | float, **named: int | float | tuple) -> None:
+    """Calls ``<function>_cpu`` of the compiled module with torch's thread count.
+
+    Arguments are the fields of the struct that the kernel takes, in their order or by name.
+    """
+    getattr(backend.native, function + "_cpu")(*args, **named, threads=torch.get_num_threads())
 
 
-def call_cuda(function: str, x: Tensor, *args: int | float) -> None:
-    """Calls ``<function>_cuda`` of the compiled module on the device of x and torch's current stream."""
+def call_cuda(function: str, x: Tensor, *args: int | float, **named: int | float | tuple) -> None:
+    """Calls ``<function>_cuda`` on the device of x and torch's current stream; arguments as of `call_cpu`."""
     with on_device(x):
         stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
-        getattr(backend.native, function + "_cuda")(*args, stream)
+        getattr(backend.native, function + "_cuda")(*args, **named, stream=stream)

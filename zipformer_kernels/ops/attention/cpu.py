@@ -21,10 +21,9 @@ from zipformer_kernels.core.launch import (
     unsupported_dtypes,
 )
 from zipformer_kernels.core.op import Launchers
+from zipformer_kernels.ops.attention.arguments import NO_ROWS, Arguments, Rows, Use, projections, rows, unit_stride
 from zipformer_kernels.ops.attention.reference import empty_rows
 from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, grouped
-
-Rows = tuple[int, int, int, int]
 
 LEAST_SCORES = {torch.float32: 64 * 64, torch.float16: 64 * 64, torch.float64: 100 * 100}
 """Targets times sources from which on a layer with three uses of its weights measured faster than on eager."""
@@ -38,50 +37,12 @@ is faster than to compute them again, but not in memory that allocators hand bac
 this size on."""
 
 
-def _unit_stride(x: Tensor | None) -> Tensor | None:
-    """x if its last dimension is contiguous, else a copy."""
-    return x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
-def _rows(x: Tensor | None) -> Rows:
-    """The address and strides of a tensor (frames, B, H, channels)."""
-    return (0, 0, 0, 0) if x is None else (pointer(x), *x.stride()[:3])
-
-
-def _projections(e: Tensor | None) -> Rows:
-    """The address and strides of position projections, by offset, sequence and head; 0 if sequences share them."""
-    if e is None:
-        return (0, 0, 0, 0)
-    offset, head = e.stride()[-3:-1]
-    return pointer(e), offset, e.stride(0) if e.ndim == 4 else 0, head
-
-
-class _Weights:
-    """The weights' side of every call, with the tensors that it points to."""
-
-    def __init__(self, scores: Scores, result: Tensor, masks: Masks) -> None:
-        self.q, self.k, self.p, self.e = (_unit_stride(x) for x in scores)
-        self.result = result.contiguous()  # the softmax rows, or the weights themselves
-        self.padding = None if masks.key_padding_mask is None else masks.key_padding_mask.contiguous()
-        self.mask = _unit_stride(masks.attn_mask)
-        self.rule = masks.chunk, masks.left_chunks
-
-    def arguments(self) -> tuple:
-        """What every function of the compiled module takes first."""
-        q, k, p, mask = self.q, self.k, self.p, self.mask
-        scores = _rows(q), _rows(k), _rows(p), _projections(self.e)
-        masks = pointer(self.padding), pointer(mask)
-        strides = (0, 0) if mask is None else (mask.stride(-2), mask.stride(0) if mask.ndim == 3 else 0)
-        sizes = (q.shape[0], k.shape[0], *q.shape[1:], 0 if p is None else p.shape[3], *self.rule)
-        return scores, pointer(self.result), (*masks, *strides), sizes, DTYPE_CODES[q.dtype]
-
-
 def _softmax(*args: Tensor | int | None) -> tuple[Tensor]:
     scores, _, masks, _ = grouped(0, args)
     softmax = empty_rows(scores.q)
     if softmax.numel() > 0:
-        weights = _Weights(scores, softmax, masks)  # holds copies until the call is over
-        call_cpu("attention_softmax", scores.q, *weights.arguments())
+        weights = Arguments(scores, softmax, masks)  # holds copies until the call is over
+        call_cpu("attention_softmax", scores.q, weights.struct())
     return (softmax,)
 
 
@@ -90,9 +51,9 @@ def forward(*args: Tensor | int | float | None) -> tuple[Tensor]:
     scores, (v, softmax), masks, _ = grouped(2, args)
     out = v.new_empty(scores.q.shape[0], *v.shape[1:])
     if out.numel() > 0:
-        weights = _Weights(scores, softmax, masks)
-        v = _unit_stride(v)
-        call_cpu("attention_forward", v, *weights.arguments(), _rows(v), pointer(out), v.shape[3])
+        weights = Arguments(scores, softmax, masks)
+        v = unit_stride(v)
+        call_cpu("attention_forward", v, weights.struct(), rows(v), pointer(out), v.shape[3])
     return (out,)
 
 
@@ -105,10 +66,10 @@ def backward(
     wanted = needs[0], needs[1], needs[2] or needs[3], needs[2] or needs[3], needs[4]
     gradients, written = _room((*scores, v), wanted, out.numel() > 0)
     if out.numel() > 0:
-        weights = _Weights(scores, softmax, masks)
-        v, out, grad = (_unit_stride(x) for x in (v, out, grad.to(v.dtype)))
-        use = _rows(v), _rows(out), _rows(grad), v.shape[3]
-        call_cpu("attention_backward", v, *weights.arguments(), use, _all_rows(written), *penalty)
+        weights = Arguments(scores, softmax, masks)
+        v, out, grad = (unit_stride(x) for x in (v, out, grad.to(v.dtype)))
+        use = Use(rows(v), rows(out), rows(grad), v.shape[3])
+        call_cpu("attention_backward", v, weights.struct(), 0, 0, [use], *_all_rows(written), *penalty)
     return *_filled(gradients, written), None, None, None
 
 
@@ -118,8 +79,8 @@ def make_weights(*args: Tensor | int | float | None) -> tuple[Tensor]:
     q, k, *_ = scores
     w = q.new_empty(q.shape[2], q.shape[1], q.shape[0], k.shape[0])
     if w.numel() > 0:
-        weights = _Weights(scores, w, masks)
-        call_cpu("attention_weights_forward", q, *weights.arguments())
+        weights = Arguments(scores, None, masks)
+        call_cpu("attention_weights_forward", q, weights.struct(), pointer(w))
     return (w,)
 
 
@@ -142,12 +103,12 @@ def weights_gradients(
     filled = scores.q.numel() > 0 and scores.k.numel() > 0
     gradients, written = _room(scores, wanted, filled)
     for heads, w, dw, uses in pieces if filled else ():
-        weights = _Weights(scores.of_heads(heads), w, masks)
+        weights, w = Arguments(scores.of_heads(heads), None, masks), w.contiguous()
         dw = None if dw is None else dw.to(w.dtype).contiguous()
-        uses = [tuple(_unit_stride(x.to(w.dtype)) for x in use) for use in uses]
-        given = [(*map(_rows, use), use[0].shape[3]) for use in uses]
-        results = _all_rows(Scores(*written).of_heads(heads))
-        call_cpu("attention_weights_backward", w, *weights.arguments(), pointer(dw), given, results, *penalty)
+        uses = [tuple(unit_stride(x.to(w.dtype)) for x in use) for use in uses]
+        given = [Use(*map(rows, use), use[0].shape[3]) for use in uses]
+        results = *_all_rows(Scores(*written).of_heads(heads)), NO_ROWS
+        call_cpu("attention_backward", w, weights.struct(), pointer(w), pointer(dw), given, *results, *penalty)
     return _filled(gradients, written)
 
 
@@ -170,12 +131,12 @@ def _room(
     make = torch.empty_like if filled else torch.zeros_like
     for x, want in zip(inputs[len(gradients) :], wanted[len(gradients) :], strict=True):
         gradients.append(make(x) if want and x is not None else None)
-    return gradients, [_unit_stride(x) for x in gradients]
+    return gradients, [unit_stride(x) for x in gradients]
 
 
 def _all_rows(written: Sequence[Tensor | None]) -> list[Rows]:
     """The addresses and strides of the gradients of q, k, p, e and, where there is one, v."""
-    return [_projections(x) if i == 3 else _rows(x) for i, x in enumerate(written)]
+    return [projections(x) if i == 3 else rows(x) for i, x in enumerate(written)]
 
 
 def _filled(gradients: list[Tensor | None], written: list[Tensor | None]) -> list[Tensor | None]:
@@ -234,9 +195,22 @@ def _stream(*args: Any) -> tuple[Tensor, Tensor]:
     if y.numel() == 0:
         joined[: context.shape[0]].copy_(context)
         return y, joined
-    addresses = tuple(map(pointer, (src, in_weight, in_bias, context, weights, *after, joined, y)))
-    sizes = targets, sources, batch, channels, heads, values
-    call_cpu("attention_stream", src, addresses, sizes, gated, DTYPE_CODES[src.dtype])
+    call_cpu(
+        "average_branch",
+        src,
+        *map(pointer, (src, in_weight, in_bias, *after, y)),
+        channels,
+        DTYPE_CODES[src.dtype],
+        targets=targets,
+        sources=sources,
+        sequences=batch,
+        heads=heads,
+        values=values,
+        gated=gated,
+        context=pointer(context),
+        weights=pointer(weights),
+        joined=pointer(joined),
+    )
     return y, joined
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,18 @@ def unsupported(dtypes: tuple[torch.dtype, ...], a: Tensor, *rest: object) -> st
 def chunk_length(chunk_size: int, frames: int) -> int:
     """Frames per chunk as kernels take them: at least 1, and no more than there are."""
     return chunk_size if 0 < chunk_size <= frames else max(frames, 1)
+
+
+class Shape(NamedTuple):
+    """`ConvModuleShape` of ``csrc/conv_module/conv_module.h``; strides are those of a and s."""
+
+    frames: int
+    batch: int
+    channels: int
+    frame_stride: int
+    batch_stride: int
+    kernel: int
+    chunk: int
 
 
 class Arguments:
@@ -62,9 +76,9 @@ class Arguments:
         self.chunk = chunk_length(chunk_size if self.chunked else -1, a.shape[0])
 
     @property
-    def sizes(self) -> tuple[int, ...]:
-        """Frames, batch, channels, the strides of a frame and of a sequence, K, and frames per chunk."""
-        return (*self.a.shape, *self.a.stride()[:2], self.kernel, self.chunk)
+    def shape(self) -> Shape:
+        """The sizes as kernels take them."""
+        return Shape(*self.a.shape, *self.a.stride()[:2], self.kernel, self.chunk)
 
     def result(self) -> Tensor:
         """y, uninitialised."""

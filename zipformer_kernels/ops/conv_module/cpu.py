@@ -20,7 +20,7 @@ from zipformer_kernels.core.launch import (
     unsupported_dtypes,
 )
 from zipformer_kernels.core.op import Launchers
-from zipformer_kernels.ops.conv_module.arguments import chunk_length, unsupported
+from zipformer_kernels.ops.conv_module.arguments import Shape, chunk_length, unsupported
 from zipformer_kernels.ops.conv_module.native import launchers_by
 
 PARTS = 64  # groups of frames that are summed apart at most: so many that threads share them out evenly
@@ -45,18 +45,21 @@ def _infer(
     if y.numel() == 0:
         return y, following if left is None else left.clone()
     parameters = contiguous(padding, weight, bias, causal_weight, causal_bias, edge_scale)
-    tensors = x, x[..., channels:], *parameters
-    more = y, x_bias, left, None if left is None else following
-    sizes = (
-        frames,
-        batch,
-        channels,
-        *x.stride()[:2],
-        weight.shape[2],
-        chunk_length(chunk_size if causal_weight is not None else -1, frames),
+    chunk = chunk_length(chunk_size if causal_weight is not None else -1, frames)
+    dtype = DTYPE_CODES[x.dtype]
+    call_cpu(
+        "conv_module_infer",
+        x,
+        *map(pointer, (x, x[..., channels:], *parameters)),
+        shape=Shape(frames, batch, channels, *x.stride()[:2], weight.shape[2], chunk),
+        x_dtype=dtype,
+        y_dtype=dtype,
+        y=pointer(y),
+        left=pointer(left),
+        projection_bias=pointer(x_bias),
+        next=pointer(None if left is None else following),
+        swoosh=True,
     )
-    addresses = tuple(map(pointer, tensors)), *map(pointer, more)
-    call_cpu("conv_module_infer", x, *addresses, sizes, DTYPE_CODES[x.dtype])
     return y, following
 
 
@@ -73,15 +76,18 @@ def _stream(*args: Any) -> tuple[Tensor, Tensor]:
     y, following = torch.empty_like(src), torch.empty_like(left)
     if y.numel() == 0:
         return y, left.clone()
-    sizes = frames, batch, channels, 2 * batch * channels, 2 * channels, weight.shape[2], frames
     call_cpu(
-        "conv_module_stream",
+        "convolution_branch",
         src,
-        tuple(map(pointer, (src, in_weight, out_weight, out_bias, y))),
-        (0, 0, *map(pointer, (padding, weight, *inner))),
-        *map(pointer, (in_bias, left, following)),
-        sizes,
+        *map(pointer, (src, in_weight, in_bias, out_weight, out_bias, y)),
+        channels,
         DTYPE_CODES[src.dtype],
+        frames,
+        batch,
+        weight.shape[2],
+        *map(pointer, (padding, weight, *inner)),
+        left=pointer(left),
+        next=pointer(following),
     )
     return y, following
 

@@ -19,7 +19,7 @@ def _forward(call: Callable[..., None], *args: Any) -> tuple[Tensor]:
     arguments = Arguments(*args)
     y = arguments.result()
     if y.numel() > 0:
-        call("conv_module_forward", y, _inputs(arguments), pointer(y), arguments.sizes, *_dtypes(arguments))
+        call("conv_module_forward", y, **_inputs(arguments), y=pointer(y))
     return (y,)
 
 
@@ -36,19 +36,28 @@ def _backward(
     dy = grads[0].contiguous()
     out = Gradients(arguments, needs, arguments.parts(TILE, most_parts(arguments)), beside)
     if dy.numel() > 0:
-        pointers = _inputs(arguments), *map(pointer, (dy, out.da, out.ds, out.partials))
-        steps = (out.step,) if beside else ()
-        call("conv_module_backward", dy, *pointers, out.parts, *steps, arguments.sizes, *_dtypes(arguments))
+        call(
+            "conv_module_backward",
+            dy,
+            **_inputs(arguments),
+            dy=pointer(dy),
+            da=pointer(out.da),
+            ds=pointer(out.ds),
+            partials=pointer(out.partials),
+            parts=out.parts,
+            gradient_step=out.step,
+        )
     return out.returned()
 
 
-def _inputs(arguments: Arguments) -> tuple[int, ...]:
+INPUTS = "a", "s", "padding", "weight", "bias", "causal_weight", "causal_bias", "edge_scale"
+
+
+def _inputs(arguments: Arguments) -> dict[str, Any]:
+    """`ConvModuleInputs` of ``csrc/conv_module/conv_module.h``."""
     tensors = arguments.a, arguments.s, arguments.padding, *arguments.parameters
-    return tuple(map(pointer, tensors))
-
-
-def _dtypes(arguments: Arguments) -> tuple[int, int]:
-    return DTYPE_CODES[arguments.a.dtype], DTYPE_CODES[arguments.dtype]
+    dtypes = {"x_dtype": DTYPE_CODES[arguments.a.dtype], "y_dtype": DTYPE_CODES[arguments.dtype]}
+    return {**dict(zip(INPUTS, map(pointer, tensors), strict=True)), "shape": arguments.shape, **dtypes}
 
 
 def launchers_by(

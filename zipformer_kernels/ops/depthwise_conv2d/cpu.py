@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,6 +13,15 @@ from zipformer_kernels.core.op import Launchers
 
 TILE = 16  # frames that the kernel takes at a time
 PARTS = 64  # groups of frames that are summed apart at most: so many that threads share them out evenly
+
+
+class Image(NamedTuple):
+    """`Image` of ``csrc/depthwise_conv2d/depthwise_conv2d.h``."""
+
+    data: int
+    batch_stride: int
+    frame_stride: int
+    bin_stride: int
 
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
@@ -55,9 +66,9 @@ def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     parts = min(PARTS, batch * -(-frames // TILE))
     kernel = tuple(weight.shape[2:])
     partials = x.new_empty((parts, *kernel, channels), dtype=torch.promote_types(x.dtype, torch.float32))
-    images = (part for t in (x, dy) for part in (pointer(t), (t.stride(0), t.stride(2), t.stride(3))))
+    images = (Image(pointer(t), t.stride(0), t.stride(2), t.stride(3)) for t in (x, dy))
     sizes = batch, channels, frames, bins, *kernel
-    call_cpu("depthwise_conv2d_weight_gradient", x, *images, pointer(partials), parts, sizes, DTYPE_CODES[x.dtype])
+    call_cpu("depthwise_conv2d_weight_gradient", x, *images, pointer(partials), parts, *sizes, DTYPE_CODES[x.dtype])
     return partials.sum(0).permute(2, 0, 1).unsqueeze(1).to(weight.dtype)
 
 

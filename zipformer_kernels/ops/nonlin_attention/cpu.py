@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,22 @@ from zipformer_kernels.core.launch import (
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention import cpu as attention
 from zipformer_kernels.ops.attention.scores import grouped
+
+
+class Rows(NamedTuple):
+    """`NonlinRows` of ``csrc/nonlin_attention/nonlin_attention.h``."""
+
+    data: int
+    frame: int
+    sequence: int
+
+
+NO_ROWS = Rows(0, 0, 0)
+
+
+def rows(x: Tensor) -> Rows:
+    """A tensor (T, batch, channels) with channels of stride 1, for kernels."""
+    return Rows(pointer(x), *x.stride()[:2])
 
 
 def _forward(*args: Tensor | int | None) -> tuple[Tensor, Tensor]:
@@ -49,14 +67,14 @@ def _infer(projected: Tensor, bias: Tensor | None, weights: Tensor) -> tuple[Ten
 def open_(projected: Tensor, bias: Tensor | None) -> Tensor:
     """x tanh(s) by the compiled kernel; arguments contiguous, as of `infer_nonlin_attention`."""
     values, *sizes = _result(projected)
-    call_cpu("nonlin_attention_open", projected, *map(pointer, (projected, bias, values)), *sizes)
+    call_cpu("nonlin_attention_open", projected, *map(pointer, (projected, bias)), NO_ROWS, pointer(values), *sizes)
     return values
 
 
 def close(projected: Tensor, bias: Tensor | None, average: Tensor) -> Tensor:
     """average y by the compiled kernel; `average`, (T, batch, channels), with channels of stride 1."""
     out, *sizes = _result(projected)
-    inputs = *map(pointer, (projected, bias, average)), *average.stride()[:2]
+    inputs = *map(pointer, (projected, bias)), rows(average)
     call_cpu("nonlin_attention_close", projected, *inputs, pointer(out), *sizes)
     return out
 

@@ -20,7 +20,7 @@ from zipformer_kernels.core.call import plain, without_autocast
 from zipformer_kernels.core.joint import side_by_side
 from zipformer_kernels.core.launch import DTYPE_CODES, INFERENCE_DTYPES, call_cpu, pointer
 from zipformer_kernels.ops.attention.stored import Piece, Uses
-from zipformer_kernels.ops.nonlin_attention.cpu import close, open_
+from zipformer_kernels.ops.nonlin_attention.cpu import NO_ROWS, close, open_, rows
 from zipformer_kernels.ops.nonlin_attention.reference import infer
 
 
@@ -69,7 +69,8 @@ def _by_sequence(like: Tensor) -> Tensor:
 
 
 def _call(name: str, projected: Tensor, tensors: list[Tensor], gradients: Tensor) -> None:
-    rows = [(pointer(t), *t.stride()[:2]) for t in tensors]
+    grad, average, inner = [*map(rows, tensors), NO_ROWS, NO_ROWS][:3]
     frames, batch, width = projected.shape
     sizes = frames, batch, width // 3, DTYPE_CODES[projected.dtype]
-    call_cpu(f"nonlin_attention_{name}", projected, pointer(projected), *rows, pointer(gradients), *sizes)
+    inputs = pointer(projected), grad, average, inner
+    call_cpu(f"nonlin_attention_{name}", projected, *inputs, pointer(gradients), *sizes)

@@ -11,8 +11,8 @@ from zipformer_kernels.ops.swoosh.native import KINDS, launchers_by
 def overwrite(x: Tensor, kind: str, bias: Tensor | None) -> None:
     """Puts swoosh(x + bias) in the place of a contiguous x on the CPU; bias (channels,) of the dtype of x, or None."""
     channels = 1 if bias is None else bias.numel()
-    codes = DTYPE_CODES[x.dtype], KINDS[kind]
-    call_cpu("swoosh_overwrite", x, pointer(x), pointer(bias), x.numel(), channels, *codes)
+    address, codes = pointer(x), (DTYPE_CODES[x.dtype], KINDS[kind])
+    call_cpu("swoosh_bias_forward", x, address, address, pointer(bias), x.numel(), channels, *codes)
 
 
 def overwrite_backward(dy: Tensor, x: Tensor, kind: str, bias: Tensor | None) -> None:
@@ -20,7 +20,7 @@ def overwrite_backward(dy: Tensor, x: Tensor, kind: str, bias: Tensor | None) ->
     channels = x.shape[-1] if x.ndim > 0 else 1
     sizes = x.numel(), channels, DTYPE_CODES[x.dtype], KINDS[kind]
     if x.numel() > 0:
-        call_cpu("swoosh_overwrite_backward", x, pointer(dy), pointer(x), pointer(bias), *sizes)
+        call_cpu("swoosh_bias_backward", x, *map(pointer, (dy, x, dy, x, bias)), *sizes)
 
 
 launchers = launchers_by(call_cpu, CPU_DTYPES)

@@ -28,8 +28,8 @@ def _feed_forward(
     y = torch.empty_like(tensors[0])
     if y.numel() > 0:
         hidden, channels = in_weight.shape
-        sizes = src.numel() // channels, channels, hidden, DTYPE_CODES[src.dtype], KINDS[kind]
-        call_cpu("swoosh_linear_infer", src, *map(pointer, (*tensors, y)), *sizes)
+        sizes = {"rows": src.numel() // channels, "hidden": hidden, "kind": KINDS[kind]}
+        call_cpu("feed_forward_branch", src, *map(pointer, (*tensors, y)), channels, DTYPE_CODES[src.dtype], **sizes)
     return (y,)
 
 
