@@ -40,6 +40,7 @@ class Tile(NamedTuple):
 
 TILES: dict[tuple[str, int], Tile] = {
     ("softmax", 2): Tile(64, 32, 4, 16),
+    ("masked softmax", 2): Tile(64, 16, 4, 16),
     ("aggregate", 2): Tile(64, 32, 4, 64),
     ("query", 2): Tile(64, 16, 4, 64),
     ("key", 2): Tile(16, 64, 4, 64),
@@ -47,6 +48,7 @@ TILES: dict[tuple[str, int], Tile] = {
     ("position", 2): Tile(16, 32, 4, 32),
     ("delta", 2): Tile(32, 0, 4, 32),
     ("softmax", 4): Tile(32, 32, 4, 16),
+    ("masked softmax", 4): Tile(32, 32, 4, 16),
     ("aggregate", 4): Tile(32, 32, 4, 32, stages=1),
     ("query", 4): Tile(32, 16, 4, 32, stages=1),
     ("key", 4): Tile(16, 32, 4, 32, stages=2),
@@ -56,7 +58,8 @@ TILES: dict[tuple[str, int], Tile] = {
 }
 """Tiles by kernel and bytes of an element. Another entry, ``TILES["query", 2] = Tile(...)``, holds at the next launch.
 
-The kernel `position` owns offsets, as many as it takes targets at a time, and needs twice as many sources. Chosen from
+With a mask given as a tensor the kernel `softmax` has tiles of its own: in those without one it would spill. The kernel
+`position` owns offsets, as many as it takes targets at a time, and needs twice as many sources. Chosen from
 machine code for sm_90 (docs/kernels.md): none spills, and programs of 4 warps share a multiprocessor.
 """
 
