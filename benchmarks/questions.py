@@ -19,7 +19,7 @@ import torch
 
 from zipformer_kernels.modules import ZipformerEncoderLayer
 
-LOOKING_ON = """watcher barred unreadable plain _why being_traced exports_calls autocast_dtype has_values keeps_all
+LOOKING_ON = """watcher barred unreadable plain _why being_traced exports_calls autocast_dtype has_values all_ones
     only_computes _alike few_rows side_by_side"""
 BACKENDS = """requested _innermost unserved_device select _select unsupported _unsupported _unsupported_infer
     unsupported_dtype unsupported_dtypes supports worthwhile _instead_of settled_backend"""

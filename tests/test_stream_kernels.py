@@ -12,7 +12,7 @@ from tolerances import PARITY, assert_agrees, assert_rounded
 from zipformer_kernels import use_backend
 from zipformer_kernels.core import backend
 from zipformer_kernels.core.launch import FEW_ROWS, few_rows
-from zipformer_kernels.core.op import Settled
+from zipformer_kernels.core.op import SettledBackend
 from zipformer_kernels.ops import get
 from zipformer_kernels.ops.attention.stream import stream_attention
 from zipformer_kernels.ops.conv_module.stream import stream_conv_module
@@ -317,7 +317,7 @@ def test_any_strides():
     with torch.no_grad(), use_backend("eager" if backend.missing["cpu"] else "cpu"):
         for x, y in zip(module.streaming_forward(*strided), module.streaming_forward(*args), strict=True):
             assert_agrees(x, y, PARITY[x.dtype])
-        settled = Settled("eager" if backend.missing["cpu"] else "cpu")
+        settled = SettledBackend("eager" if backend.missing["cpu"] else "cpu")
         add = partial(module.conv_module1.one_kernel, settled, src_key_padding_mask=None)
         y = add(strided[0], strided[6])[0]
         assert_agrees(y, add(args[0], args[6])[0], PARITY[y.dtype])

@@ -112,7 +112,7 @@ def test_a_copy_is_looked_at_by_itself_and_nothing_is_held():
 
 
 def test_what_was_remembered_is_what_would_be_said_anew():
-    """`Said` looks at all that `matches` does: whatever changes one answer changes the other, for every submodule."""
+    """`Answer` looks at all that `matches` does: whatever changes one answer changes the other, for every submodule."""
     module = layer(causal=True)
     for name, submodule in list(module.named_modules())[1:]:
         if type(submodule).forward is nn.Module.forward:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from zipformer_kernels.core.module import Module
-from zipformer_kernels.core.op import Settled
+from zipformer_kernels.core.op import SettledBackend
 
 
 class Branch(Module):
@@ -39,7 +39,7 @@ class Branch(Module):
         return x
 
     def in_place(
-        self, backend: Settled, hidden: Tensor, state: Tensor | None, *context: Any, **settings: Any
+        self, backend: SettledBackend, hidden: Tensor, state: Tensor | None, *context: Any, **settings: Any
     ) -> tuple[Tensor, Any]:
         """`activated` of `middle`, without gradients and on a backend that was settled; may overwrite `hidden`."""
         x, state = self.middle(hidden, state, *context, **settings)
@@ -50,7 +50,7 @@ class Branch(Module):
         return None
 
     def one_kernel(
-        self, backend: Settled, src: Tensor, state: Tensor | None, *context: Any, **settings: Any
+        self, backend: SettledBackend, src: Tensor, state: Tensor | None, *context: Any, **settings: Any
     ) -> tuple[Tensor, Any] | None:
         """src + self(src) of few rows, and the next `state`; None where there is no kernel for that."""
         return None

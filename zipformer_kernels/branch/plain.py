@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.parameter import Parameter
 
-from zipformer_kernels.branch.said import Said
+from zipformer_kernels.branch.answer import Answer
 from zipformer_kernels.core.private import has_global_hooks
 from zipformer_kernels.training import Balancer, ScaleGrad, Whiten
 
@@ -86,24 +86,24 @@ def plain_parts(module: nn.Module, when: int) -> Set[str]:
     if has_global_hooks():
         return NONE
     remembers = not is_dynamo_compiling()  # which cannot record weak references
-    if remembers and (said := _known.setdefault(module, {}).get(when)) is not None and said.holds(module._modules):
-        return said.names
+    if remembers and (known := _known.setdefault(module, {}).get(when)) is not None and known.holds(module._modules):
+        return known.names
     expected, children = _parts_of(module, when), module._modules
     names = frozenset([n for n in expected if n in children and matches(children[n], expected[n], when)])
     # Where a part is not plain, all are asked anew each time.
     if remembers and len(names) == len(expected.keys() & children.keys()):
         parts = {name: children[name] for name in names}
         looked_at = [inside for part in parts.values() for inside in _looked_at(part, when)]
-        said = _known[module][when] = Said(parts, looked_at, backward=not when)
-        return said.names
+        answer = _known[module][when] = Answer(parts, looked_at, backward=not when)
+        return answer.names
     return names
 
 
 def parameters_of(module: nn.Module, names: Set[str]) -> Iterable[Tensor | None]:
     """The parameters of parts of a module, of which `plain_parts` has just said that their calls may be left out."""
-    said = next((said for said in _known[module].values() if said.names is names), None)
-    if said is not None:
-        return said.parameters()
+    answer = next((answer for answer in _known[module].values() if answer.names is names), None)
+    if answer is not None:
+        return answer.parameters()
     return chain.from_iterable(module._modules[name].parameters() for name in names)
 
 
@@ -164,7 +164,7 @@ def _looked_at(module: nn.Module, when: int) -> Iterable[nn.Module]:
         yield from _looked_at(module._modules[name], when)
 
 
-_known: WeakKeyDictionary[nn.Module, dict[int, Said]] = WeakKeyDictionary()
+_known: WeakKeyDictionary[nn.Module, dict[int, Answer]] = WeakKeyDictionary()
 
 
 def sequential(*layers: Expected) -> Expected:

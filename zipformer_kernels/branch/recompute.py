@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.core.autograd import keep, kept_tensors, reference_gradients
+from zipformer_kernels.core.autograd import reference_gradients, store, stored_tensors
 from zipformer_kernels.core.backend import requested, use_backend
 from zipformer_kernels.core.call import plain, without_autocast
 
@@ -35,7 +35,7 @@ class _PointwiseBranch(torch.autograd.Function):
         ctx: Any,
         activation: Activation,
         rows: int,
-        kept: Sequence[bool],
+        chosen: Sequence[bool],
         src: Tensor,
         x: Tensor,
         weight1: Tensor,
@@ -43,12 +43,12 @@ class _PointwiseBranch(torch.autograd.Function):
         weight2: Tensor,
         bias2: Tensor,
     ) -> Tensor:
-        ctx.activation, ctx.rows, ctx.kept, ctx.request = activation, rows, kept, requested()
-        keep(ctx, x, weight1, bias1, weight2, bias2)
+        ctx.activation, ctx.rows, ctx.chosen, ctx.request = activation, rows, chosen, requested()
+        store(ctx, x, weight1, bias1, weight2, bias2)
         y = torch.empty_like(src, memory_format=torch.contiguous_format)
         for sequence, part in _parts(x, rows):
             a = activation.forward(x[sequence, part] @ weight1.t(), bias1)
-            if kept[sequence]:
+            if chosen[sequence]:
                 torch.add(src[sequence, part], bias2, out=y[sequence, part])
                 y[sequence, part].addmm_(a, weight2.t())
             else:
@@ -57,16 +57,16 @@ class _PointwiseBranch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs, tensors = ctx.needs_input_grad[4:], kept_tensors(ctx)
+        needs, tensors = ctx.needs_input_grad[4:], stored_tensors(ctx)
         with use_backend(ctx.request):
             gradients = _PointwiseBranch._gradients(ctx, grad, needs, tensors)
         return None, None, None, grad, *gradients
 
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor, needs: Sequence[bool], tensors: Sequence[Tensor]) -> list[Tensor | None]:
-        if torch.is_grad_enabled() or not plain(grad, *tensors):  # create_graph=True: the parts would all be kept
-            kept = torch.tensor(ctx.kept, dtype=grad.dtype, device=grad.device).view(-1, 1, 1)
-            return reference_gradients(partial(_branch, ctx.activation), tensors, needs, grad * kept)
+        if torch.is_grad_enabled() or not plain(grad, *tensors):  # create_graph=True: the parts would all be stored
+            chosen = torch.tensor(ctx.chosen, dtype=grad.dtype, device=grad.device).view(-1, 1, 1)
+            return reference_gradients(partial(_branch, ctx.activation), tensors, needs, grad * chosen)
         return without_autocast(_gradients, ctx, tensors, grad.contiguous(), needs)
 
 
@@ -84,7 +84,7 @@ def _gradients(ctx: Any, tensors: Sequence[Tensor], grad: Tensor, needs: Sequenc
     dweight1, dbias1, dweight2, dbias2 = sums
     dx = torch.empty_like(x) if needs[0] else None
     for sequence, part in _parts(x, ctx.rows):
-        if not ctx.kept[sequence]:
+        if not ctx.chosen[sequence]:
             if dx is not None:
                 dx[sequence, part] = 0
             continue
@@ -112,7 +112,7 @@ def _parts(x: Tensor, rows: int) -> Iterator[tuple[int, slice]]:
 def pointwise_branch(
     activation: Activation,
     rows: int,
-    kept: Sequence[bool],
+    chosen: Sequence[bool],
     src: Tensor,
     x: Tensor,
     weight1: Tensor,
@@ -120,18 +120,18 @@ def pointwise_branch(
     weight2: Tensor,
     bias2: Tensor,
 ) -> Tensor:
-    """src + activation(x W1^T + b1) W2^T + b2 in the sequences that are kept, src in the others.
+    """src + activation(x W1^T + b1) W2^T + b2 in the sequences that get the branch, src in the others.
 
     Saved for backward are x and the parameters. Backward computes the hidden rows once more, of a part at a time, and
-    nothing of sequences that are not kept. All tensors are of one dtype, on the CPU.
+    nothing of sequences without. All tensors are of one dtype, on the CPU.
 
     Args:
         activation: what stands between the products.
         rows: how many rows a part has.
-        kept: for each sequence, whether it gets the branch.
+        chosen: for each sequence, whether it gets the branch.
         src: (batch, rows of a sequence, channels).
         x: of the same shape.
         weight1, bias1: (hidden, channels), (hidden,).
         weight2, bias2: (channels, hidden), (channels,).
     """
-    return _PointwiseBranch.apply(activation, rows, kept, src, x, weight1, bias1, weight2, bias2)
+    return _PointwiseBranch.apply(activation, rows, chosen, src, x, weight1, bias1, weight2, bias2)

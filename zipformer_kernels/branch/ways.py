@@ -28,7 +28,7 @@ from zipformer_kernels.branch.plain import NONE, parameters_of, plain_parts
 from zipformer_kernels.core import backend as backends
 from zipformer_kernels.core.call import autocast_dtype, unreadable, watcher
 from zipformer_kernels.core.launch import CPU_DTYPES, INFERENCE_DTYPES, few_rows
-from zipformer_kernels.core.op import Settled
+from zipformer_kernels.core.op import SettledBackend
 
 Added = tuple[Tensor, Tensor | None]
 """src plus a branch, and the next state of a stream."""
@@ -46,7 +46,7 @@ class Given(NamedTuple):
         over: whether src may be overwritten.
     """
 
-    backend: Settled | None
+    backend: SettledBackend | None
     src: Tensor
     state: Tensor | None
     context: tuple[Any, ...]
@@ -117,7 +117,7 @@ class Settlement(NamedTuple):
     """
 
     ways: tuple[Way, ...] = ()
-    backend: Settled | None = None
+    backend: SettledBackend | None = None
     fused: Set[str] = NONE
 
 
@@ -155,7 +155,7 @@ def settle(module: nn.Module, src: Tensor, others: Sequence[Tensor | None], when
     return Settlement(ways, backend, fused)
 
 
-def settled_backend() -> Settled | None:
+def settled_backend() -> SettledBackend | None:
     """The backend for ways on the CPU: the best there is, or the one asked for; None where that is another's."""
     request = backends.requested()
     if request == "auto":
@@ -164,7 +164,7 @@ def settled_backend() -> Settled | None:
     return _ON_CPU.get(next((name for name in names if backends.unserved_device(name, "cpu") is None), None))
 
 
-_ON_CPU = {name: Settled(name) for name in ("cpu", "eager")}
+_ON_CPU = {name: SettledBackend(name) for name in ("cpu", "eager")}
 
 
 def only_computes(x: Tensor, *others: Tensor) -> bool:

@@ -42,8 +42,8 @@ class Original:
     attributes: dict[str, Any]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Original:
-        kept = {k: v if v is MISSING else copy.deepcopy(v, memo) for k, v in self.attributes.items()}
-        return Original(self.cls, kept)
+        copied = {k: v if v is MISSING else copy.deepcopy(v, memo) for k, v in self.attributes.items()}
+        return Original(self.cls, copied)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickled as None: a pickled model must load where upstream cannot be imported, and upstream's

@@ -13,14 +13,14 @@ from zipformer_kernels.core import backend as backends
 from zipformer_kernels.core.call import plain, watcher, without_autocast
 
 
-def keep(ctx: Any, *tensors: Tensor | None) -> None:
-    """Saves tensors for the backward pass of a Function that hands them to kernels; `kept_tensors` returns them."""
+def store(ctx: Any, *tensors: Tensor | None) -> None:
+    """Saves tensors for the backward pass of a Function that hands them to kernels; `stored_tensors` returns them."""
     ctx.save_for_backward(*tensors)
     ctx.forms = [None if x is None else (x.shape, x.device, x.dtype) for x in tensors]
 
 
-def kept_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
-    """The tensors that `keep` saved, on the device and in the dtype in which they were.
+def stored_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
+    """The tensors that `store` saved, on the device and in the dtype in which they were.
 
     Hooks on saved tensors (`torch.autograd.graph.saved_tensors_hooks`) may put others in their place.
 
@@ -61,19 +61,19 @@ class OpFunction(torch.autograd.Function):
     def forward(ctx: Any, op: Any, launchers: Any, *args: Any) -> Any:
         results = without_autocast(launchers.forward, *args)
         ctx.op, ctx.launchers, ctx.values = op, launchers, op._values(args)
-        keep(ctx, *op._keep(args, results))
+        store(ctx, *op._to_store(args, results))
         return op._results(results)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        op, kept = ctx.op, kept_tensors(ctx)
+        op, stored = ctx.op, stored_tensors(ctx)
         needs = tuple(ctx.needs_input_grad[2 + i] for i in op.tensors)
-        saved, args = kept[len(op.saved) :], op._arguments(kept, ctx.values)
+        saved, args = stored[len(op.saved) :], op._arguments(stored, ctx.values)
         # With create_graph=True gradients are differentiated in turn: the kernels' cannot be, the reference's can.
         if torch.is_grad_enabled():
             launch = op._reference_backward
         else:
-            launch = (ctx.launchers if plain(*grads, *kept) else op.backends["eager"]).backward
+            launch = (ctx.launchers if plain(*grads, *stored) else op.backends["eager"]).backward
         return None, None, *op._spread(without_autocast(launch, needs, grads, saved, *args))
 
 
@@ -105,7 +105,7 @@ def gradient_hook(x: Tensor, function: Callable[..., Tensor], *saved: Tensor) ->
         x: any tensor.
         function: from the gradient of the result, and `saved`, to the gradient of x, of the same shape and dtype.
             It runs with autocast off and without grad mode.
-        saved: tensors that `function` reads, kept as autograd keeps tensors (checked against in-place changes).
+        saved: tensors that `function` reads, stored as autograd stores tensors (checked against in-place changes).
     Raises:
         NotImplementedError: a transform of torch.func is around the call.
     """

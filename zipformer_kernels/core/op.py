@@ -51,7 +51,7 @@ class Launchers:
     variants: dict[str, Launchers] = field(default_factory=dict, compare=False)
 
 
-class Settled(str):
+class SettledBackend(str):
     """The name of a backend that was settled before the call: an op then asks nothing, and its result has no gradient.
 
     Who settles it has seen that nobody looks on, that the tensors are plain, and that the backend serves them.
@@ -193,7 +193,7 @@ class Op:
 
     def __call__(self, *args: Any, backend: str | None = None) -> Any:
         """Runs the op. Arguments as in its schema."""
-        if type(backend) is Settled:
+        if type(backend) is SettledBackend:
             return self._results(self.backends[backend].forward(*args))
         watched_by = watcher()
         bar = barred(self._tensors(args), watched_by)
@@ -214,7 +214,7 @@ class Op:
     def _results(self, results: tuple[Tensor, ...]) -> Any:
         return results[0] if self.outputs == 1 else tuple(results[: self.outputs])
 
-    def _keep(self, args: Sequence[Any], results: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    def _to_store(self, args: Sequence[Any], results: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """What backward reads: saved arguments, then saved outputs, then extras."""
         return (
             *(args[i] for i in self.saved),
@@ -222,10 +222,10 @@ class Op:
             *results[self.outputs :],
         )
 
-    def _arguments(self, kept: Sequence[Tensor | None], values: Sequence[Any]) -> list[Any]:
+    def _arguments(self, stored: Sequence[Tensor | None], values: Sequence[Any]) -> list[Any]:
         """The op's arguments again: saved tensors where they were saved, None for the other tensors."""
         args = list(values)
-        for i, tensor in zip(self.saved, kept, strict=False):
+        for i, tensor in zip(self.saved, stored, strict=False):
             args[i] = tensor
         return args
 
@@ -263,11 +263,11 @@ class Op:
             return
 
         grads = ", ".join(f"Tensor grad{i}" for i in range(self.outputs))
-        kept = [f"{kinds[i]} {names[i]}" for i in self.saved]
-        kept += [f"Tensor saved{i}" for i in range(len(self.saves_outputs) + extras)]
-        self._kept_count = len(kept)
+        stored = [f"{kinds[i]} {names[i]}" for i in self.saved]
+        stored += [f"Tensor saved{i}" for i in range(len(self.saves_outputs) + extras)]
+        self._stored_count = len(stored)
         values = [f"{kinds[i]} {names[i]}" for i in range(len(names)) if i not in self.tensors]
-        arguments = ", ".join(["bool[] needs", grads, *kept, *values, "str backend"])
+        arguments = ", ".join(["bool[] needs", grads, *stored, *values, "str backend"])
         gradients = ", ".join(["Tensor"] * len(self.tensors))
         returns = "Tensor" if len(self.tensors) == 1 else f"({gradients})"
         _LIBRARY.define(f"{self.name}_backward({arguments}) -> {returns}")
@@ -288,7 +288,7 @@ class Op:
     def _operator_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *args, ctx.name = inputs
         results = (output,) if isinstance(output, Tensor) else output
-        ctx.save_for_backward(*self._keep(args, results))
+        ctx.save_for_backward(*self._to_store(args, results))
         ctx.values = [value for i, value in enumerate(args) if i not in self.tensors]
         ctx.set_materialize_grads(True)
 
@@ -303,9 +303,9 @@ class Op:
         """Takes apart the arguments of the backward operator, after `needs`."""
         *arguments, name = arguments
         grads, rest = arguments[: self.outputs], arguments[self.outputs :]
-        kept, values = rest[: self._kept_count], iter(rest[self._kept_count :])
-        args = self._arguments(kept, [None if i in self.tensors else next(values) for i in range(self.arity)])
-        return name, tuple(grads), tuple(kept[len(self.saved) :]), args
+        stored, values = rest[: self._stored_count], iter(rest[self._stored_count :])
+        args = self._arguments(stored, [None if i in self.tensors else next(values) for i in range(self.arity)])
+        return name, tuple(grads), tuple(stored[len(self.saved) :]), args
 
     def _backward_operator(self, needs: Sequence[bool], *arguments: Any) -> Any:
         name, grads, saved, args = self._split_backward(arguments)

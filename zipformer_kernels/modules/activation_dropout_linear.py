@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zipformer_kernels.branch.answer import reads
 from zipformer_kernels.branch.plain import made_of
-from zipformer_kernels.branch.said import reads
 from zipformer_kernels.core.module import Module
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.ops.swoosh import swoosh

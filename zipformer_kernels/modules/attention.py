@@ -12,7 +12,7 @@ from zipformer_kernels.branch.plain import made_of, takes
 from zipformer_kernels.core.call import being_traced
 from zipformer_kernels.core.joint import split
 from zipformer_kernels.core.module import Module
-from zipformer_kernels.core.op import Settled
+from zipformer_kernels.core.op import SettledBackend
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import average_chunk, check_cache, join_cache
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, aggregate, attention_weights, average, stores
@@ -182,7 +182,7 @@ class RelPositionMultiheadAttentionWeights(Module):
 
     def tensor(
         self,
-        backend: Settled,
+        backend: SettledBackend,
         x: Tensor,
         pos_emb: Tensor,
         key_padding_mask: Tensor | None = None,
@@ -319,7 +319,7 @@ class SelfAttention(Branch):
 
     def in_place(
         self,
-        backend: Settled,
+        backend: SettledBackend,
         hidden: Tensor,
         state: Tensor | None,
         attn_weights: AttentionWeights | Tensor,
@@ -333,7 +333,7 @@ class SelfAttention(Branch):
 
     def one_kernel(
         self,
-        backend: Settled,
+        backend: SettledBackend,
         src: Tensor,
         state: Tensor | None,
         attn_weights: AttentionWeights | Tensor,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from zipformer_kernels.branch.plain import made_of
 from zipformer_kernels.core.module import Module
-from zipformer_kernels.core.op import Settled
+from zipformer_kernels.core.op import SettledBackend
 from zipformer_kernels.ops.bias_norm import bias_norm
 from zipformer_kernels.training import FloatLike, limit_param_value
 from zipformer_kernels.training.randomness import number
@@ -25,7 +25,7 @@ class BiasNorm(Module):
         channel_dim: which dimension of x holds the channels; may be negative.
         log_scale: initial value of the scalar parameter.
         log_scale_min, log_scale_max: limits held in training by the gradient, see `limit_param_value`.
-        store_output_for_backprop: accepted as upstream has it; it chose what upstream's backward kept.
+        store_output_for_backprop: accepted as upstream has it; it chose what upstream stored for backward.
     """
 
     def __init__(
@@ -57,6 +57,6 @@ class BiasNorm(Module):
         )
         return bias_norm(x, self.bias, log_scale, self.channel_dim)
 
-    def settled(self, backend: Settled, x: Tensor) -> Tensor:
+    def settled(self, backend: SettledBackend, x: Tensor) -> Tensor:
         """`forward` without gradients, on a backend that was settled; x as there."""
         return bias_norm(x, self.bias, self.log_scale, self.channel_dim, backend=backend)

@@ -94,12 +94,12 @@ class ConvNeXt(Branch):
 
     def forward(self, x: Tensor) -> Tensor:
         """From (batch, channels, T, frequencies) to the same shape."""
-        keep = None
+        mask = None
         if self.training:
             layerdrop_rate = number(self.layerdrop_rate)
             if layerdrop_rate != 0.0:
-                keep = torch.rand((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device) > layerdrop_rate
-        x = self.out_balancer(self._added(x, keep))
+                mask = torch.rand((x.shape[0], 1, 1, 1), dtype=x.dtype, device=x.device) > layerdrop_rate
+        x = self.out_balancer(self._added(x, mask))
         if x.requires_grad:
             x = self.out_whiten(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # it wants channels last
         return x
@@ -131,21 +131,21 @@ class ConvNeXt(Branch):
             return depthwise_conv2d(x, conv.weight, conv.bias)
         return conv(x)
 
-    def _added(self, src: Tensor, keep: Tensor | None) -> Tensor:
-        """src and what the block adds to it, in the sequences to keep."""
+    def _added(self, src: Tensor, mask: Tensor | None) -> Tensor:
+        """src and what the block adds to it, in the sequences that get the branch."""
         x = self._depthwise(src)
         settled = settle(self, src, (x,), When.ANY)
         if IN_PARTS in settled.ways and settled.fused >= POINTWISE:
-            added = IN_PARTS.add(self, Given(None, src, None, (x, keep), {}, over=False))
+            added = IN_PARTS.add(self, Given(None, src, None, (x, mask), {}, over=False))
             if added is not None:
                 return added[0]
         branch = self._after_depthwise(x)
-        return src + (branch if keep is None else branch * keep)
+        return src + (branch if mask is None else branch * mask)
 
     def _after_depthwise(self, x: Tensor) -> Tensor:
         return self.pointwise_conv2(self.activation(self.hidden_balancer(self.pointwise_conv1(x))))
 
-    def in_parts(self, src: Tensor, x: Tensor, keep: Tensor | None) -> Tensor | None:
+    def in_parts(self, src: Tensor, x: Tensor, mask: Tensor | None) -> Tensor | None:
         """src and the pointwise branch of x, the depthwise convolution's result; None where channels do not lie last.
 
         Hidden channels are of some rows at a time, which costs less than to store and to load them. Backward computes
@@ -156,11 +156,11 @@ class ConvNeXt(Branch):
         differentiates = x.requires_grad or any(p.requires_grad for p in self.pointwise_conv1.parameters())
         draws = torch.is_grad_enabled() and differentiates  # as the balancer does, which wants a gradient to act on
         activation = _Hidden(self.hidden_balancer.draw() if draws else None)
-        kept = [True] * len(x) if keep is None else keep.flatten().tolist()
+        chosen = [True] * len(x) if mask is None else mask.flatten().tolist()
         src_rows, rows = (image.permute(0, 2, 3, 1).flatten(1, 2) for image in (src, x))
         first, last = self.pointwise_conv1, self.pointwise_conv2
         weights = first.weight.flatten(1), first.bias, last.weight.flatten(1), last.bias
-        y = pointwise_branch(activation, ROWS, kept, src_rows, rows, *weights)
+        y = pointwise_branch(activation, ROWS, chosen, src_rows, rows, *weights)
         return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 
@@ -168,7 +168,7 @@ class _Hidden:
     """SwooshL of the hidden channels behind their balancer, as `pointwise_branch` wants it.
 
     Args:
-        limits: what the balancer drew: the limits to keep, or None where it does not act.
+        limits: what the balancer drew: its limits, or None where it does not act.
     """
 
     def __init__(self, limits: dict[str, float] | None) -> None:

@@ -9,7 +9,7 @@ from zipformer_kernels.branch.branch import Branch
 from zipformer_kernels.branch.plain import When, depthwise, made_of, matches, plain_parts
 from zipformer_kernels.core.joint import split
 from zipformer_kernels.core.module import Module
-from zipformer_kernels.core.op import Settled
+from zipformer_kernels.core.op import SettledBackend
 from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
 from zipformer_kernels.modules.streaming import join_cache
 from zipformer_kernels.ops.conv_module import chunk_conv_module, conv_module, infer_conv_module
@@ -216,7 +216,7 @@ class ConvolutionModule(Branch):
 
     def in_place(
         self,
-        backend: Settled,
+        backend: SettledBackend,
         hidden: Tensor,
         state: Tensor | None,
         *,
@@ -231,7 +231,7 @@ class ConvolutionModule(Branch):
 
     def one_kernel(
         self,
-        backend: Settled,
+        backend: SettledBackend,
         src: Tensor,
         state: Tensor | None,
         *,

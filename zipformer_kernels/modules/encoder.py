@@ -298,11 +298,11 @@ class Zipformer(Module):
             raise ValueError(f"x: wanted {self.encoder_dim[0]} channels in training, got {tuple(x.shape)}")
         lower = torch.rand(1, batch, 1, device=x.device) > FEATURE_MASK_DROPOUT
         upper = lower & (torch.rand(1, batch, 1, device=x.device) > FEATURE_MASK_DROPOUT)
-        kept = torch.ones_like(lower)
+        ones = torch.ones_like(lower)
         masks = []
         for channels, unmasked in zip(self.encoder_dim, self.encoder_unmasked_dim, strict=True):
             half = (channels - unmasked) // 2
-            pieces = [(kept, unmasked), (lower, half), (upper, channels - unmasked - half)]
+            pieces = [(ones, unmasked), (lower, half), (upper, channels - unmasked - half)]
             masks.append(torch.cat([mask.expand(-1, -1, size) for mask, size in pieces], dim=-1).to(x.dtype))
         return masks
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from zipformer_kernels.branch.branch import Branch
 from zipformer_kernels.branch.plain import made_of
-from zipformer_kernels.core.op import Settled
+from zipformer_kernels.core.op import SettledBackend
 from zipformer_kernels.modules.activation_dropout_linear import ACTIVATIONS, ActivationDropoutAndLinear
 from zipformer_kernels.ops.swoosh import swoosh_
 from zipformer_kernels.ops.swoosh_linear import infer_feed_forward
@@ -57,11 +57,11 @@ class FeedforwardModule(Branch):
     def activated(self, x: Tensor) -> Tensor:
         return self.out_proj.activated(x)
 
-    def in_place(self, backend: Settled, hidden: Tensor, state: None) -> tuple[Tensor, None]:
+    def in_place(self, backend: SettledBackend, hidden: Tensor, state: None) -> tuple[Tensor, None]:
         kind = ACTIVATIONS[self.out_proj.activation]
         return swoosh_(hidden, kind, self.in_proj.bias, backend=backend), None
 
-    def one_kernel(self, backend: Settled, src: Tensor, state: None) -> tuple[Tensor, None]:
+    def one_kernel(self, backend: SettledBackend, src: Tensor, state: None) -> tuple[Tensor, None]:
         first, last = self.in_proj, self.out_proj
         weights = first.weight, first.bias, last.weight, last.bias
         return infer_feed_forward(src, *weights, ACTIVATIONS[last.activation], backend=backend), None

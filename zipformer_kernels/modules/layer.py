@@ -19,7 +19,7 @@ from zipformer_kernels.modules.feedforward import FeedforwardModule
 from zipformer_kernels.modules.nonlin_attention import NonlinAttention
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, constant_attention
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
-from zipformer_kernels.training.randomness import happens, keeps_all
+from zipformer_kernels.training.randomness import all_ones, happens
 
 DYNAMIC_SKIP_RATE = ScheduledFloat((0.0, 0.2), (4000.0, 0.05), (16000, 0.0), default=0)
 CONST_ATTENTION_RATE = ScheduledFloat((0.0, 0.25), (4000.0, 0.025), default=0)
@@ -334,11 +334,11 @@ class ZipformerEncoderLayer(Module):
         return src, cached_key, *(states[name].value for name in following)
 
     def get_sequence_dropout_mask(self, x: Tensor, dropout_rate: float) -> Tensor | None:
-        """Which sequences of x, (T, batch, channels), to keep: (batch, 1) of 0 and 1, or None to keep all."""
+        """Which sequences of x, (T, batch, channels), that get a branch: (batch, 1) of 0 and 1, or None for all."""
         if dropout_rate == 0.0 or not self.training:
             return None
         mask = (torch.rand(x.shape[1], 1, device=x.device) > dropout_rate).to(x.dtype)
-        return None if keeps_all(mask) else mask
+        return None if all_ones(mask) else mask
 
     def sequence_dropout(self, x: Tensor, dropout_rate: float) -> Tensor:
         """Zeroes whole sequences of x, (T, batch, channels), at a given rate; the rest is not rescaled."""

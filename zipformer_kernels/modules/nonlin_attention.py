@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from zipformer_kernels.branch.branch import Branch
 from zipformer_kernels.branch.plain import When, made_of, plain_parts
 from zipformer_kernels.core.joint import split
-from zipformer_kernels.core.op import Settled
+from zipformer_kernels.core.op import SettledBackend
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import average_chunk, check_cache, join_cache
 from zipformer_kernels.ops.attention import AttentionWeights, aggregate, merge_heads, split_heads
@@ -126,7 +126,7 @@ class NonlinAttention(Branch):
 
     def in_place(
         self,
-        backend: Settled,
+        backend: SettledBackend,
         hidden: Tensor,
         state: Tensor | None,
         attn_weights: AttentionWeights | Tensor,
@@ -142,7 +142,7 @@ class NonlinAttention(Branch):
 
     def one_kernel(
         self,
-        backend: Settled,
+        backend: SettledBackend,
         src: Tensor,
         state: Tensor | None,
         attn_weights: AttentionWeights | Tensor,

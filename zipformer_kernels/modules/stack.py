@@ -19,7 +19,7 @@ from zipformer_kernels.modules.resample import SimpleDownsample, SimpleUpsample
 from zipformer_kernels.ops.attention import ChunkMask, downsample_mask
 from zipformer_kernels.ops.sizes import first
 from zipformer_kernels.training import FloatLike, ScheduledFloat
-from zipformer_kernels.training.randomness import keeps_all
+from zipformer_kernels.training.randomness import all_ones
 
 STATES_PER_LAYER = 6
 
@@ -89,7 +89,7 @@ class ZipformerEncoder(Module):
         Returns:
             (T, batch, channels).
         """
-        masked = not keeps_all(feature_mask) if isinstance(feature_mask, Tensor) else feature_mask != 1.0
+        masked = not all_ones(feature_mask) if isinstance(feature_mask, Tensor) else feature_mask != 1.0
         pos_emb = self.encoder_pos(src)
         output = src * feature_mask if masked else src
         for layer in self.layers:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels.branch.branch import Branch
-from zipformer_kernels.core.op import Settled
+from zipformer_kernels.core.op import SettledBackend
 from zipformer_kernels.ops.attention import AttentionWeights
 from zipformer_kernels.ops.attention.stream import stream_attention
 
@@ -39,7 +39,12 @@ def check_cache(name: str, cache: Tensor, length: int, dim: int) -> None:
 
 
 def average_chunk(
-    backend: Settled, branch: Branch, src: Tensor, attn_weights: AttentionWeights | Tensor, cache: Tensor, gated: bool
+    backend: SettledBackend,
+    branch: Branch,
+    src: Tensor,
+    attn_weights: AttentionWeights | Tensor,
+    cache: Tensor,
+    gated: bool,
 ) -> tuple[Tensor, Tensor]:
     """src + branch(src), without gradients.
 

@@ -1,6 +1,6 @@
 """Optimizer checkpoints of upstream's ScaledAdam, to and fro.
 
-Upstream stacks the parameters of a group that agree in dtype and shape, and keeps their state, stacked, under
+Upstream stacks the parameters of a group that agree in dtype and shape, and has their state, stacked, under
 the first of them: ``exp_avg_sq``, ``delta``, ``param_rms``, ``scale_exp_avg_sq`` with the stack as first
 axis, ``scale_grads`` with it as second, ``step`` as an int. What belongs to the group stands under the first
 parameter of the stack that comes first when stacks are sorted by (dtype's name, *shape). Source: upstream's
@@ -32,7 +32,7 @@ def is_upstream(state: dict[Any, Any]) -> bool:
 def unstacked(
     state: dict[Any, dict[str, Any]], saved_groups: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]
 ) -> dict[Any, dict[str, Tensor]]:
-    """The state of upstream's ScaledAdam as ours keeps it, so that training goes on as it would have there.
+    """The state of upstream's ScaledAdam as ours has it, so that training goes on as it would have there.
 
     Args:
         state: the "state" of upstream's state dict.
@@ -64,7 +64,7 @@ def unstacked(
 def upstream_state_dict(optimizer: ScaledAdam) -> dict[str, Any]:
     """The state of `optimizer` as upstream's ScaledAdam saves it, for its ``load_state_dict``.
 
-    The count of skipped steps, which upstream does not keep, is left out.
+    The count of skipped steps, which upstream does not have, is left out.
     """
     ours = optimizer.state_dict()
     state: dict[int, dict[str, Any]] = {}

@@ -23,7 +23,7 @@ class Dropout2(Module):
 
 
 class Dropout3(Module):
-    """Dropout that keeps or drops whole lines of x along `shared_dim` (say, a channel for a whole utterance).
+    """Dropout that drops whole lines of x along `shared_dim` (say, a channel for a whole utterance).
 
     Upstream lets no gradient through where its output happens to be exactly zero; here the mask alone
     decides.
@@ -44,5 +44,5 @@ class Dropout3(Module):
             return x
         shape = list(x.shape)
         shape[self.shared_dim] = 1
-        keep = torch.rand(shape, device=x.device) > p
-        return x * keep * (1.0 / (1.0 - p))
+        chosen = torch.rand(shape, device=x.device) > p
+        return x * chosen * (1.0 / (1.0 - p))

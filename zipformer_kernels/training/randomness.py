@@ -18,7 +18,7 @@ from zipformer_kernels.core.call import being_traced, has_values, watcher
 _drawing = True
 
 
-def keeps_all(mask: Tensor) -> bool:
+def all_ones(mask: Tensor) -> bool:
     """Whether a mask is known to be 1 everywhere, so that nothing need be multiplied by it.
 
     It is looked at on the CPU only, where that is no wait, and not while the call is recorded or transformed.
@@ -68,9 +68,9 @@ def happens(probability: SupportsFloat) -> bool:
 def logging_draw(probability: float) -> bool:
     """Draws the number by which upstream decides, with `probability`, to write a line of log.
 
-    The draw is kept because the sequence of draws decides which dropouts, skips and penalties a training step
-    gets: under the same seed a run here and a run of upstream then take the same decisions. While a graph is
-    recorded there is no draw and no log.
+    It is drawn though nothing is logged, because the sequence of draws decides which dropouts, skips and penalties a
+    training step gets: under the same seed a run here and a run of upstream then take the same decisions. While a graph
+    is recorded there is no draw and no log.
     """
     return not being_traced() and happens(probability)
 

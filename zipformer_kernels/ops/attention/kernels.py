@@ -200,7 +200,7 @@ def delta_kernel(
 ):  # fmt: skip
     """delta[h, b, i] = sum_c g[i, c] out[i, c] with g the gradient of `out`, before the other backward kernels.
 
-    Gated: g = grad * y, kept as `inner`; and dy = grad * out; and the values x tanh(gate) once more.
+    Gated: g = grad * y, stored as `inner`; and dy = grad * out; and the values x tanh(gate) once more.
     """
     block, b, h = split_program(tl.cdiv(T, BM), B, H)
     i = block * BM + tl.arange(0, BM)

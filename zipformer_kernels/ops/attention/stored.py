@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.core.autograd import keep, kept_tensors, reference_gradients
+from zipformer_kernels.core.autograd import reference_gradients, store, stored_tensors
 from zipformer_kernels.core.call import autocast_dtype, plain, without_autocast
 from zipformer_kernels.core.private import backward_pass, knows_backward_passes, will_execute
 from zipformer_kernels.ops.attention import cpu, reference
@@ -71,13 +71,13 @@ class _Make(torch.autograd.Function):
         scores, _, masks, ctx.penalty = grouped(0, args)
         weights = [cpu.make_weights(*scores.of_heads(heads), *masks, *ctx.penalty)[0] for heads in groups]
         ctx.uses, ctx.groups, ctx.rule = uses, groups, masks[2:]
-        keep(ctx, *scores, *masks[:2], *weights)
+        store(ctx, *scores, *masks[:2], *weights)
         ctx.set_materialize_grads(False)
         return tuple(weights)
 
     @staticmethod
     def backward(ctx: Any, *dweights: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = kept_tensors(ctx)  # once: checkpointing computes them again
+        saved = stored_tensors(ctx)  # once: checkpointing computes them again
         scores, masks, weights = Scores(*saved[:4]), Masks(*saved[4:6], *ctx.rule), saved[6:]
         needs = ctx.needs_input_grad[2:6]
         left = [uses.take() for uses in ctx.uses]
@@ -105,12 +105,12 @@ class _Average(torch.autograd.Function):
         for w, heads in _heads(weights):
             out[:, :, heads] = _swap(w @ _swap(values[:, :, heads]))
         ctx.uses = uses
-        keep(ctx, values, out, *weights)
+        store(ctx, values, out, *weights)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        values, out, *weights = kept_tensors(ctx)
+        values, out, *weights = stored_tensors(ctx)
         if torch.is_grad_enabled() or not plain(grad, values, out, *weights):  # what is left is not differentiable
             dense = lambda values, *weights: _dense(weights, values)  # noqa: E731
             return None, *reference_gradients(dense, (values, *weights), ctx.needs_input_grad[1:], grad)

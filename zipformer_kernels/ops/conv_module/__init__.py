@@ -14,7 +14,7 @@ Gradients, with d_t = dy_t, or e_p dy_t for what is inside chunks::
     dx_u = sum_k w_k d_(u + H - k),   da = dx sigmoid(s),   ds = dx a sigmoid(s) (1 - sigmoid(s)), zero on padding
     dw_k = sum d_t x_(t + k - H),   db = sum d_t,   de_p = sum dy_t (b + sum_k w_k x_(t + k - H))
 
-Nothing but the arguments is kept for backward: the gate is computed again. Sums of gradients over frames are taken in
+Nothing but the arguments is stored for backward: the gate is computed again. Sums of gradients over frames are taken in
 two stages of fixed order: the same inputs give the same bits.
 
 Source: ``ConvolutionModule`` and ``ChunkCausalDepthwiseConv1d`` in upstream's ``zipformer.py`` and ``scaling.py``.

@@ -65,12 +65,12 @@ def gate_kernel(
     """x = a sigmoid(s), zero on padding."""
     b, t, c, exists = place(T, C, across, FRAMES, CHANNELS)
     present = (t < T)[:, None] & exists[None, :]
-    kept = present
+    audible = present
     if PADDED:
-        kept = present & (tl.load(padding_ptr + b * T + t, t < T, other=1) == 0)[:, None]
+        audible = present & (tl.load(padding_ptr + b * T + t, t < T, other=1) == 0)[:, None]
     i = t.to(tl.int64)[:, None] * frame_stride + b * batch_stride + c[None, :]
-    a = tl.load(a_ptr + i, kept, other=0.0).to(tl.float32)
-    s = tl.load(s_ptr + i, kept, other=0.0).to(tl.float32)
+    a = tl.load(a_ptr + i, audible, other=0.0).to(tl.float32)
+    s = tl.load(s_ptr + i, audible, other=0.0).to(tl.float32)
     x = a * tl.sigmoid(s)
     tl.store(x_ptr + dense(b, t, c, B, C), x.to(x_ptr.dtype.element_ty), present)
 
@@ -137,13 +137,13 @@ def backward_kernel(
     dx = convolve(scaled_ptr, weight_ptr, b, t, c, exists, T, B, C, S, H, K, CHUNKED, True, FRAMES, CHANNELS)
     if CHUNKED:
         dx += convolve(dy_ptr, causal_weight_ptr, b, t, c, exists, T, B, C, S, 0, H + 1, False, True, FRAMES, CHANNELS)
-    kept = present
+    audible = present
     if PADDED:
-        kept = present & (tl.load(padding_ptr + b * T + t, t < T, other=1) == 0)[:, None]
+        audible = present & (tl.load(padding_ptr + b * T + t, t < T, other=1) == 0)[:, None]
     i = t.to(tl.int64)[:, None] * frame_stride + b * batch_stride + c[None, :]
-    a = tl.load(a_ptr + i, kept, other=0.0).to(tl.float32)
-    gate = tl.sigmoid(tl.load(s_ptr + i, kept, other=0.0).to(tl.float32))
-    da = tl.where(kept, dx * gate, 0.0)
+    a = tl.load(a_ptr + i, audible, other=0.0).to(tl.float32)
+    gate = tl.sigmoid(tl.load(s_ptr + i, audible, other=0.0).to(tl.float32))
+    da = tl.where(audible, dx * gate, 0.0)
     ds = da * a * (1.0 - gate)
     o = dense(b, t, c, B, C)
     tl.store(da_ptr + o, da.to(da_ptr.dtype.element_ty), present)

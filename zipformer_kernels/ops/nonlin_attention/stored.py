@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.core.autograd import keep, kept_tensors, reference_gradients
+from zipformer_kernels.core.autograd import reference_gradients, store, stored_tensors
 from zipformer_kernels.core.call import plain, without_autocast
 from zipformer_kernels.core.joint import side_by_side
 from zipformer_kernels.core.launch import DTYPE_CODES, INFERENCE_DTYPES, call_cpu, pointer
@@ -30,12 +30,12 @@ class _GatedAverage(torch.autograd.Function):
         projected = side_by_side(s, x, y)
         average = (w[0] @ open_(projected, None).transpose(0, 1)).transpose(0, 1)
         ctx.uses = uses
-        keep(ctx, w, s, x, y, average)
+        store(ctx, w, s, x, y, average)
         return close(projected, None, average)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        w, *thirds, average = kept_tensors(ctx)
+        w, *thirds, average = stored_tensors(ctx)
         if torch.is_grad_enabled() or not plain(grad, w, *thirds, average):  # what is left could not be differentiated
             dense = lambda w, *thirds: infer(torch.cat(thirds, dim=2), None, w)  # noqa: E731
             return None, *reference_gradients(dense, (w, *thirds), ctx.needs_input_grad[1:], grad)

@@ -6,7 +6,7 @@ one block or thread works on one chunk.
 
 On a GPU the table lies in device memory. It is sent there from pinned memory whenever a word of it changed, as
 gradients move and learning rates fall: a copy that nobody waits for. In a captured CUDA graph the copy is part of
-the graph, and what it copies from and to is kept for as long as the table.
+the graph, and what it copies from and to is held for as long as the table.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class Table:
         """Enters where parameters and gradients lie now, and the options of the groups.
 
         Returns:
-            Tensors to keep until the step is launched, and pairs of parameters with other strides than their
+            Tensors to hold until the step is launched, and pairs of parameters with other strides than their
             moments and the copies that the step moves in their stead.
         """
         params = [p for group in groups for p in group.params]
@@ -135,10 +135,10 @@ class Table:
         self._column("p", list(map(Tensor.data_ptr, params)))
         self._column("g", [0 if g is None else g.data_ptr() for g in grads])
         self._column("g_dtype", self._codes(groups, grads))
-        kept: list[Tensor] = []
+        held: list[Tensor] = []
         for row, group in zip(self._group_rows, groups, strict=True):
-            kept.extend(_enter_options(row, group))
-        return kept, copies
+            held.extend(_enter_options(row, group))
+        return held, copies
 
     @staticmethod
     def _codes(groups: Sequence[Group], grads: list[Tensor | None]) -> int | list[int]:
@@ -210,7 +210,7 @@ def run(
     Args:
         groups: all on one device.
         reduce, loss_scale, found_inf: see `zipformer_kernels.ops.scaled_adam.step`.
-        tables: tables of earlier steps, by `chunk_elements` and `real`; kept up to date.
+        tables: tables of earlier steps, by `chunk_elements` and `real`; updated.
         chunk_elements, real: see `Table`.
         launch: ``(pass, table, loss_scale, found_inf)`` launches one pass: ``partials`` (sums over chunks),
             ``sums`` (of those, over tensors), ``plan``, ``update``.
@@ -218,7 +218,7 @@ def run(
     table = tables.get((chunk_elements, real))
     if table is None or not table.fits(groups):
         table = tables[chunk_elements, real] = Table(groups, chunk_elements, real)
-    kept, copies = table.enter(groups)
+    held, copies = table.enter(groups)
     loss_scale, found_inf = (
         None if x is None else x.reshape(()).to(table.device, torch.float32, non_blocking=True)
         for x in (loss_scale, found_inf)
@@ -232,7 +232,7 @@ def run(
     for p, copy in copies:
         p.copy_(copy)
     torch.autograd.graph.increment_version([p for group in groups for p in group.params])
-    del kept  # the launches are on the stream: memory may be reused behind them
+    del held  # the launches are on the stream: memory may be reused behind them
 
 
 def _strides_differ(p: Tensor, v: Tensor) -> bool:
@@ -253,7 +253,7 @@ def _describe(row: np.void, statistics: Statistics, first_tensor: int) -> None:
 
 def _enter_options(row: np.void, group: Group) -> list[Tensor]:
     """Enters what may change of one group; returns what the row points at."""
-    hyper, kept = group.hyper, []
+    hyper, held = group.hyper, []
     row["lr_tensor"] = 0
     rms = group.statistics.rms
     if not isinstance(hyper.lr, Tensor):
@@ -263,9 +263,9 @@ def _enter_options(row: np.void, group: Group) -> list[Tensor]:
     else:
         lr = hyper.lr.to(rms.device, rms.dtype, non_blocking=True)
         row["lr"], row["lr_tensor"] = math.nan, lr.data_ptr()
-        kept.append(lr)
+        held.append(lr)
     row["clipping_scale"] = hyper.clipping_scale or 0.0
     row["beta1"], row["beta2"] = hyper.betas
     for name in GROUP_OPTIONS[4:]:
         row[name] = getattr(hyper, name)
-    return kept
+    return held

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels.core.call import plain
-from zipformer_kernels.core.op import Op, Settled, triton_launchers
+from zipformer_kernels.core.op import Op, SettledBackend, triton_launchers
 from zipformer_kernels.ops.swoosh import cpu, cuda, reference
 
 _op = Op(
@@ -69,7 +69,7 @@ def swoosh_(x: Tensor, kind: str, bias: Tensor | None = None, *, backend: str | 
         BackendError: the backend asked for cannot serve the call.
     """
     _check_bias(x, bias)
-    settled = type(backend) is Settled
+    settled = type(backend) is SettledBackend
     name = backend if settled else _op.select(backend, x, kind)
     if name == "cpu" and (settled or plain(x, bias)) and x.is_contiguous():
         cpu.overwrite(x, kind, bias)

@@ -5,7 +5,7 @@ With a = mask * Swoosh(x), elementwise::
     y = a W^T + b
     da = dy W,   dx = da * mask * Swoosh'(x),   dW = dy^T a,   db = sum over rows of dy
 
-Forward is one elementwise pass from x to a and one matrix product; neither Swoosh(x) nor a is kept. Backward
+Forward is one elementwise pass from x to a and one matrix product; neither Swoosh(x) nor a is stored. Backward
 is the product da, one pass that reads da and x and writes both dx and a once more, the product dW, and the
 sum db, which torch takes: no pass of ours reads dy. All products are torch's, in its precision settings.
 

@@ -30,8 +30,8 @@ def _case(
         x = leaf(*shape, dtype=dtype, device=device, scale=4.0)
         weight = leaf(out_channels, in_channels, dtype=dtype, device=device, scale=in_channels**-0.5)
         b = leaf(out_channels, dtype=dtype, device=device) if bias else None
-        kept = torch.rand(mask_shape, device=device) > 0.3
-        mask = None if shared is None else kept * (1 / 0.7)
+        chosen = torch.rand(mask_shape, device=device) > 0.3
+        mask = None if shared is None else chosen * (1 / 0.7)
         return x, weight, b, mask, kind, dtype
 
     def moved(size: int) -> dict[str, int]:

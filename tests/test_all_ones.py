@@ -1,4 +1,4 @@
-"""Masks that keep everything: the CPU leaves their products out, and training goes as upstream's."""
+"""Masks of ones: the CPU leaves their products out, and training goes as upstream's."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch import nn
 
 from zipformer_kernels import modules
 from zipformer_kernels.modules.stack import ZipformerEncoder
-from zipformer_kernels.training.randomness import keeps_all
+from zipformer_kernels.training.randomness import all_ones
 
 RATES = "attention_skip_rate", "conv_skip_rate", "ff2_skip_rate", "ff3_skip_rate"
 
@@ -40,16 +40,16 @@ def inputs():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 def test_only_ones_keep_all(dtype):
     ones = torch.ones(3, 1, dtype=dtype)
-    assert keeps_all(ones)
-    assert keeps_all(ones[:1].expand(3, 5))
+    assert all_ones(ones)
+    assert all_ones(ones[:1].expand(3, 5))
     for other in (0.0, 2.0, torch.nan):
-        assert not keeps_all(torch.tensor([[1.0], [other], [1.0]], dtype=dtype))
+        assert not all_ones(torch.tensor([[1.0], [other], [1.0]], dtype=dtype))
 
 
 def test_masks_are_looked_at_on_the_cpu_only_and_not_by_transforms():
-    assert not keeps_all(torch.ones(3, device="meta"))
+    assert not all_ones(torch.ones(3, device="meta"))
     seen = []
-    torch.vmap(lambda mask: seen.append(keeps_all(mask)) or mask)(torch.ones(3, 2))
+    torch.vmap(lambda mask: seen.append(all_ones(mask)) or mask)(torch.ones(3, 2))
     assert seen == [False]
 
 

@@ -25,7 +25,7 @@ def reads(kind: type[nn.Module], *attributes: str) -> None:
     _SETTINGS[kind] = itemgetter(*attributes)
 
 
-class Said:
+class Answer:
     """That the calls of some parts of a module may be left out, and everything that was looked at to say so.
 
     As long as all that is the same, the answer is. To compare costs a third of asking: it is done by loops in C.
