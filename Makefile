@@ -55,13 +55,13 @@ sanitize: $(TOOLS)  ## run the kernel tests under AddressSanitizer and Undefined
 	$(BIN)/python tests/sanitize.py -n $(JOBS)
 
 clients: $(TOOLS)  ## try icefall's and ZipVoice's own files, from checkouts that ICEFALL and ZIPVOICE name
-	PYTHONPATH=tests $(BIN)/python tests/real_clients.py
+	PYTHONPATH=.:tests $(BIN)/python tests/real_clients.py
 
 demo: $(BUILT)  ## encode recorded speech on the reference and on the best backend
 	$(BIN)/python demo/demo.py
 
 bench: $(TOOLS)  ## measure this machine: tables, JSON and plots under benchmarks/results
-	$(BIN)/zipformer-kernels bench
+	$(BIN)/python -m benchmarks.harness
 
 lint: $(TOOLS)  ## check style
 	$(BIN)/ruff check .

@@ -1,20 +1,23 @@
 """Writes docs/results.md and the tables of README.md and docs/clients.md from the committed results.
 
 Every folder ``benchmarks/results/<device>/`` that holds results files appears by itself, with the plots that
-``zipformer-kernels bench`` left there. ``tests/test_report.py`` runs this again and compares.
+``make bench`` left there. ``tests/test_report.py`` runs this again and compares.
 """
 
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
-from zipformer_kernels.bench import clients, results
-from zipformer_kernels.bench.plots import fastest_of_ours
-from zipformer_kernels.bench.tables import milliseconds
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
-ROOT = Path(__file__).parent.parent
+from benchmarks.harness import clients, results  # noqa: E402
+from benchmarks.harness.plots import fastest_of_ours  # noqa: E402
+from benchmarks.harness.tables import milliseconds  # noqa: E402
+
 RESULTS = ROOT / "benchmarks" / "results"
 HEADLINES = ("encoder-forward", "conv-embed", "training-step", "streaming-chunk", "scaled_adam", "length", "conformer")
 BEGIN, END = "<!-- written by benchmarks/report.py -->", "<!-- end -->"

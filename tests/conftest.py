@@ -6,9 +6,13 @@ the group ``large`` takes tens of gigabytes each: with several workers, ``--dist
 
 import os
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parent.parent))  # where benchmarks/ is; last, for the package may be elsewhere
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the package is imported

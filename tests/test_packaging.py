@@ -56,6 +56,7 @@ def wheel_of(sdist, folder, *options, **environment):
         record = json.loads(file.read("zipformer_kernels/_build.json"))
         names = file.namelist()
     assert not [name for name in names if not name.startswith(("zipformer_kernels/", "zipformer_kernels-"))]
+    assert not [name for name in names if "/bench/" in name or "harness" in name]
     return wheel, record, [name for name in names if name.endswith(SUFFIX)]
 
 
@@ -89,7 +90,7 @@ def test_the_source_distribution_holds_everything(sdist):
         "pyproject.toml",
         "MANIFEST.in",
     }
-    for folder in ("csrc", "zipformer_kernels", "tests", "demo"):
+    for folder in ("csrc", "zipformer_kernels", "tests", "benchmarks", "demo"):
         files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
         suffixes = (".py", ".h", ".cpp", ".cu", ".wav", ".md")
         needed |= {path.relative_to(ROOT).as_posix() for path in files if path.suffix in suffixes}
