@@ -20,6 +20,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mod
 
 from hypothesis import settings
 from interpreter import mend_bfloat16_dot, mend_bfloat16_rounding, quicken
+from poison import poison_memory
 
 torch.backends.cudnn.allow_tf32 = False  # what ours is compared with is float32
 
@@ -89,9 +90,10 @@ def uses_gpu(item):
 
 
 def pytest_runtest_setup(item):
-    """A test draws the same numbers alone and among others."""
+    """A test draws the same numbers alone and among others, and no memory is zero by chance."""
     marker = item.get_closest_marker("gpu")
     if marker is not None and not torch.cuda.is_available():
         pytest.skip(f"a GPU would run this: {marker.args[0]}")
+    poison_memory()  # again: a test may have switched it off
     random.seed(0)
     torch.manual_seed(0)
