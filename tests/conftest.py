@@ -20,6 +20,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mod
 
 from hypothesis import settings
 from interpreter import mend_bfloat16_dot, mend_bfloat16_rounding, quicken
+from lanes import ISAS, instruction_set
 from poison import poison_memory
 
 torch.backends.cudnn.allow_tf32 = False  # what ours is compared with is float32
@@ -33,20 +34,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     quicken()
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+pytest.register_assert_rewrite("contract")
+
+
+@pytest.fixture(params=ISAS)
 def isa(request):
     """Runs a test once for each instruction set of the CPU kernels; its name."""
-    from zipformer_kernels.core import backend
-
-    if backend.missing["cpu"]:
-        pytest.skip(backend.missing["cpu"])
-    native, before = backend.native, backend.native.current_isa()
-    try:
-        native.set_isa(request.param)
-    except ValueError:
-        pytest.skip(f"a processor with {request.param} would run this")
-    yield request.param
-    native.set_isa(before)
+    with instruction_set(request.param):
+        yield request.param
 
 
 def pytest_addoption(parser):
