@@ -55,13 +55,13 @@ sanitize: $(TOOLS)  ## run the kernel tests under AddressSanitizer and Undefined
 	$(BIN)/python tests/sanitize.py -n $(JOBS)
 
 clients: $(TOOLS)  ## try icefall's and ZipVoice's own files, from checkouts that ICEFALL and ZIPVOICE name
-	PYTHONPATH=tests $(BIN)/python tests/real_clients.py
+	PYTHONPATH=.:tests $(BIN)/python tests/real_clients.py
 
 demo: $(BUILT)  ## encode recorded speech on the reference and on the best backend
 	$(BIN)/python demo/demo.py
 
 bench: $(TOOLS)  ## measure this machine: tables, JSON and plots under benchmarks/results
-	$(BIN)/zipformer-kernels bench
+	$(BIN)/python -m benchmarks.harness
 
 docs: $(TOOLS)  ## write the API page from docstrings, and the pages of results from results
 	$(BIN)/python docs/make_api.py

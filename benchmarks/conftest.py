@@ -1,8 +1,8 @@
-"""Gives each ``bench_<name>.py`` its jobs and peers: those of `zipformer_kernels.bench`."""
+"""How a benchmark of pytest-benchmark is run: one peer of one job of `benchmarks.harness`."""
 
 import pytest
 
-from zipformer_kernels.bench import machine, suite
+from benchmarks.harness import machine
 
 
 @pytest.fixture
@@ -28,9 +28,3 @@ def time_job(benchmark):
             benchmark.extra_info |= result
 
     return run
-
-
-def pytest_generate_tests(metafunc):
-    if {"job", "peer"} <= set(metafunc.fixturenames):
-        pairs = [(job, peer) for name in metafunc.module.BENCHMARKS for job in suite.jobs(name) for peer in job.peers]
-        metafunc.parametrize(("job", "peer"), pairs, ids=[f"{job.title}, {peer}" for job, peer in pairs])

@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import recording  # noqa: E402
-from zipformer_kernels.bench import upstream  # noqa: E402
+from benchmarks.harness import upstream  # noqa: E402
 from zipformer_kernels.modules import ZipformerEncoderLayer  # noqa: E402
 
 LAYER = {

@@ -1,7 +1,7 @@
 """Writes docs/results.md, and what README.md and docs/clients.md show of the committed results.
 
 Every folder ``benchmarks/results/<device>/`` that holds results files appears by itself, with the plots that
-``zipformer-kernels bench`` left there. ``tests/test_report.py`` runs this again and compares.
+``make bench`` left there. ``tests/test_report.py`` runs this again and compares.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import headlines  # noqa: E402
-from zipformer_kernels.bench import clients, results  # noqa: E402
-from zipformer_kernels.bench.plots import fastest_of_ours  # noqa: E402
-from zipformer_kernels.bench.tables import milliseconds  # noqa: E402
+from benchmarks.harness import clients, results  # noqa: E402
+from benchmarks.harness.plots import fastest_of_ours  # noqa: E402
+from benchmarks.harness.tables import milliseconds  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- written by benchmarks/report.py -->", "<!-- end -->"

@@ -6,9 +6,13 @@ the group ``large`` takes tens of gigabytes each: with several workers, ``--dist
 
 import os
 import random
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parent.parent))  # where benchmarks/ is; last, for the package may be elsewhere
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before the package is imported
@@ -16,6 +20,8 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic mod
 
 from hypothesis import settings
 from interpreter import mend_bfloat16_dot, mend_bfloat16_rounding, quicken
+from lanes import ISAS, instruction_set
+from poison import poison_memory
 
 torch.backends.cudnn.allow_tf32 = False  # what ours is compared with is float32
 
@@ -28,20 +34,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     quicken()
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512"])
+pytest.register_assert_rewrite("contract")
+
+
+@pytest.fixture(params=ISAS)
 def isa(request):
     """Runs a test once for each instruction set of the CPU kernels; its name."""
-    from zipformer_kernels.core import backend
-
-    if backend.missing["cpu"]:
-        pytest.skip(backend.missing["cpu"])
-    native, before = backend.native, backend.native.current_isa()
-    try:
-        native.set_isa(request.param)
-    except ValueError:
-        pytest.skip(f"a processor with {request.param} would run this")
-    yield request.param
-    native.set_isa(before)
+    with instruction_set(request.param):
+        yield request.param
 
 
 def pytest_addoption(parser):
@@ -85,9 +85,10 @@ def uses_gpu(item):
 
 
 def pytest_runtest_setup(item):
-    """A test draws the same numbers alone and among others."""
+    """A test draws the same numbers alone and among others, and no memory is zero by chance."""
     marker = item.get_closest_marker("gpu")
     if marker is not None and not torch.cuda.is_available():
         pytest.skip(f"a GPU would run this: {marker.args[0]}")
+    poison_memory()  # again: a test may have switched it off
     random.seed(0)
     torch.manual_seed(0)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from poison import poison_memory
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -100,6 +101,7 @@ def step_with_whole_gradients(model, optimizer, steps):
 
 def main(kinds, folder, rank, world_size):
     torch.set_num_threads(1)
+    poison_memory()
     store = dist.FileStore(str(folder / f"store-{world_size}"), world_size)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     for kind in kinds.split(","):

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
-from zipformer_kernels.bench import rates, suite
-from zipformer_kernels.bench.job import Job
-from zipformer_kernels.bench.peers import Prepared
+from benchmarks.harness import rates, suite
+from benchmarks.harness.job import Job
+from benchmarks.harness.peers import Prepared
 
 FOLDER = Path(sys.argv[-1])
 RATES = {"copy_bytes_per_s": 1e10, "matrix_flops_per_s": {"float32": 1e11}}

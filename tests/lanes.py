@@ -3,33 +3,40 @@
 With a GPU: ``triton`` and ``cuda`` on it. Without: Triton's interpreter and the CUDA emulator, on CPU tensors.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import pytest
 import torch
 from emulator import emulated_cuda
-from torch.utils import deterministic
 
 from zipformer_kernels.core import backend
 from zipformer_kernels.core.op import Op
-from zipformer_kernels.ops.cases import Case
 
 HAS_GPU = torch.cuda.is_available()
 
 
+ISAS = ("baseline", "avx2", "avx512")
+
+
 @contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Within the block torch fills memory that is left uninitialised with NaN, so that reading it shows."""
-    filled = deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = True
+def instruction_set(name: str | None) -> Iterator[None]:
+    """Within the block the CPU kernels run on this instruction set; None leaves it as it is."""
+    if name is None:
+        yield
+        return
+    if backend.missing["cpu"]:
+        pytest.skip(backend.missing["cpu"])
+    native, before = backend.native, backend.native.current_isa()
+    try:
+        native.set_isa(name)
+    except ValueError:
+        pytest.skip(f"a processor with {name} would run this")
     try:
         yield
     finally:
-        deterministic.fill_uninitialized_memory = filled
-        torch.use_deterministic_algorithms(False)
+        native.set_isa(before)
 
 
 @dataclass(frozen=True)
@@ -65,13 +72,3 @@ def lanes(op: Op, *excluded: str) -> list:
     return [
         pytest.param(Lane(name), id=name) for name in backend.BACKENDS if name in op.backends and name not in excluded
     ]
-
-
-def assert_reads_only_what_is_written(
-    lane: Lane, cases: Sequence[Case], run: Callable, assert_matches: Callable
-) -> None:
-    """Runs cases where memory left uninitialised is NaN; `run` and `assert_matches` are those of the op's tests."""
-    with lane.active(), poisoned_memory():
-        for case in cases:
-            args = case.inputs(torch.float32, lane.device)
-            assert_matches(args, *run(args))

@@ -24,11 +24,11 @@ from rich.markup import escape
 from rich.progress import Progress
 from tolerances import relative_error
 
+from benchmarks.harness import machine, rates, results
+from benchmarks.harness.clients import BENCHMARK, table
+from benchmarks.harness.job import Job, Measured, off_by
+from benchmarks.harness.peers import Prepared
 from zipformer_kernels import convert, modules
-from zipformer_kernels.bench import machine, rates, results
-from zipformer_kernels.bench.clients import BENCHMARK, table
-from zipformer_kernels.bench.job import Job, Measured, off_by
-from zipformer_kernels.bench.peers import Prepared
 
 LAYERS = ("ZipformerEncoderLayer", "Zipformer2EncoderLayer", "TimedEncoderLayer")
 SECONDS = {"S": (4, 16), "M": (4, 16), "L": (4, 16), "XL": (1, 16), recipes.OWN_SIZE: (2, 16)}

@@ -17,7 +17,16 @@ ROOT = Path(__file__).parent.parent
 WORK = ROOT / "build" / "sanitize"
 PACKAGE = WORK / "zipformer_kernels"
 TESTS = (
-    *("swoosh", "swoosh_linear", "bias_norm", "attention", "attention_weights", "nonlin_attention", "conv_module"),
+    *(
+        "contract",
+        "swoosh",
+        "swoosh_linear",
+        "bias_norm",
+        "attention",
+        "attention_weights",
+        "nonlin_attention",
+        "conv_module",
+    ),
     *("conv_module_infer", "depthwise_conv2d", "bypass", "balancer", "stream_kernels", "scaled_adam_kernels"),
 )
 READS_PAST_THE_END = """

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import upstream
 import upstream_models
 from draws import seed_all
+from poison import poison_memory
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from upstream_models import build
@@ -75,6 +76,7 @@ def result(model, mode):
 
 def main(file, rank):
     torch.set_num_threads(1)
+    poison_memory()
     store = dist.FileStore(f"{file}.store", WORLD_SIZE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE)
     mesh = init_device_mesh("cpu", (WORLD_SIZE,))

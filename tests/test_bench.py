@@ -1,5 +1,7 @@
 """The measuring core: statistics, verdicts, results files, peers that agree, and the command on a tiny case."""
 
+import ast
+import graphlib
 import importlib
 import json
 import logging
@@ -18,8 +20,8 @@ import upstream  # noqa: F401  it must be there, or no peer of upstream's would 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from zipformer_kernels import cli
-from zipformer_kernels.bench import (
+from benchmarks.harness import (
+    __main__,
     job,
     length,
     machine,
@@ -33,8 +35,8 @@ from zipformer_kernels.bench import (
     statistics,
     suite,
 )
-from zipformer_kernels.bench.compare import compare
-from zipformer_kernels.bench.peers import Prepared
+from benchmarks.harness.compare import compare
+from benchmarks.harness.peers import Prepared
 from zipformer_kernels.core import backend
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import held
@@ -356,11 +358,10 @@ def level():
 
 
 @pytest.fixture
-def command(monkeypatch, capsys):
+def command(capsys):
     def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["zipformer-kernels", "bench", *map(str, arguments)])
         with pytest.raises(SystemExit) as exit_:
-            cli.main()
+            __main__.main([*map(str, arguments)])
         captured = capsys.readouterr()
         return exit_.value.code or 0, captured.out, captured.err.splitlines()
 
@@ -422,26 +423,51 @@ def test_foreign_files_are_told_in_one_line(command, tmp_path, content, message)
     assert f"{path}: {message}" in err[0]
 
 
-def test_unknown_benchmarks_are_told_in_one_line(command):
-    code, out, err = command("swish")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["swish"], "OP: wanted any of attention, "),
+        (["--compare", "a"], "Option '--compare' requires 2 arguments"),
+        (["--compare", "a", "b"], "a: cannot be read: No such file or directory"),
+        (["swoosh", "--compare", "a", "b"], "--compare: takes two files and no benchmarks, got swoosh"),
+        (["swoosh", "--output", __file__], f"{__file__}: wanted a folder, and {__file__} is a file"),
+        (["swoosh", "--output", f"{__file__}/a"], f"{__file__}/a: wanted a folder, and {__file__} is a file"),
+    ],
+)
+def test_wrong_calls_are_told_in_one_line(command, arguments, message):
+    code, out, err = command(*arguments)
     assert (code, out, len(err)) == (2, "", 1)
-    assert "'swish'" in err[0]
+    assert err[0].startswith(f"python -m benchmarks.harness: {message}")
+
+
+def test_help_names_every_benchmark():
+    """Of the program as a user calls it."""
+    command = [sys.executable, "-m", "benchmarks.harness", "--help"]
+    result = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stderr) == (0, "")
+    text = "".join(result.stdout.split())  # names are broken at hyphens
+    assert all(name in text for name in (*suite.names(), "--output", "--every", "--compare", "--no-compiled"))
+
+
+def imports_of(path):
+    """The names that a file imports from, anywhere in it, and those names with what is imported."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module
+            yield from (f"{node.module}.{name.name}" for name in node.names)
+
+
+def test_no_import_goes_in_a_circle():
+    paths = (machine.ROOT / "benchmarks").rglob("*.py")
+    files = {".".join(path.relative_to(machine.ROOT).with_suffix("").parts): path for path in paths}
+    graph = {name: files.keys() & set(imports_of(path)) for name, path in files.items()}
+    assert "benchmarks.harness.job" in graph["benchmarks.harness.suite"]
+    assert set(graphlib.TopologicalSorter(graph).static_order()) == set(files)
 
 
 def test_pytest_runs_and_says_what_the_machine_lacks(tmp_path):
-    root = machine.ROOT
-    wanted = "k2 and forward"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "benchmarks/bench_swoosh.py",
-        "-k",
-        wanted,
-        "-q",
-        "-p",
-        "no:cacheprovider",
-    ]
-    result = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "pytest", "benchmarks/", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", "test_swoosh and not linear and k2 and forward"]
+    result = subprocess.run(command, cwd=machine.ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "k2 is not installed" in result.stdout

@@ -7,11 +7,11 @@ import torch
 import upstream
 from tiny import TINY
 
+from benchmarks.harness import check, models
+from benchmarks.harness.check import ModelCheck
+from benchmarks.harness.machine import DEVICE
+from benchmarks.harness.peers import Wrong
 from zipformer_kernels import Zipformer
-from zipformer_kernels.bench import check, models
-from zipformer_kernels.bench.check import ModelCheck
-from zipformer_kernels.bench.machine import DEVICE
-from zipformer_kernels.bench.peers import Wrong
 
 FRAMES, BATCH = 60, 2
 DTYPES = [torch.float32, torch.bfloat16]

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from zipformer_kernels.bench import job, machine, models, peers, process, results, suite, timing
-from zipformer_kernels.bench.job import Job, Measured
-from zipformer_kernels.bench.peers import Agreement, Prepared, Unserved
+from benchmarks.harness import job, machine, models, peers, process, results, suite, timing
+from benchmarks.harness.job import Job, Measured
+from benchmarks.harness.peers import Agreement, Prepared, Unserved
 
 RATES = {"copy_bytes_per_s": 1e10, "matrix_flops_per_s": {"float32": 1e11}}
 
@@ -324,7 +324,8 @@ def until(holds, seconds=120.0):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_ended_leaves_what_it_knew_and_no_process(number, tmp_path):
     script = Path(__file__).parent / "interrupted_bench.py"
-    run = subprocess.Popen([sys.executable, script, tmp_path], stderr=subprocess.PIPE, text=True)
+    environment = os.environ | {"PYTHONPATH": str(machine.ROOT)}
+    run = subprocess.Popen([sys.executable, script, tmp_path], env=environment, stderr=subprocess.PIPE, text=True)
     try:
         until((tmp_path / "asleep").exists)
         worker = int((tmp_path / "asleep").read_text())

@@ -1,19 +1,19 @@
-"""BiasNorm on every lane against its float64 formula, and everything the op promises about torch."""
+"""What is special to BiasNorm: its float64 formula, for `contract` too, any channel dimension, and magnitudes."""
 
 import math
+from functools import partial
 
+import contract
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lanes import assert_reads_only_what_is_written, lanes
+from lanes import lanes
 from tolerances import assert_agrees, assert_rounded, rounding
 
 from zipformer_kernels.core import backend
 from zipformer_kernels.ops.bias_norm import _op, bias_norm
-from zipformer_kernels.ops.bias_norm.cases import CASES
 
-SMALL = [case for case in CASES if not case.large]
 # Eager takes squares as they are; the kernels rescale a row whose squares leave the range of float32.
 RESCALING = lanes(_op, "eager")
 
@@ -39,21 +39,27 @@ def expected(args, dy, channel_dim=-1):
     return y, grads, (direct.abs() + (grads[0] - direct).abs(), dbias_size, (dy * y).norm())
 
 
+def call(args, channel_dim=-1):
+    return bias_norm(*args, channel_dim)
+
+
 def run(args, dy=None, channel_dim=-1):
-    y = bias_norm(*args, channel_dim)
-    dy = torch.randn_like(y) if dy is None else dy
-    return y, dy, torch.autograd.grad(y, args, dy)
+    return contract.run(partial(call, channel_dim=channel_dim), args, dy)
 
 
-def assert_matches(args, y, dy, grads, channel_dim=-1):
+def assert_matches(args, y, dy, grads, backend=None, channel_dim=-1):
     x, bias, log_scale = args
     channels, rows = len(bias), x.numel() // max(len(bias), 1)
     value, (dx, dbias, dlog_scale), (dx_size, dbias_size, size) = expected(args, dy, channel_dim)
     assert y.dtype == torch.promote_types(x.dtype, bias.dtype)
-    assert [g.dtype for g in grads] == [a.dtype for a in args]
+    assert all(grad.dtype == args[i].dtype for i, grad in grads.items())
     assert_rounded(y, value, channels, "y")
-    assert_rounded(grads[0], dx, channels, "dx", dx_size)
-    assert_rounded(grads[1], dbias, max(rows, channels), "dbias", dbias_size)
+    if 0 in grads:
+        assert_rounded(grads[0], dx, channels, "dx", dx_size)
+    if 1 in grads:
+        assert_rounded(grads[1], dbias, max(rows, channels), "dbias", dbias_size)
+    if 2 not in grads:
+        return
     assert grads[2].shape == log_scale.shape
     wide = torch.promote_types(log_scale.dtype, torch.float32)
     allowed = rounding(wide, channels) * size
@@ -65,17 +71,6 @@ def assert_matches(args, y, dy, grads, channel_dim=-1):
 def parameters(channels, device="cpu", dtype=torch.float32):
     bias = (torch.randn(channels) * 0.5).to(dtype).to(device).requires_grad_()
     return bias, torch.full((), 0.4, dtype=dtype, device=device, requires_grad=True)
-
-
-@pytest.mark.parametrize("case", SMALL, ids=lambda c: c.name)
-@pytest.mark.parametrize("lane", lanes(_op))
-def test_cases_match_float64(lane, case):
-    torch.manual_seed(0)
-    for dtype in lane.dtypes:
-        args = case.inputs(dtype, lane.device)
-        with lane.active():
-            y, dy, grads = run(args)
-        assert_matches(args, y, dy, grads)
 
 
 @given(
@@ -94,32 +89,7 @@ def test_any_shape_and_channel_dimension(lane, shape, channels, channel_dim, see
     for dim in (channel_dim, channel_dim - len(shape)):
         with lane.active():
             y, dy, grads = run(args, channel_dim=dim)
-        assert_matches(args, y, dy, grads, dim)
-
-
-@pytest.mark.parametrize("lane", lanes(_op))
-def test_strided_sliced_and_expanded_inputs(lane):
-    torch.manual_seed(1)
-    base = torch.randn(6, 5, 24, device=lane.device) * 3
-    views = [
-        base.transpose(0, 1),
-        base.transpose(0, 2),
-        base[1:, 1:, 3:],
-        base.flatten()[1:713].view(8, 89),  # rows not aligned to 16 bytes
-        base[:, :1].expand(6, 4, 24),
-        base[::2],
-        base[..., ::2],
-        base[:0],
-        base[:, :0],
-    ]
-    for view in views:
-        x = view.detach().requires_grad_()
-        bias = torch.randn(2 * x.shape[-1], device=lane.device)[::2].requires_grad_()
-        args = (x, bias, torch.tensor(-0.3, device=lane.device, requires_grad=True))
-        dy = torch.randn(1, device=lane.device).expand(x.shape)
-        with lane.active():
-            y, dy, grads = run(args, dy)
-        assert_matches(args, y, dy, grads)
+        assert_matches(args, y, dy, grads, channel_dim=dim)
 
 
 @pytest.mark.parametrize("lane", lanes(_op))
@@ -189,14 +159,14 @@ def test_the_same_inputs_give_the_same_bits(lane, height, channels):
         with lane.active():
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
-                results = [*run(args, dy)[2], bias_norm(*args)]
+                results = [*run(args, dy)[2].values(), bias_norm(*args)]
                 if count == 1:
                     first = results
                 if lane.backend != "eager":
                     assert all(torch.equal(a, b) for a, b in zip(results, first, strict=True))
     finally:
         torch.set_num_threads(threads)
-    assert_matches(args, results[3], dy, results[:3])
+    assert_matches(args, results[3], dy, dict(enumerate(results[:3])))
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)])
@@ -214,40 +184,6 @@ def test_frozen_arguments_get_no_gradient(lane, wanted):
             assert (a.grad is not None) == (i in wanted)
             if i in wanted:
                 assert_rounded(a.grad, wanted_grad, 8 * channels, f"gradient {i}")
-
-
-@pytest.mark.parametrize("lane", lanes(_op))
-def test_uninitialised_memory_is_never_read(lane):
-    assert_reads_only_what_is_written(lane, SMALL, run, assert_matches)
-
-
-@pytest.mark.parametrize("lane", lanes(_op))
-def test_inputs_are_untouched_and_neighbours_unwritten(lane):
-    block = torch.full((700,), 7.0, device=lane.device)
-    x = block[100:600].view(10, 50).requires_grad_()
-    with lane.active():
-        run((x, *parameters(50, lane.device)))
-    assert (block == 7).all()
-
-
-@pytest.mark.parametrize("lane", lanes(_op, "triton", "cuda"))
-def test_gradcheck(lane):
-    x = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
-    args = (x, *parameters(4, dtype=torch.float64), 1)
-    with lane.active():
-        assert torch.autograd.gradcheck(bias_norm, args)
-        assert torch.autograd.gradgradcheck(bias_norm, args)
-
-
-@pytest.mark.parametrize("lane", lanes(_op))
-def test_opcheck(lane):
-    operator = torch.ops.zipformer_kernels.bias_norm.default
-    bias, log_scale = parameters(6, lane.device)
-    with lane.active():
-        for x in (torch.randn(4, 6), torch.randn(6, 4).t(), torch.randn(2, 3, 6).half()):
-            for needs in (True, False):
-                sample = x.to(lane.device).requires_grad_(needs)
-                torch.library.opcheck(operator, (sample, bias, log_scale, lane.backend))
 
 
 @pytest.mark.parametrize("lane", lanes(_op))
@@ -279,18 +215,6 @@ def test_half_input_with_float_parameters_gives_float_with_and_without_autocast(
         assert torch.equal(plain, cast)
 
 
-@pytest.mark.parametrize("lane", lanes(_op))
-def test_a_gradient_used_twice_adds(lane):
-    x = torch.randn(5, 17, device=lane.device, requires_grad=True)
-    bias, log_scale = parameters(17, lane.device)
-    dy = torch.randn(5, 17, device=lane.device)
-    with lane.active():
-        y = bias_norm(x, bias, log_scale)
-        ((y * dy).sum() + (2 * y * dy).sum()).backward()
-        _, _, once = run((x, bias, log_scale), dy)
-    assert_agrees([x.grad, bias.grad, log_scale.grad], [3 * g for g in once], rounding(x.dtype, 5 * 17))
-
-
 def test_saves_its_arguments_and_one_number_per_row():
     x = torch.randn(20, 30, requires_grad=True)
     bias, log_scale = parameters(30)
@@ -299,16 +223,6 @@ def test_saves_its_arguments_and_one_number_per_row():
         bias_norm(x, bias, log_scale)
     assert [t.data_ptr() for t in saved[:3]] == [t.data_ptr() for t in (x, bias, log_scale)]
     assert [t.shape for t in saved[3:]] == [(20,)]
-
-
-@pytest.mark.usefixtures("isa")
-def test_every_instruction_set_agrees():
-    for case in SMALL:
-        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-            args = case.inputs(dtype, "cpu")
-            with backend.use_backend("cpu"):
-                y, dy, grads = run(args)
-            assert_matches(args, y, dy, grads)
 
 
 def test_dtypes_that_kernels_do_not_mix_fall_back_and_say_why():

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-from zipformer_kernels.bench.machine import ROOT
+from benchmarks.harness.machine import ROOT
 from zipformer_kernels.ops import swoosh
 
 SCRIPT = ROOT / "benchmarks" / "gpu_check.sh"

@@ -182,7 +182,7 @@ def test_a_model_is_recorded_without_computing():
 
 
 def test_shapes_of_parameters_are_those_of_the_model():
-    from zipformer_kernels.bench import models
+    from benchmarks.harness import models
     from zipformer_kernels.ops.scaled_adam.cases import parameters
 
     with torch.device("meta"):

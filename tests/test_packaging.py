@@ -60,6 +60,7 @@ def wheel_of(sdist, folder, *options, **environment):
     assert not [name for name in names if not name.startswith(("zipformer_kernels/", "zipformer_kernels-"))]
     assert "zipformer_kernels/py.typed" in names
     assert wheel.name.startswith(f"zipformer_kernels-{zipformer_kernels.__version__}-")
+    assert not [name for name in names if "/bench/" in name or "harness" in name]
     return wheel, record, [name for name in names if name.endswith(SUFFIX)]
 
 
@@ -95,7 +96,7 @@ def test_the_source_distribution_holds_everything(sdist):
         "MANIFEST.in",
         "zipformer_kernels/py.typed",
     }
-    for folder in ("csrc", "zipformer_kernels", "tests", "demo", "docs", "examples"):
+    for folder in ("csrc", "zipformer_kernels", "tests", "benchmarks", "demo", "docs", "examples"):
         files = (path for path in (ROOT / folder).rglob("*") if path.is_file())
         suffixes = (".py", ".h", ".cpp", ".cu", ".wav", ".md")
         needed |= {path.relative_to(ROOT).as_posix() for path in files if path.suffix in suffixes}

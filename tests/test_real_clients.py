@@ -7,7 +7,7 @@ import recipes
 import torch
 from tolerances import PARITY
 
-from zipformer_kernels.bench.clients import DIFFERENCES
+from benchmarks.harness.clients import DIFFERENCES
 
 FOUND = recipes.recipes()
 

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 
-from zipformer_kernels.bench import results
-from zipformer_kernels.bench.machine import ROOT
+from benchmarks.harness import results
+from benchmarks.harness.machine import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_plots_lie_beside_the_results(report, tmp_path):
     pytest.importorskip("matplotlib")
     from matplotlib import image
 
-    from zipformer_kernels.bench.plots import plot_all
+    from benchmarks.harness.plots import plot_all
 
     for folder, files in report.devices().items():
         for path in plot_all(files, tmp_path / folder.name):

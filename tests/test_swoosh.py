@@ -1,7 +1,9 @@
-"""Swoosh on every lane against its float64 reference, and everything the op promises about torch."""
+"""What is special to Swoosh: its float64 formula, for `contract` too, the whole range of x, and rounding."""
 
 import math
+from functools import partial
 
+import contract
 import pytest
 import torch
 from hypothesis import given
@@ -12,7 +14,6 @@ from tolerances import assert_agrees, rounding
 from zipformer_kernels.core import backend
 from zipformer_kernels.modules.swoosh import SwooshL, SwooshR
 from zipformer_kernels.ops.swoosh import _op, swoosh_l, swoosh_r
-from zipformer_kernels.ops.swoosh.cases import CASES
 
 FUNCTIONS = {"l": swoosh_l, "r": swoosh_r}
 # Largest error as a multiple of the dtype's epsilon and of the scale max(1, |x|): the result is a sum of terms of that
@@ -37,31 +38,24 @@ def assert_values(x, y, kind):
     assert ((y.detach().double().cpu() - value).abs() <= ULPS[x.dtype] * torch.finfo(x.dtype).eps * scale).all()
 
 
-def assert_matches(x, y, dy, dx, kind):
+def call(args):
+    x, kind = args
+    return FUNCTIONS[kind](x)
+
+
+run = partial(contract.run, call)
+
+
+def assert_matches(args, y, dy, grads, backend=None):
+    (x, kind), dx = args, grads.get(0)
     assert_values(x, y, kind)
+    if dx is None:
+        return
     _, slope = reference(x, kind)
     tolerance = ULPS[x.dtype] * torch.finfo(x.dtype).eps
     expected = dy.double().cpu() * slope
     assert dx.dtype == x.dtype
     assert ((dx.double().cpu() - expected).abs() <= tolerance * dy.double().cpu().abs().clamp(min=1e-3)).all()
-
-
-def run(x, kind, dy=None):
-    y = FUNCTIONS[kind](x)
-    dy = torch.randn_like(y) if dy is None else dy
-    (dx,) = torch.autograd.grad(y, x, dy)
-    return y, dy, dx
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if not c.large], ids=lambda c: c.name)
-@pytest.mark.parametrize("lane", lanes(_op))
-def test_cases_match_float64(lane, case):
-    torch.manual_seed(0)
-    for dtype in lane.dtypes:
-        with lane.active():
-            x, kind = case.inputs(dtype, lane.device)
-            y, dy, dx = run(x, kind)
-        assert_matches(x, y, dy, dx, kind)
 
 
 @pytest.mark.parametrize("kind", "lr")
@@ -74,38 +68,18 @@ def test_whole_range_is_finite_and_accurate(lane, kind):
         x = x.to(dtype)
         x = x.to(lane.device).requires_grad_()
         with lane.active():
-            y, dy, dx = run(x, kind, torch.ones_like(x))
+            y, dy, grads = run((x, kind), torch.ones_like(x))
         assert torch.isfinite(y).all()
-        assert_matches(x, y, dy, dx, kind)
+        assert_matches((x, kind), y, dy, grads)
 
 
 @pytest.mark.parametrize("lane", lanes(_op))
 def test_nan_stays_nan(lane):
     x = torch.tensor([0.0, math.nan, 1.0], device=lane.device, requires_grad=True)
     with lane.active():
-        y, _, dx = run(x, "l", torch.ones_like(x))
+        y, _, grads = run((x, "l"), torch.ones_like(x))
     assert y.isnan().tolist() == [False, True, False]
-    assert dx.isnan().tolist() == [False, True, False]
-
-
-@pytest.mark.parametrize("lane", lanes(_op))
-def test_strided_sliced_and_expanded_inputs(lane):
-    torch.manual_seed(1)
-    base = torch.randn(6, 5, 10, device=lane.device) * 3
-    views = [
-        base.transpose(0, 2),
-        base[1:, 1:, 3:],
-        base.flatten()[1:],  # not aligned to 16 bytes
-        base[:, :1].expand(6, 4, 10),
-        base[::2],
-        base[:0],
-    ]
-    for view in views:
-        x = view.detach().requires_grad_()
-        dy = torch.randn(1, device=lane.device).expand(x.shape)
-        with lane.active():
-            y, dy, dx = run(x, "r", dy)
-        assert_matches(x, y, dy, dx, "r")
+    assert grads[0].isnan().tolist() == [False, True, False]
 
 
 @given(
@@ -118,34 +92,8 @@ def test_any_shape(lane, shape, kind, seed):
     torch.manual_seed(seed)
     x = (torch.randn(shape, device=lane.device) * 5).requires_grad_()
     with lane.active():
-        y, dy, dx = run(x, kind)
-    assert_matches(x, y, dy, dx, kind)
-
-
-@pytest.mark.parametrize("lane", lanes(_op))
-def test_inputs_are_untouched_and_neighbours_unwritten(lane):
-    block = torch.full((300,), 7.0, device=lane.device)
-    x = block[100:200].requires_grad_()
-    with lane.active():
-        run(x, "l")
-    assert (block == 7).all()
-
-
-@pytest.mark.parametrize("kind", "lr")
-@pytest.mark.parametrize("lane", lanes(_op, "triton", "cuda"))
-def test_gradcheck(lane, kind):
-    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    with lane.active():
-        assert torch.autograd.gradcheck(FUNCTIONS[kind], (x,))
-        assert torch.autograd.gradgradcheck(FUNCTIONS[kind], (x,))
-
-
-@pytest.mark.parametrize("lane", lanes(_op))
-def test_opcheck(lane):
-    x = torch.randn(4, 6, device=lane.device, requires_grad=True)
-    with lane.active():
-        for sample in (x, x.detach(), x.detach().t().requires_grad_()):
-            torch.library.opcheck(torch.ops.zipformer_kernels.swoosh.default, (sample, "l", lane.backend))
+        y, dy, grads = run((x, kind))
+    assert_matches((x, kind), y, dy, grads)
 
 
 @pytest.mark.parametrize("lane", lanes(_op))
@@ -165,16 +113,6 @@ def test_autocast_keeps_the_dtype(lane):
     with lane.active(), torch.autocast(lane.device.type, torch.bfloat16):
         assert swoosh_l(x).dtype == torch.float32
         assert swoosh_l(x.bfloat16()).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("lane", lanes(_op))
-def test_a_gradient_used_twice_adds(lane):
-    x = torch.randn(17, device=lane.device, requires_grad=True)
-    with lane.active():
-        y = swoosh_l(x)
-        (y.sum() + (2 * y).sum()).backward()
-        (once,) = torch.autograd.grad(swoosh_l(x).sum(), x)
-    assert_agrees(x.grad, 3 * once, rounding(x.dtype))
 
 
 def test_saves_only_its_input():
@@ -206,8 +144,8 @@ def test_every_instruction_set_agrees():
         x = (torch.randn(1013) * 6).to(dtype).requires_grad_()
         for kind in "lr":
             with backend.use_backend("cpu"):
-                y, dy, dx = run(x, kind)
-            assert_matches(x, y, dy, dx, kind)
+                y, dy, grads = run((x, kind))
+            assert_matches((x, kind), y, dy, grads)
 
 
 def test_bad_input_is_named():

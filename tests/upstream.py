@@ -1,13 +1,16 @@
-"""The real upstream, as `zipformer_kernels.bench.upstream` finds it, with its activations called, not compiled."""
+"""The real upstream, as `benchmarks.harness.upstream` finds it, with its activations called, not compiled."""
 
 import contextlib
 import os
+import sys
 import types
+from pathlib import Path
 from unittest import mock
 
 import torch
 
-from zipformer_kernels.bench.upstream import SWITCH, load
+sys.path.append(str(Path(__file__).parent.parent))  # where benchmarks/ is, for scripts that pytest does not run
+from benchmarks.harness.upstream import SWITCH, load
 
 os.environ[SWITCH] = "1"
 scaling, zipformer, subsampling, optim = load("scaling", "zipformer", "subsampling", "optim")

@@ -31,12 +31,12 @@ from torch import Tensor
 
 from benchmarks.gpu.found import Found, ends
 from benchmarks.gpu.stages import cores
+from benchmarks.harness import optimizer
+from benchmarks.harness.job import off_by
+from benchmarks.harness.machine import DEVICE
+from benchmarks.harness.op_jobs import Passes
+from benchmarks.harness.peers import told
 from zipformer_kernels import ops
-from zipformer_kernels.bench import optimizer
-from zipformer_kernels.bench.job import off_by
-from zipformer_kernels.bench.machine import DEVICE
-from zipformer_kernels.bench.op_jobs import Passes
-from zipformer_kernels.bench.peers import told
 from zipformer_kernels.core import backend
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.cases import Case

@@ -20,8 +20,8 @@ from benchmarks.gpu.recording import Launch
 from benchmarks.gpu.roofline import MACHINES, Machine, predicted, resident_blocks, work_of
 from benchmarks.gpu.sass import Kernel, disassemble, disassemble_cubin
 from benchmarks.gpu.trips import executed
-from zipformer_kernels.bench import models
-from zipformer_kernels.bench.op_jobs import RESIDUAL
+from benchmarks.harness import models
+from benchmarks.harness.op_jobs import RESIDUAL
 from zipformer_kernels.ops.cases import BATCH, FRAMES, Case
 from zipformer_kernels.ops.scaled_adam.cases import CASES as ADAM_CASES
 

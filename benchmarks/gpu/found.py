@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from zipformer_kernels.bench.machine import environment
+from benchmarks.harness.machine import environment
 
 
 class Found:

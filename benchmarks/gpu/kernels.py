@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from zipformer_kernels.bench.machine import DEVICE, synchronize
-from zipformer_kernels.bench.memory import quiet
+from benchmarks.harness.machine import DEVICE, synchronize
+from benchmarks.harness.memory import quiet
 
 
 def kernels_of(run: Callable[[], Any]) -> list[dict[str, Any]]:

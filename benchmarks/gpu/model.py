@@ -26,13 +26,13 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.found import Found, ends
 from benchmarks.gpu.kernels import kernels_of
+from benchmarks.harness import models, optimizer, statistics
+from benchmarks.harness.check import FACTOR, Errors, Results, boost, errors
+from benchmarks.harness.machine import DEVICE, synchronize
+from benchmarks.harness.memory import peak_bytes
+from benchmarks.harness.peers import attempt
+from benchmarks.harness.timing import captured
 from zipformer_kernels import use_backend
-from zipformer_kernels.bench import models, optimizer, statistics
-from zipformer_kernels.bench.check import FACTOR, Errors, Results, boost, errors
-from zipformer_kernels.bench.machine import DEVICE, synchronize
-from zipformer_kernels.bench.memory import peak_bytes
-from zipformer_kernels.bench.peers import attempt
-from zipformer_kernels.bench.timing import captured
 from zipformer_kernels.core import backend
 
 ON_GPU = DEVICE.type == "cuda"

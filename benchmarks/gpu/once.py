@@ -11,9 +11,9 @@ import sys
 import torch
 
 from benchmarks.gpu.table import ON_GPU, dtype_of, prepared, rows
+from benchmarks.harness.machine import synchronize
+from benchmarks.harness.peers import Unserved
 from zipformer_kernels import ops
-from zipformer_kernels.bench.machine import synchronize
-from zipformer_kernels.bench.peers import Unserved
 
 
 def main() -> None:

@@ -8,8 +8,8 @@ import sys
 
 import torch
 
+from benchmarks.harness.op_jobs import Passes
 from zipformer_kernels import ops, use_backend
-from zipformer_kernels.bench.op_jobs import Passes
 from zipformer_kernels.core import backend
 
 

@@ -83,12 +83,7 @@ STAGES = {
         *map(_sanitizer, ("memcheck", "racecheck", "initcheck", "synccheck")),
         Stage("sweep", 90, _script("sweep.py", "{out}/sweep.json"), 30),
         Stage("ncu", 90, (*NCU, *(f"--section={s}" for s in SECTIONS), *_script("once.py")), 4),
-        Stage(
-            "bench",
-            570,
-            _python("-m", "zipformer_kernels.cli", "bench", "--no-compiled", "--output", "{out}/bench"),
-            40,
-        ),
+        Stage("bench", 570, _python("-m", "benchmarks.harness", "--no-compiled", "--output", "{out}/bench"), 40),
     )
 }
 """In the order in which they are worth most."""

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from benchmarks.gpu.found import Found, ends
 from benchmarks.gpu.table import DTYPE, sample
+from benchmarks.harness import statistics
+from benchmarks.harness.job import off_by
+from benchmarks.harness.machine import DEVICE
+from benchmarks.harness.op_jobs import Passes
+from benchmarks.harness.peers import attempt
 from zipformer_kernels import ops
-from zipformer_kernels.bench import statistics
-from zipformer_kernels.bench.job import off_by
-from zipformer_kernels.bench.machine import DEVICE
-from zipformer_kernels.bench.op_jobs import Passes
-from zipformer_kernels.bench.peers import attempt
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention.tiles import TILES, Tile
 

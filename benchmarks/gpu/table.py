@@ -21,12 +21,12 @@ import torch
 
 from benchmarks.gpu.found import Found, ends
 from benchmarks.gpu.kernels import kernels_of
+from benchmarks.harness import statistics
+from benchmarks.harness.machine import DEVICE
+from benchmarks.harness.op_jobs import RESIDUAL, Passes
+from benchmarks.harness.peers import Run, Unserved, attempt
+from benchmarks.harness.timing import captured, take_turns
 from zipformer_kernels import ops
-from zipformer_kernels.bench import statistics
-from zipformer_kernels.bench.machine import DEVICE
-from zipformer_kernels.bench.op_jobs import RESIDUAL, Passes
-from zipformer_kernels.bench.peers import Run, Unserved, attempt
-from zipformer_kernels.bench.timing import captured, take_turns
 from zipformer_kernels.core import backend
 from zipformer_kernels.ops.cases import Case
 

@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import typer
 
-from zipformer_kernels.bench.results import ResultsError
 from zipformer_kernels.checkpoint import CheckpointError
 from zipformer_kernels.commands.audio import AudioError
-from zipformer_kernels.commands.bench import bench
+from zipformer_kernels.commands.bench import MovedError, bench
 from zipformer_kernels.commands.encode import ArgumentError, encode
 from zipformer_kernels.commands.info import info
 from zipformer_kernels.core.backend import BackendError
 
-UsageError = typer.BadParameter.__base__
-"""What typer raises for a command line that it cannot parse; it gives no other name to it."""
-
-USER_ERRORS = (AudioError, BackendError, CheckpointError, ArgumentError, ResultsError)
+USER_ERRORS = (AudioError, BackendError, CheckpointError, ArgumentError, MovedError)
 """What is told in one line, without a traceback."""
 
 app = typer.Typer(
@@ -25,4 +21,4 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command()(encode)
-app.command()(bench)
+app.command(add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True})(bench)

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.bench import memory, statistics
-from zipformer_kernels.bench.machine import DEVICE
-from zipformer_kernels.bench.peers import Prepared, Run, attempt
-from zipformer_kernels.bench.process import Apart, ask, end
-from zipformer_kernels.bench.timing import replays, take_turns
+from benchmarks.harness import memory, statistics
+from benchmarks.harness.machine import DEVICE
+from benchmarks.harness.peers import Prepared, Run, attempt
+from benchmarks.harness.process import Apart, ask, end
+from benchmarks.harness.timing import replays, take_turns
 
 KEY = ("benchmark", "case", "direction", "dtype")
 """What names a job in a results file."""

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from zipformer_kernels.bench.machine import DEVICE
-from zipformer_kernels.bench.peers import Run
-from zipformer_kernels.bench.statistics import median
-from zipformer_kernels.bench.timing import times
+from benchmarks.harness.machine import DEVICE
+from benchmarks.harness.peers import Run
+from benchmarks.harness.statistics import median
+from benchmarks.harness.timing import times
 
 DTYPES = (torch.float32, torch.bfloat16)
 

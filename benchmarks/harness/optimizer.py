@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.harness import models, peers, upstream
+from benchmarks.harness.job import Job, off_by
+from benchmarks.harness.machine import DEVICE
+from benchmarks.harness.peers import Agreement, Prepared, Run, Unserved
 from zipformer_kernels import ops, use_backend
-from zipformer_kernels.bench import models, peers, upstream
-from zipformer_kernels.bench.job import Job, off_by
-from zipformer_kernels.bench.machine import DEVICE
-from zipformer_kernels.bench.peers import Agreement, Prepared, Run, Unserved
 from zipformer_kernels.core import backend
 from zipformer_kernels.optim import ScaledAdam
 

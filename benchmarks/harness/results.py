@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from zipformer_kernels.bench.job import Measured
-from zipformer_kernels.bench.machine import ROOT, device_name, slug
+from benchmarks.harness.job import Measured
+from benchmarks.harness.machine import ROOT, device_name, slug
 
 FORMAT = "zipformer-kernels benchmark 1"
 KEY = ("benchmark", "case", "direction", "dtype", "peer")

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from zipformer_kernels.bench import (
+from benchmarks.harness import (
     length,
     machine,
     model_jobs,
@@ -21,9 +21,9 @@ from zipformer_kernels.bench import (
     results,
     shared_attention,
 )
-from zipformer_kernels.bench.job import Job, Measured
-from zipformer_kernels.bench.peers import COMPILED, Prepared, Told, attempt
-from zipformer_kernels.bench.process import Worker
+from benchmarks.harness.job import Job, Measured
+from benchmarks.harness.peers import COMPILED, Prepared, Told, attempt
+from benchmarks.harness.process import Worker
 
 ON_GPU = machine.DEVICE.type == "cuda"
 

@@ -11,12 +11,12 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
+from benchmarks.harness import peers
+from benchmarks.harness.job import Job, off_by
+from benchmarks.harness.machine import DEVICE, memory_bytes
+from benchmarks.harness.others import OTHERS, UNCHECKED, Call
+from benchmarks.harness.peers import Agreement, Prepared, Run, Unserved
 from zipformer_kernels import ops
-from zipformer_kernels.bench import peers
-from zipformer_kernels.bench.job import Job, off_by
-from zipformer_kernels.bench.machine import DEVICE, memory_bytes
-from zipformer_kernels.bench.others import OTHERS, UNCHECKED, Call
-from zipformer_kernels.bench.peers import Agreement, Prepared, Run, Unserved
 from zipformer_kernels.core import backend
 from zipformer_kernels.ops.cases import Case
 

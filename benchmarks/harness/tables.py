@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from zipformer_kernels.bench.compare import Change
-from zipformer_kernels.bench.job import Job, Measured
+from benchmarks.harness.compare import Change
+from benchmarks.harness.job import Job, Measured
 
 COLUMNS = ("ms", "95%", "± ms", "GB/s", "of copy", "GFLOP/s", "of matrix", "peak MB", "launches", "x")
 """The last is how many times faster than the slowest."""

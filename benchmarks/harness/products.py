@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from zipformer_kernels.bench import memory, models, peers, upstream
-from zipformer_kernels.bench.job import Job, Measured
-from zipformer_kernels.bench.machine import DEVICE, synchronize
-from zipformer_kernels.bench.peers import Prepared, Run, Unserved, attempt
-from zipformer_kernels.bench.statistics import median
-from zipformer_kernels.bench.timing import times
+from benchmarks.harness import memory, models, peers, upstream
+from benchmarks.harness.job import Job, Measured
+from benchmarks.harness.machine import DEVICE, synchronize
+from benchmarks.harness.peers import Prepared, Run, Unserved, attempt
+from benchmarks.harness.statistics import median
+from benchmarks.harness.timing import times
 from zipformer_kernels.core import backend
 
 BATCH, SECONDS = 4, 16

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.bench import upstream
-from zipformer_kernels.bench.machine import DEVICE
-from zipformer_kernels.bench.peers import Unserved
+from benchmarks.harness import upstream
+from benchmarks.harness.machine import DEVICE
+from benchmarks.harness.peers import Unserved
 
 Call = tuple[Callable[..., Tensor], tuple[Any, ...]]
 

@@ -11,13 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.bench import models, peers
-from zipformer_kernels.bench.check import Results
-from zipformer_kernels.bench.conformer import conformer_l
-from zipformer_kernels.bench.job import Job
-from zipformer_kernels.bench.machine import DEVICE
-from zipformer_kernels.bench.models import PEERS
-from zipformer_kernels.bench.peers import Prepared, Run
+from benchmarks.harness import models, peers
+from benchmarks.harness.check import Results
+from benchmarks.harness.conformer import conformer_l
+from benchmarks.harness.job import Job
+from benchmarks.harness.machine import DEVICE
+from benchmarks.harness.models import PEERS
+from benchmarks.harness.peers import Prepared, Run
 from zipformer_kernels.presets import preset
 
 ON_GPU = DEVICE.type == "cuda"

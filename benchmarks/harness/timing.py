@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from zipformer_kernels.bench.machine import DEVICE
-from zipformer_kernels.bench.peers import Run, attempt
-from zipformer_kernels.bench.process import ask
+from benchmarks.harness.machine import DEVICE
+from benchmarks.harness.peers import Run, attempt
+from benchmarks.harness.process import ask
 
 WARM_UP = 2
 OnFailure = Callable[[str, str], Any]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from zipformer_kernels.bench.machine import DEVICE, synchronize
+from benchmarks.harness.machine import DEVICE, synchronize
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.bench import peers, upstream
-from zipformer_kernels.bench.check import ModelCheck, Results, draws_of_float32, gradients_of
-from zipformer_kernels.bench.machine import DEVICE
-from zipformer_kernels.bench.op_jobs import no_compiler
-from zipformer_kernels.bench.peers import Prepared, Run, Unserved
-from zipformer_kernels.bench.timing import captured
+from benchmarks.harness import peers, upstream
+from benchmarks.harness.check import ModelCheck, Results, draws_of_float32, gradients_of
+from benchmarks.harness.machine import DEVICE
+from benchmarks.harness.op_jobs import no_compiler
+from benchmarks.harness.peers import Prepared, Run, Unserved
+from benchmarks.harness.timing import captured
 from zipformer_kernels.modules.encoder import Zipformer
 from zipformer_kernels.modules.subsampling import Conv2dSubsampling
 from zipformer_kernels.presets import FBANK_BINS, preset

@@ -15,12 +15,9 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
-from zipformer_kernels.bench.peers import Run, Told, Unserved, told
-
-if TYPE_CHECKING:
-    from zipformer_kernels.bench.peers import Prepared
+from benchmarks.harness.peers import Prepared, Run, Told, Unserved, told
 
 Answer = TypeVar("Answer")
 

@@ -1,6 +1,6 @@
 """One long recording, offline: time and peak memory of the whole process against length.
 
-Each point is a fresh process, ``python -m zipformer_kernels.bench.length PEER MINUTES``, that runs conv embed and
+Each point is a fresh process, ``python -m benchmarks.harness.length PEER MINUTES``, that runs conv embed and
 encoder of preset S on random features once after a warm-up, and prints its time and the most memory it ever held. The
 warm-up is short, but what is compiled is compiled for the very length in it.
 """
@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from zipformer_kernels.bench import models
-from zipformer_kernels.bench.job import Job, Measured, complete, figures
-from zipformer_kernels.bench.machine import DEVICE, synchronize
-from zipformer_kernels.bench.peers import Prepared, attempt
-from zipformer_kernels.bench.process import Failed, ending
+from benchmarks.harness import models
+from benchmarks.harness.job import Job, Measured, complete, figures
+from benchmarks.harness.machine import DEVICE, ROOT, synchronize
+from benchmarks.harness.peers import Prepared, attempt
+from benchmarks.harness.process import Failed, ending
 from zipformer_kernels.presets import FBANK_BINS
 
 PRESET = "S"
@@ -79,7 +79,7 @@ def _prepare(minutes: float, wanted: Sequence[str]) -> Prepared:
 def in_fresh_process(peer: str, minutes: float) -> dict[str, float]:
     """Seconds and peak memory in bytes of one recording. Raises `Failed` with the last line of what failed."""
     command = [sys.executable, "-m", __spec__.name, peer, str(minutes)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         reason = ending(result.returncode) if result.returncode < 0 else (result.stderr.splitlines() or [""])[-1]
         raise Failed(f"{peer} on {minutes:g} minutes failed: {reason}")

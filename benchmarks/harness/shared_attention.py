@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 import zipformer_kernels.modules
+from benchmarks.harness import models, peers, upstream
+from benchmarks.harness.job import Job
+from benchmarks.harness.machine import DEVICE
+from benchmarks.harness.op_jobs import CHECKED_TO, Passes, off
+from benchmarks.harness.others import bare
+from benchmarks.harness.peers import Agreement, Prepared, Run, Unserved
 from zipformer_kernels import use_backend
-from zipformer_kernels.bench import models, peers, upstream
-from zipformer_kernels.bench.job import Job
-from zipformer_kernels.bench.machine import DEVICE
-from zipformer_kernels.bench.op_jobs import CHECKED_TO, Passes, off
-from zipformer_kernels.bench.others import bare
-from zipformer_kernels.bench.peers import Agreement, Prepared, Run, Unserved
 
 QUERY, POSITION, VALUE = 32, 4, 12  # channels of a head
 PEERS = ("upstream", "upstream compiled", "eager", "ours")
