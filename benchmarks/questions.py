@@ -6,10 +6,12 @@ A question is a call of a function whose answer decides how something runs: by w
 which modules. Does anybody look on, are the tensors plain, does a backend serve them, are the modules as written?
 Questions that a question asks count as well. To read an answer once more does not.
 
-It prints one line of JSON for a layer without gradients and one for a chunk of a stream.
+It prints a line of JSON for a layer without gradients, one for a chunk of a stream and one for a step of training, and
+how many functions of `modules/` and `branch/` decide in any of them.
 """
 
 import json
+import random
 import sys
 from collections import Counter
 from types import FrameType
@@ -20,7 +22,7 @@ import torch
 from zipformer_kernels.modules import ZipformerEncoderLayer
 
 LOOKING_ON = """watcher barred unreadable plain _why being_traced exports_calls autocast_dtype has_values all_ones
-    only_computes _alike few_rows side_by_side"""
+    keeps_all only_computes _alike few_rows side_by_side"""
 BACKENDS = """requested _innermost unserved_device select _select unsupported _unsupported _unsupported_infer
     unsupported_dtype unsupported_dtypes supports worthwhile _instead_of settled_backend"""
 MODULES = """plain_module plain_part plain_parts matches _causal_or_not expected _swoosh_r _pointwise _has_global_hooks
@@ -40,15 +42,16 @@ LEFT, CHUNK, KERNEL = 128, 16, 31
 
 
 def count(call: Any) -> Counter:
-    """How many Python functions of the package a call takes, by name; one more call before is not counted."""
+    """How many Python functions of the package a call takes, by room and name; a call before is not counted."""
     found: Counter = Counter()
 
     def look(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and "zipformer_kernels" in frame.f_code.co_filename:
+        _, package, path = frame.f_code.co_filename.rpartition("zipformer_kernels/")
+        if event == "call" and package:
             name = frame.f_code.co_name
             if name == "<lambda>":  # of an op's launchers: whether they serve a call, and whether it is worth while
                 name = "supports"
-            found[name] += 1
+            found[path.split("/")[0], name] += 1
 
     call()
     sys.setprofile(look)
@@ -66,6 +69,13 @@ def offline() -> Any:
     return lambda: layer(x, position)
 
 
+def training() -> Any:
+    """A layer in training, forward and backward, on 100 frames."""
+    layer = ZipformerEncoderLayer(**SIZES, cnn_module_kernel=KERNEL)
+    x, position = torch.randn(100, 2, SIZES["embed_dim"]), torch.randn(1, 199, SIZES["pos_dim"])
+    return lambda: layer(x, position).sum().backward()
+
+
 def stream() -> Any:
     """A layer on a chunk of a stream."""
     layer = ZipformerEncoderLayer(**SIZES, cnn_module_kernel=KERNEL, causal=True).eval()
@@ -80,14 +90,21 @@ def stream() -> Any:
 
 def main() -> None:
     """Prints the counts."""
-    torch.manual_seed(0)
-    for name, make in (("layer without gradients", offline), ("chunk of a stream", stream)):
+    deciding = set()
+    for name, make in (("layer without gradients", offline), ("chunk of a stream", stream), ("training", training)):
+        torch.manual_seed(0)
+        random.seed(0)
         call = make()
-        with torch.no_grad():
+        with torch.set_grad_enabled(name == "training"):
             found = count(call)
-        asked = {question: n for question, n in found.most_common() if question in QUESTIONS}
-        row = {"what": name, "questions": sum(asked.values()), "python calls": sum(found.values()), "asked": asked}
-        print(json.dumps(row))
+        asked: Counter = Counter()
+        for (room, function), times in found.items():
+            if function in QUESTIONS:
+                asked[function] += times
+                deciding |= {function} if room in ("modules", "branch") else set()
+        row = {"what": name, "questions": asked.total(), "python calls": found.total()}
+        print(json.dumps({**row, "asked": dict(asked.most_common())}))
+    print(json.dumps({"what": "deciding functions", "count": len(deciding), "names": sorted(deciding)}))
 
 
 if __name__ == "__main__":
