@@ -7,8 +7,9 @@ from functools import partial
 
 from torch import Tensor
 
+from zipformer_kernels.core.autograd import backward_of
 from zipformer_kernels.core.op import Launchers
-from zipformer_kernels.ops.conv_module.reference import backward, conv_module, infer, stream
+from zipformer_kernels.ops.conv_module.reference import conv_module, infer, stream
 
 
 def _forward(*args: object) -> tuple[Tensor]:
@@ -22,7 +23,7 @@ def _dense(function: Callable[..., tuple[Tensor, ...]], *args: object) -> tuple[
 launchers = Launchers(
     lambda *_: None,
     _forward,
-    backward,
+    backward_of(conv_module),
     variants={
         "infer": Launchers(lambda *_: None, partial(_dense, infer), None),
         "stream": Launchers(lambda *_: None, partial(_dense, stream), None),

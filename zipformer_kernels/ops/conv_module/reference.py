@@ -151,18 +151,3 @@ def chunk_with_context(
         edge_scale, x.shape[2], x.shape[2]
     )
     return within + F.conv1d(joined, causal_weight, causal_bias, groups=channels)
-
-
-def backward(
-    needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[()], *args: object
-) -> tuple[Tensor | None, ...]:
-    """The gradients, by autograd of the formula."""
-    tensors, values = args[: len(needs)], args[len(needs) :]
-    leaves = [t.detach().requires_grad_() if need else t for t, need in zip(tensors, needs, strict=True)]
-    with torch.enable_grad():
-        y = conv_module(*leaves, *values)
-    wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, grads, allow_unused=True, materialize_grads=True))
-    return tuple(
-        torch.empty_like(leaf).copy_(next(found)) if need else None for leaf, need in zip(leaves, needs, strict=True)
-    )
