@@ -9,7 +9,7 @@ from tolerances import assert_rounded, relative_error, rounding
 
 from zipformer_kernels import use_backend
 from zipformer_kernels.core import backend, launch
-from zipformer_kernels.ops.balancer import _op, balanced_gradient, channel_moments, cpu
+from zipformer_kernels.ops.balancer import _op, balanced_gradient, channel_moments, cpu, reference
 from zipformer_kernels.training.balancer import Balancer, Moments
 
 LIMITS = {"min_mean": -0.2, "max_mean": 0.3, "min_rms": 0.5, "max_rms": 0.9, "grad_scale": 0.04}
@@ -24,6 +24,19 @@ def call(args):
     return balanced_gradient(
         grad, x, moments=moments, channel_dim=channel_dim, **dict(zip(LIMITS, limits, strict=True))
     )
+
+
+def assert_matches(args, y, dy, grads, backend):
+    """A result, and its gradient for that which came in, against the formula in float64."""
+    grad, x, *moments = (t if t is None else t.detach().double().cpu() for t in args[:4])
+    exact = reference.balanced_gradient(grad.requires_grad_(), x, *moments, *args[4:])
+    (expected,) = torch.autograd.grad(exact, grad, dy.detach().double().cpu())
+    terms = max(1, x.numel() // max(1, x.shape[args[4]]))
+    assert y.dtype == args[0].dtype
+    assert_rounded(y, exact, terms, "gradient")
+    for found in grads.values():
+        assert found.dtype == args[0].dtype
+        assert_rounded(found, expected, terms, "gradient of the gradient")
 
 
 def channels(*shape, dtype=torch.float32, offset=1.0):
