@@ -24,7 +24,7 @@ from zipformer_kernels.modules import ZipformerEncoderLayer
 LOOKING_ON = """watcher barred unreadable plain _why being_traced exports_calls autocast_dtype has_values all_ones
     keeps_all only_computes _alike few_rows side_by_side"""
 BACKENDS = """requested _innermost unserved_device select _select unsupported _unsupported _unsupported_infer
-    unsupported_dtype unsupported_dtypes supports worthwhile _instead_of settled_backend"""
+    unsupported_dtype unsupported_dtypes supports worthwhile asked_for settled_backend"""
 MODULES = """plain_module plain_part plain_parts matches _causal_or_not expected _swoosh_r _pointwise _has_global_hooks
     holds takes given_mask _given _given_to check"""
 WAYS = "settle keeps_weights stores falls_back must_fall_back _trained wants_gradients serves happens"

@@ -7,13 +7,35 @@ from hypothesis import strategies as st
 from tolerances import assert_rounded, relative_error, rounding
 
 from zipformer_kernels import use_backend
-from zipformer_kernels.core import backend
-from zipformer_kernels.training import balancer_native
-from zipformer_kernels.training.balancer import Balancer, Moments, balanced_gradient
+from zipformer_kernels.core import backend, launch
+from zipformer_kernels.ops.balancer import _op, balanced_gradient, channel_moments, cpu, reference
+from zipformer_kernels.training.balancer import Balancer, Moments
 
 LIMITS = {"min_mean": -0.2, "max_mean": 0.3, "min_rms": 0.5, "max_rms": 0.9, "grad_scale": 0.04}
 
 pytestmark = pytest.mark.skipif(backend.missing["cpu"] is not None, reason=f"needs the cpu kernels: {backend.missing}")
+
+
+def call(args):
+    """The public function for the op's arguments."""
+    grad, x, variance, mean, channel_dim, *limits = args
+    moments = None if variance is None else (variance, mean)
+    return balanced_gradient(
+        grad, x, moments=moments, channel_dim=channel_dim, **dict(zip(LIMITS, limits, strict=True))
+    )
+
+
+def assert_matches(args, y, dy, grads, backend):
+    """A result, and its gradient for that which came in, against the formula in float64."""
+    grad, x, *moments = (t if t is None else t.detach().double().cpu() for t in args[:4])
+    exact = reference.balanced_gradient(grad.requires_grad_(), x, *moments, *args[4:])
+    (expected,) = torch.autograd.grad(exact, grad, dy.detach().double().cpu())
+    terms = max(1, x.numel() // max(1, x.shape[args[4]]))
+    assert y.dtype == args[0].dtype
+    assert_rounded(y, exact, terms, "gradient")
+    for found in grads.values():
+        assert found.dtype == args[0].dtype
+        assert_rounded(found, expected, terms, "gradient of the gradient")
 
 
 def channels(*shape, dtype=torch.float32, offset=1.0):
@@ -27,10 +49,8 @@ def channels(*shape, dtype=torch.float32, offset=1.0):
 def both(grad, x, **kwargs):
     """The kernels' gradient, and the formula's in float64."""
     kwargs = {"channel_dim": -1} | LIMITS | kwargs
-    assert balancer_native.serves(x, kwargs["channel_dim"])
-    actual = balanced_gradient(grad, x, **kwargs)
-    with use_backend("eager"):
-        return actual, balanced_gradient(grad.double(), x.double(), **kwargs)
+    actual = balanced_gradient(grad, x, **kwargs, backend="cpu")
+    return actual, balanced_gradient(grad.double(), x.double(), **kwargs, backend="eager")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -47,7 +67,7 @@ def test_kernels_are_the_formula(shape, dtype):
 def test_moments_do_not_cancel(rows, width, seed, offset):
     torch.manual_seed(seed)
     x, _ = channels(rows, width, offset=offset)
-    variance, mean = balancer_native.moments(x, 1)
+    variance, mean = channel_moments(x, 1, backend="cpu")
     expected, expected_mean = torch.var_mean(x.double(), 0, correction=0)
     assert relative_error(mean, expected_mean) <= rounding(torch.float32, rows)
     # x - mean is rounded at the size of the offset
@@ -72,16 +92,58 @@ def test_layouts_whose_channels_lie_together(case):
     assert_rounded(actual, expected, x.select(channel_dim, 0).numel(), "gradient")
 
 
-def test_other_layouts_and_choices_take_the_formula():
-    x, _ = channels(4, 9, 8)
-    with torch.no_grad():
-        assert balancer_native.serves(x, 2)
-        assert not balancer_native.serves(x, 1)
-        assert not balancer_native.serves(x[:, ::2], 2)
-        assert not balancer_native.serves(x[:0], 2)
-        with use_backend("eager"):
-            assert not balancer_native.serves(x, 2)
-    assert not balancer_native.serves(x, 2)  # a gradient of the gradient may be wanted
+def selected(x, channel_dim, request="auto"):
+    return _op.select(request, x, x, None, None, channel_dim, *LIMITS.values())
+
+
+def test_other_layouts_are_copied_and_auto_takes_the_formula():
+    x, grad = channels(4, 9, 8)
+    assert selected(x, 2) == "cpu"
+    assert selected(x, 2, "eager") == "eager"
+    for other, its_grad, channel_dim in ((x, grad, 1), (x[:, ::2], grad[:, ::2], 2)):
+        assert selected(other, channel_dim) == "eager"
+        assert selected(other, channel_dim, "cpu") == "cpu"
+        actual, expected = both(its_grad, other, channel_dim=channel_dim)
+        assert_rounded(actual, expected, other.select(channel_dim, 0).numel(), "gradient")
+        assert actual.stride() == torch.empty_like(other).stride()
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4), (5, 3, 0)])
+@pytest.mark.parametrize("where", ["eager", "cpu"])
+def test_nothing_is_balanced_as_nothing(where, shape):
+    x = torch.zeros(shape)
+    assert balanced_gradient(x, x, channel_dim=-1, **LIMITS, backend=where).shape == shape
+    variance, mean = channel_moments(x, -1, backend=where)
+    assert variance.shape == mean.shape == shape[-1:]
+    assert variance.isnan().all()
+    assert mean.isnan().all()
+
+
+def test_dtypes_that_differ_take_the_formula():
+    x, grad = channels(4, 9, 8)
+    assert balanced_gradient(grad.bfloat16(), x, channel_dim=-1, **LIMITS).dtype == torch.bfloat16
+    with pytest.raises(backend.BackendError, match=r"balancer: backend 'cpu' cannot serve .*: it takes tensors of one"):
+        balanced_gradient(grad.bfloat16(), x, channel_dim=-1, **LIMITS, backend="cpu")
+    moments = (x.new_ones(8, dtype=torch.float64),) * 2
+    with pytest.raises(backend.BackendError, match=r"it takes float32, got torch\.float64"):
+        balanced_gradient(grad, x, moments=moments, channel_dim=-1, **LIMITS, backend="cpu")
+
+
+def test_bad_arguments_are_named():
+    x, grad = channels(4, 9, 8)
+
+    def raises(error, match, grad=grad, x=x, moments=None, channel_dim=-1):
+        with pytest.raises(error, match=match):
+            balanced_gradient(grad, x, moments=moments, channel_dim=channel_dim, **LIMITS)
+
+    raises(TypeError, "grad must be a tensor, got list", grad=[1.0])
+    raises(TypeError, r"x must be floating-point, got torch\.int64", x=x.long())
+    raises(ValueError, "x must be on the device of grad, cpu, got meta", x=x.to("meta"))
+    raises(ValueError, r"x must have the shape of grad, \(4, 9, 8\), got \(4, 9, 7\)", x=x[..., :7])
+    raises(ValueError, r"channel_dim must be a dimension of x, of shape \(4, 9, 8\), got 3", channel_dim=3)
+    raises(ValueError, r"mean must have shape \(8,\), got \(7,\)", moments=(x[0, 0], x[0, 0, :7]))
+    with pytest.raises(ValueError, match="channel_dim must be a dimension of x"):
+        channel_moments(x, -4)
 
 
 @pytest.mark.parametrize("value", [0.0, 2.5])
@@ -101,7 +163,7 @@ def test_moments_given_are_those_of_the_whole():
         for part in x.split(50):
             moments.add(part)
         parts = [
-            balanced_gradient(g, part, moments=moments, channel_dim=1, **LIMITS)
+            balanced_gradient(g, part, moments=moments.known, channel_dim=1, **LIMITS)
             for g, part in zip(grad.split(50), x.split(50), strict=True)
         ]
     _, expected = both(grad, x)
@@ -122,11 +184,24 @@ def test_bits_do_not_depend_on_the_threads():
 
 def test_the_module_runs_the_kernels(monkeypatch):
     called = []
-    gradient = balancer_native.gradient
-    monkeypatch.setattr(balancer_native, "gradient", lambda *args: called.append(args) or gradient(*args))
+    monkeypatch.setattr(cpu, "call_cpu", lambda name, *args: called.append(name) or launch.call_cpu(name, *args))
     x = channels(40, 2, 8)[0].requires_grad_()
     Balancer(8, -1, prob=1.0)(x).sum().backward()
-    assert len(called) == 1
-    (dx,) = torch.autograd.grad(Balancer(8, -1, prob=1.0)(x).square().sum(), x, create_graph=True)
-    assert len(called) == 1  # the formula, which can be differentiated
-    assert dx.requires_grad
+    assert called == ["balancer_moments", "balancer_gradient"]
+    with use_backend("eager"):
+        y = Balancer(8, -1, prob=1.0)(x)
+    y.sum().backward()
+    assert len(called) == 2
+
+
+@pytest.mark.parametrize("where", ["eager", "cpu", "auto"])
+def test_gradients_of_gradients_are_those_of_the_formula(where):
+    x, dy = (t.double().requires_grad_() for t in channels(40, 2, 8))
+    found = []
+    for request in (where, "eager"):
+        with use_backend(request):
+            y = Balancer(8, -1, prob=1.0, min_abs=0.5, max_abs=1.0)(x).square()
+        (dx,) = torch.autograd.grad(y, x, dy, create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), (x, dy)))
+    for actual, expected in zip(*found, strict=True):
+        assert relative_error(actual, expected) <= rounding(torch.float64, 80)

@@ -25,6 +25,7 @@ TERMS = {
     "attention.softmax": lambda q, k, p, *_: q.shape[3] + p.shape[3] + len(k),
     "attention.weights": lambda q, k, p, *_: q.shape[3] + p.shape[3] + len(q) + len(k),
     "attention.stream": lambda src, *rest: src.shape[2] + rest[2].shape[2] + rest[3].shape[3],
+    "balancer.moments": lambda x, channel_dim: x.numel() // x.shape[channel_dim],
     "conv_module.infer": lambda *args: 2 * args[3].shape[2],
     "conv_module.stream": lambda src, *rest: 2 * src.shape[2] + 2 * rest[3].shape[2],
     "nonlin_attention.infer": lambda projected, bias, weights: weights.shape[3],

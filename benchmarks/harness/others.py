@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -203,6 +204,17 @@ def flex(attend: Callable[..., Tensor], q: Tensor, k: Tensor, p: Tensor, e: Tens
     return run, (*by_head, _leaf(e), value)
 
 
+def balancer_upstream(
+    grad: Tensor, x: Tensor, variance: Tensor | None, mean: Tensor | None, channel_dim: int, *limits: float
+) -> Call:
+    """The backward pass of ``BalancerFunction``."""
+    if variance is not None:
+        raise Unserved("upstream takes the moments of x itself")
+    (scaling,) = _upstream("scaling")
+    context = SimpleNamespace(saved_tensors=(x,), config=(*limits, channel_dim % x.ndim))
+    return (lambda grad: scaling.BalancerFunction.backward(context, grad)[0]), (grad,)
+
+
 OTHERS: dict[str, dict[str, Callable[..., Call]]] = {
     "swoosh": {"upstream": swoosh_upstream, "k2": swoosh_k2},
     "bias_norm": {"upstream": bias_norm_upstream},
@@ -212,6 +224,7 @@ OTHERS: dict[str, dict[str, Callable[..., Call]]] = {
     "conv_module": {"upstream": conv_module_upstream},
     "depthwise_conv2d": {"upstream": depthwise_conv2d_upstream},
     "bypass": {"upstream": bypass_upstream},
+    "balancer": {"upstream": balancer_upstream},
 }
 """By op, then by peer."""
 

@@ -1,4 +1,4 @@
-// Arguments of the Balancer's kernels, and their entry points. The maths: zipformer_kernels/training/balancer.py.
+// Arguments of the Balancer's kernels, and their entry points. The maths: zipformer_kernels/ops/balancer/__init__.py.
 #pragma once
 
 #include <cstdint>

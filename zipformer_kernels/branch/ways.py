@@ -159,7 +159,7 @@ def settled_backend() -> SettledBackend | None:
     """The backend for ways on the CPU: the best there is, or the one asked for; None where that is another's."""
     request = backends.requested()
     if request == "auto":
-        return _ON_CPU[backends.serving["cpu"][0]]
+        return _ON_CPU.get(backends.serving["cpu"][0])
     names = request.split(",")
     return _ON_CPU.get(next((name for name in names if backends.unserved_device(name, "cpu") is None), None))
 

@@ -54,6 +54,26 @@ def reference_gradients(
     return [next(found) if need else None for need in needs]
 
 
+def backward_of(reference: Callable[..., Tensor]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Launchers' backward by autograd of a reference, for an op of one output whose tensor arguments come first."""
+
+    def backward(
+        needs: Sequence[bool], grads: Sequence[Tensor], saved: Sequence[Tensor], *args: Any
+    ) -> tuple[Tensor | None, ...]:
+        tensors, values = args[: len(needs)], args[len(needs) :]
+        leaves = [t.detach().requires_grad_() if need else t for t, need in zip(tensors, needs, strict=True)]
+        with torch.enable_grad():
+            y = reference(*leaves, *values)
+        wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
+        found = iter(torch.autograd.grad(y, wanted, grads, allow_unused=True, materialize_grads=True))
+        return tuple(
+            torch.empty_like(leaf).copy_(next(found)) if need else None
+            for leaf, need in zip(leaves, needs, strict=True)
+        )
+
+    return backward
+
+
 class OpFunction(torch.autograd.Function):
     """Forward and backward of one call of an `Op` on one backend, outside of tracing."""
 

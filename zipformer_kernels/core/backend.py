@@ -13,7 +13,9 @@ none of them can serve the call it raises `BackendError` with the reasons. ``aut
 
 The second and third way are meant for whole models, and few backends have kernels of every op. So an op that has none
 on any backend they name runs on the first behind the last name in `PREFERENCE` that serves the call: under
-``use_backend("cuda")`` attention runs on ``triton``. An op that has kernels there, but none for this call, raises.
+``use_backend("cuda")`` attention runs on ``triton``. An op that has kernels there, but none for this call, raises. So
+does every op where one of those backends is missing in this process and no other serves: nothing is passed over in
+silence. The first way, an argument, asks one op, which raises in all of these cases.
 """
 
 from __future__ import annotations
@@ -162,6 +164,19 @@ def requested(argument: str | None = None) -> str:
     if _latest is None:  # as nearly always: nobody has chosen
         return _default
     return _latest if is_compiling() else _innermost()
+
+
+def asked_for(argument: str | None, request: str, offered: Collection[str]) -> tuple[str, ...]:
+    """The names among which a call chooses that does not ask for ``auto``, in order.
+
+    Args:
+        argument: as of `requested`, and `request` what that said.
+        offered: the backends that the op has kernels on.
+    """
+    names = tuple(request.split(","))
+    if argument is not None or any(name in offered or missing[name] for name in names):
+        return names
+    return (*names, *BEHIND[names[-1]])
 
 
 TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -166,18 +166,13 @@ class Op:
                 if launchers is not None and launchers.supports(*args) is None and launchers.worthwhile(*args):
                     return name
             return "eager"
-        reasons, names = [], request.split(",")
-        for name in names if backend is not None else (*names, *self._instead_of(names)):
+        reasons = []
+        for name in backends.asked_for(backend, request, self.backends):
             reason = self._unsupported(name, bar, args)
             if reason is None:
                 return name
             reasons.append(f"backend {name!r} cannot serve this call: {reason}")
         raise backends.BackendError(f"{self.name}: {'; '.join(reasons)}")
-
-    def _instead_of(self, names: Sequence[str]) -> tuple[str, ...]:
-        """What serves where a whole model was to run on backends none of which has kernels of this op."""
-        lacks_all = not any(name in self.backends or backends.missing[name] for name in names)
-        return backends.BEHIND[names[-1]] if lacks_all else ()
 
     def explain(self, *args: Any, backend: str | None = None) -> str:
         """Says which backend a call gets, why each other one would not serve it, and which variants there are."""

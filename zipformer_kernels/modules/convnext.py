@@ -183,7 +183,7 @@ class _Hidden:
         if self.limits is None:
             return swoosh_backward_(grad, hidden, "l", bias)
         grad, a = swoosh_backward_(grad, hidden.add_(bias).clone(), "l")
-        return balanced_gradient(grad, hidden, moments=self.moments, channel_dim=1, **self.limits), a
+        return balanced_gradient(grad, hidden, moments=self.moments.known, channel_dim=1, **self.limits), a
 
     def reference(self, hidden: Tensor) -> Tensor:
         if self.limits is not None:

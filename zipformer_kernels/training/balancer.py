@@ -5,16 +5,13 @@ from __future__ import annotations
 import math
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from zipformer_kernels.core.autograd import gradient_hook
 from zipformer_kernels.core.module import Module
-from zipformer_kernels.training import balancer_native
+from zipformer_kernels.ops.balancer import balanced_gradient, channel_moments
 from zipformer_kernels.training.randomness import being_traced, happens, number
 from zipformer_kernels.training.schedule import FloatLike, ScheduledFloat
-
-TINY = 1.0e-20  # below this a variance or mean square counts as constant and gets no gradient
 
 
 class Balancer(Module):
@@ -23,7 +20,8 @@ class Balancer(Module):
 
     Limits are given as the proportion of positive values and the mean absolute value of a channel; for a
     normal distribution they amount to limits on mean / stddev and on the RMS, which is what the gradient
-    works on. See `balanced_gradient` for the maths, and the Zipformer paper (arXiv:2310.11230), appendix A.3.
+    works on. See `zipformer_kernels.ops.balancer` for the maths, and the Zipformer paper (arXiv:2310.11230),
+    appendix A.3.
 
     As in upstream it acts whenever x requires a gradient, in eval mode too. Unlike upstream it never skips
     itself because much GPU memory is allocated, which would make a run depend on what else the process holds.
@@ -96,12 +94,14 @@ class Moments:
     def __init__(self) -> None:
         self.rows = 0
 
+    @property
+    def known(self) -> tuple[Tensor, Tensor]:
+        """Variance and mean, (channels,), of at least one row."""
+        return self.variance, self.mean
+
     def add(self, x: Tensor) -> None:
         """Takes in x, (rows, channels), at least one row."""
-        if balancer_native.serves(x, 1):
-            variance, mean = (moment.unsqueeze(0) for moment in balancer_native.moments(x, 1))
-        else:
-            variance, mean, _ = _moments(x.to(torch.promote_types(x.dtype, torch.float32)), [0])
+        variance, mean = channel_moments(x, 1)
         if self.rows == 0:
             self.rows, self.mean, self.variance = len(x), mean, variance
             return
@@ -110,74 +110,6 @@ class Moments:
         self.mean = self.mean + share * difference
         self.variance = (1 - share) * (self.variance + share * difference.square()) + share * variance
         self.rows += len(x)
-
-
-def balanced_gradient(
-    grad: Tensor,
-    x: Tensor,
-    *,
-    moments: Moments | None = None,
-    channel_dim: int,
-    min_mean: float,
-    max_mean: float,
-    min_rms: float,
-    max_rms: float,
-    grad_scale: float,
-) -> Tensor:
-    """The gradient of x, changed to bring each channel's mean / stddev and RMS back into their limits.
-
-    For one channel let m = mean / stddev and r its RMS. The loss is |m - clamp(m)| + |log(clamp(r) / r)|.
-    With z = (x - mean) / stddev, w = variance / r^2, and a = sign(m - clamp(m)), b = sign(clamp(r) - r), its
-    gradient is
-
-        (a - b w m) + (-a m - b w) z        (times 1 / (N stddev), a constant of the channel),
-
-    which has RMS sqrt(level^2 + slope^2), level and slope being the two brackets. Scaled to RMS `grad_scale`
-    and multiplied elementwise by |grad|, an estimate of each element's own scale, it is added to `grad`.
-
-    Args:
-        grad, x: same shape; computed in float32 (float64 for float64) and returned in the dtype of `grad`.
-        moments: those of all of which x, (rows, channels), is a part; of x itself if None.
-        channel_dim: the dimension of the channels; statistics are taken over all others.
-        min_mean, max_mean: limits on mean / stddev.
-        min_rms, max_rms: limits on the RMS.
-        grad_scale: the RMS of the term that is added, relative to |grad|.
-    """
-    if balancer_native.serves(x, channel_dim, grad):
-        known = moments and (moments.variance, moments.mean)
-        limits = min_mean, max_mean, min_rms, max_rms, grad_scale
-        return balancer_native.gradient(
-            grad, x, *(known or balancer_native.moments(x, channel_dim)), channel_dim, limits
-        )
-    wide = torch.promote_types(x.dtype, torch.float32)
-    x, wide_grad = x.to(wide), grad.to(wide)
-    if moments is None:
-        others = [dim for dim in range(x.ndim) if dim != channel_dim % x.ndim]
-        variance, mean, centred = _moments(x, others)
-    else:
-        variance, mean, centred = moments.variance, moments.mean, x - moments.mean
-    square = variance + mean * mean
-    stddev, rms = variance.clamp(min=TINY).sqrt(), square.clamp(min=TINY).sqrt()
-    ratio = mean / stddev
-
-    mean_push = (ratio - ratio.clamp(min_mean, max_mean)).sign()
-    rms_push = (rms.clamp(min_rms, max_rms) - rms).sign() * (square >= TINY) * (stddev / rms).square()
-    level = mean_push - rms_push * ratio
-    slope = -mean_push * ratio * (variance >= TINY) - rms_push
-    scale = grad_scale / (level.square() + slope.square() * (variance / stddev.square())).sqrt().clamp(min=TINY)
-
-    direction = torch.addcmul(level * scale, centred, slope * scale / stddev)
-    return torch.addcmul(wide_grad, wide_grad.abs(), direction).to(grad.dtype)
-
-
-def _moments(x: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Variance, by N, and mean over some dimensions, which are kept; and x - mean."""
-    if x.device.type != "cpu":
-        variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
-        return variance, mean, x - mean
-    mean = x.mean(dims, keepdim=True)  # torch.var_mean takes five times as long along outer dimensions
-    centred = x - mean
-    return centred.square().mean(dims, keepdim=True), mean, centred
 
 
 def _abs_to_rms(mean_abs: float) -> float:

@@ -14,10 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.core.call import being_traced
-from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, grouped
-from zipformer_kernels.ops.sizes import compact, fill
+from zipformer_kernels.ops.sizes import being_traced, compact, fill
 
 # exp(-1000) is zero in every dtype, and a row with every entry masked becomes uniform rather than NaN.
 MASKED_SCORE = -1000.0
@@ -242,15 +240,3 @@ def stream(
     by_head = joined.unflatten(2, (weights.shape[0], -1)).permute(2, 1, 0, 3)
     average = (weights @ by_head).permute(2, 1, 0, 3).flatten(2)
     return src + F.linear(average if g is None else average * g, out_weight, out_bias), joined
-
-
-eager = Launchers(
-    lambda *_: None,
-    forward,
-    backward,
-    variants={
-        "softmax": Launchers(lambda *_: None, lambda *args: (softmax_rows(*args),), None),
-        "weights": Launchers(lambda *_: None, lambda *args: (weights(*args),), weights_backward),
-        "stream": Launchers(lambda *_: None, stream, None),
-    },
-)

@@ -18,14 +18,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from zipformer_kernels.core.op import Op, triton_launchers
-from zipformer_kernels.ops.bias_norm import cpu, cuda, reference
+from zipformer_kernels.ops.bias_norm import cpu, cuda, eager, reference
 
 _op = Op(
     "bias_norm",
     "Tensor x, Tensor bias, Tensor log_scale",
     reference=reference.bias_norm,
     backends={
-        "eager": reference.eager,
+        "eager": eager.launchers,
         "cpu": cpu.launchers,
         "cuda": cuda.launchers,
         **triton_launchers(__name__),

@@ -16,13 +16,13 @@ from __future__ import annotations
 from torch import Tensor
 
 from zipformer_kernels.core.op import Op
-from zipformer_kernels.ops.bypass import cpu, reference
+from zipformer_kernels.ops.bypass import cpu, eager, reference
 
 _op = Op(
     "bypass",
     "Tensor src_orig, Tensor src, Tensor scale",
     reference=reference.bypass,
-    backends={"eager": reference.eager, "cpu": cpu.launchers},
+    backends={"eager": eager.launchers, "cpu": cpu.launchers},
     saves=("src_orig", "src", "scale"),
     fake=reference.empty_results,
 )

@@ -1,22 +1,14 @@
-"""The bypass in plain PyTorch: what every backend is tested against, what exporters trace, and the eager backend."""
+"""The bypass in plain PyTorch: what every backend is tested against, and what exporters trace."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from zipformer_kernels.core.launch import like
-from zipformer_kernels.core.op import Launchers
-
 
 def bypass(src_orig: Tensor, src: Tensor, scale: Tensor) -> Tensor:
     """src_orig + (src - src_orig) scale; scale (C,) or (B, C) is shared over what comes before."""
     return src_orig + (src - src_orig) * scale
-
-
-def forward(src_orig: Tensor, src: Tensor, scale: Tensor) -> tuple[Tensor]:
-    """As `bypass`, with the strides that `torch.empty_like` gives to src_orig."""
-    return (like(bypass(src_orig, src, scale), torch.empty_like(src_orig)),)
 
 
 def backward(
@@ -33,9 +25,6 @@ def backward(
 
 
 def empty_results(src_orig: Tensor, src: Tensor, scale: Tensor) -> tuple[Tensor]:
-    """An uninitialised tensor shaped as what `forward` returns."""
+    """An uninitialised tensor shaped as what `bypass` returns."""
     dtype = torch.promote_types(torch.promote_types(src_orig.dtype, src.dtype), scale.dtype)
     return (torch.empty_like(src_orig, dtype=dtype),)
-
-
-eager = Launchers(lambda *_: None, forward, backward)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from zipformer_kernels.core.call import autocast_dtype
 from zipformer_kernels.core.op import Op, triton_launchers
-from zipformer_kernels.ops.conv_module import cpu, cuda, reference
+from zipformer_kernels.ops.conv_module import cpu, cuda, eager, reference
 from zipformer_kernels.ops.shapes import as_mask
 
 _op = Op(
@@ -36,7 +36,7 @@ _op = Op(
     "Tensor? edge_scale, Tensor? padding, int chunk_size, ScalarType dtype",
     reference=reference.conv_module,
     backends={
-        "eager": reference.eager,
+        "eager": eager.launchers,
         "cpu": cpu.launchers,
         "cuda": cuda.launchers,
         **triton_launchers(__name__),

@@ -1,4 +1,4 @@
-"""conv_module in plain PyTorch: what every backend is tested against, what exporters trace, and the eager backend."""
+"""conv_module in plain PyTorch: what every backend is tested against, and what exporters trace."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.core.call import being_traced
-from zipformer_kernels.core.op import Launchers
-from zipformer_kernels.ops.sizes import compact, fill, first
+from zipformer_kernels.ops.sizes import being_traced, compact, fill, first
 from zipformer_kernels.ops.swoosh.reference import swoosh
 
 
@@ -153,38 +151,3 @@ def chunk_with_context(
         edge_scale, x.shape[2], x.shape[2]
     )
     return within + F.conv1d(joined, causal_weight, causal_bias, groups=channels)
-
-
-def forward(*args: object) -> tuple[Tensor]:
-    """As `conv_module`."""
-    return (conv_module(*args),)
-
-
-def backward(
-    needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[()], *args: object
-) -> tuple[Tensor | None, ...]:
-    """The gradients, by autograd of the formula."""
-    tensors, values = args[: len(needs)], args[len(needs) :]
-    leaves = [t.detach().requires_grad_() if need else t for t, need in zip(tensors, needs, strict=True)]
-    with torch.enable_grad():
-        y = conv_module(*leaves, *values)
-    wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, grads, allow_unused=True, materialize_grads=True))
-    return tuple(
-        torch.empty_like(leaf).copy_(next(found)) if need else None for leaf, need in zip(leaves, needs, strict=True)
-    )
-
-
-def _dense(function: Callable[..., tuple[Tensor, ...]], *args: object) -> tuple[Tensor, ...]:
-    return tuple(x.contiguous() for x in function(*args))
-
-
-eager = Launchers(
-    lambda *_: None,
-    forward,
-    backward,
-    variants={
-        "infer": Launchers(lambda *_: None, partial(_dense, infer), None),
-        "stream": Launchers(lambda *_: None, partial(_dense, stream), None),
-    },
-)

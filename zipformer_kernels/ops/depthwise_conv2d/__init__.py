@@ -21,13 +21,13 @@ from torch import Tensor
 
 from zipformer_kernels.core.call import autocast_dtype
 from zipformer_kernels.core.op import Op
-from zipformer_kernels.ops.depthwise_conv2d import cpu, reference
+from zipformer_kernels.ops.depthwise_conv2d import cpu, eager, reference
 
 _op = Op(
     "depthwise_conv2d",
     "Tensor x, Tensor weight, Tensor? bias",
     reference=reference.depthwise_conv2d,
-    backends={"eager": reference.eager, "cpu": cpu.launchers},
+    backends={"eager": eager.launchers, "cpu": cpu.launchers},
     saves=("x", "weight", "bias"),
 )
 

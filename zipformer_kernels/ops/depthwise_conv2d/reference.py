@@ -1,12 +1,10 @@
-"""depthwise_conv2d in plain PyTorch: what every backend is tested against, what exporters trace, and eager."""
+"""depthwise_conv2d in plain PyTorch: what every backend is tested against, and what exporters trace."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from zipformer_kernels.core.op import Launchers
 
 
 def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -20,20 +18,3 @@ def depthwise_conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
     """As `depthwise_conv2d`, with the strides that `torch.empty_like` gives to x."""
     return (torch.empty_like(x).copy_(depthwise_conv2d(x, weight, bias)),)
-
-
-def backward(
-    needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[()], *tensors: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """The gradients, by autograd of the formula."""
-    leaves = [t.detach().requires_grad_() if need else t for t, need in zip(tensors, needs, strict=True)]
-    with torch.enable_grad():
-        y = depthwise_conv2d(*leaves)
-    wanted = [leaf for leaf, need in zip(leaves, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(y, wanted, grads, allow_unused=True, materialize_grads=True))
-    return tuple(
-        torch.empty_like(leaf).copy_(next(found)) if need else None for leaf, need in zip(leaves, needs, strict=True)
-    )
-
-
-eager = Launchers(lambda *_: None, forward, backward)

@@ -1,4 +1,4 @@
-"""Gated averaging in plain PyTorch: the specification that every backend is tested against, and the eager backend.
+"""Gated averaging in plain PyTorch: the specification that every backend is tested against.
 
 Shapes as in `zipformer_kernels.ops.attention.reference`, with as many sources as targets, and C channels per head::
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention import reference as attention
 from zipformer_kernels.ops.attention.scores import grouped
 from zipformer_kernels.ops.sizes import merge_heads, split_heads
@@ -50,11 +49,3 @@ def infer(projected: Tensor, bias: Tensor | None, weights: Tensor) -> Tensor:
     """(W (x tanh(s))) y of the thirds s, x, y of projected + bias, with W itself, (H, B, T, T)."""
     s, x, y = (projected if bias is None else projected + bias).chunk(3, dim=2)
     return merge_heads(weights @ split_heads(x * torch.tanh(s), weights.shape[0])) * y
-
-
-eager = Launchers(
-    lambda *_: None,
-    forward,
-    backward,
-    variants={"infer": Launchers(lambda *_: None, lambda *args: (infer(*args).contiguous(),), None)},
-)

@@ -74,8 +74,12 @@ class StepOp:
         """The name of the backend that steps these groups. Raises `BackendError`."""
         request = backends.requested(backend)
         device = groups[0].statistics.rms.device.type
+        if request == "auto":
+            names = backends.PREFERENCE.get(device, ("eager",))
+        else:
+            names = backends.asked_for(backend, request, self.backends)
         reasons = []
-        for name in backends.PREFERENCE.get(device, ("eager",)) if request == "auto" else request.split(","):
+        for name in names:
             reason = self.unsupported(name, groups)
             if reason is None:
                 return name

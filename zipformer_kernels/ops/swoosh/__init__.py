@@ -15,14 +15,14 @@ from torch import Tensor
 
 from zipformer_kernels.core.call import plain
 from zipformer_kernels.core.op import Op, SettledBackend, triton_launchers
-from zipformer_kernels.ops.swoosh import cpu, cuda, reference
+from zipformer_kernels.ops.swoosh import cpu, cuda, eager, reference
 
 _op = Op(
     "swoosh",
     "Tensor x, str kind",
     reference=reference.swoosh,
     backends={
-        "eager": reference.eager,
+        "eager": eager.launchers,
         "cpu": cpu.launchers,
         "cuda": cuda.launchers,
         **triton_launchers(__name__),

@@ -23,14 +23,14 @@ from torch import Tensor
 from zipformer_kernels.core.call import autocast_dtype
 from zipformer_kernels.core.op import Op, triton_launchers
 from zipformer_kernels.ops.shapes import check_shapes
-from zipformer_kernels.ops.swoosh_linear import cpu, cuda, reference
+from zipformer_kernels.ops.swoosh_linear import cpu, cuda, eager, reference
 
 _op = Op(
     "swoosh_linear",
     "Tensor x, Tensor weight, Tensor? bias, Tensor? mask, str kind, ScalarType dtype",
     reference=reference.swoosh_linear,
     backends={
-        "eager": reference.eager,
+        "eager": eager.launchers,
         "cpu": cpu.launchers,
         "cuda": cuda.launchers,
         **triton_launchers(__name__),

@@ -1,16 +1,12 @@
-"""swoosh_linear in plain PyTorch: what every backend is tested against, and the eager backend."""
+"""swoosh_linear in plain PyTorch: what every backend is tested against."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.swoosh.reference import derivative, swoosh
-from zipformer_kernels.ops.swoosh_linear.product import around_product
 
 
 def swoosh_linear(
@@ -43,9 +39,3 @@ def feed_forward(
 ) -> Tensor:
     """src + linear(swoosh(linear(src, in_weight, in_bias)), out_weight, out_bias)."""
     return src + swoosh_linear(F.linear(src, in_weight, in_bias), out_weight, out_bias, None, kind, src.dtype)
-
-
-eager = replace(
-    around_product(activate, differentiate, lambda *_: None),
-    variants={"feed_forward": Launchers(lambda *_: None, lambda *args: (feed_forward(*args),), None)},
-)

@@ -1,0 +1,92 @@
+"""The Balancer's gradient through the compiled module: ``csrc/balancer/cpu.cpp``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from zipformer_kernels.core.autograd import backward_of
+from zipformer_kernels.core.launch import (
+    CPU_DTYPES,
+    DTYPE_CODES,
+    call_cpu,
+    contiguous,
+    like,
+    pointer,
+    unsupported_dtype,
+    unsupported_dtypes,
+)
+from zipformer_kernels.core.op import Launchers
+from zipformer_kernels.ops.balancer.reference import balanced_gradient
+
+PARTS = 64  # groups of rows that are summed apart at most: so many that threads share them out evenly
+SHORTEST = 64  # rows of a group at least
+
+
+def _forward(
+    grad: Tensor, x: Tensor, variance: Tensor | None, mean: Tensor | None, channel_dim: int, *limits: float
+) -> tuple[Tensor]:
+    if x.numel() == 0:
+        return (torch.empty_like(x),)
+    rows = _in_rows(x, channel_dim)
+    if variance is None or mean is None:
+        variance, mean = _moments(rows, channel_dim)
+    grad, out = like(grad, rows), torch.empty_like(rows)
+    mean, variance = contiguous(mean, variance)  # kept here until the call is over
+    addresses = map(pointer, (grad, rows, mean, variance, out))
+    channels = x.shape[channel_dim]
+    call_cpu("balancer_gradient", x, *addresses, limits, x.numel() // channels, channels, DTYPE_CODES[x.dtype])
+    return (like(out, torch.empty_like(x)),)
+
+
+def _moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
+    """Variance, by N, and mean of each channel, (channels,), in float32 (float64 for float64)."""
+    channels, wide = x.shape[channel_dim], torch.promote_types(x.dtype, torch.float32)
+    if x.numel() == 0:  # of no rows they are not defined
+        mean = x.new_full((channels,), torch.nan, dtype=wide)
+        return mean.clone(), mean
+    x = _in_rows(x, channel_dim)
+    rows = x.numel() // channels
+    parts = max(1, min(PARTS, rows // SHORTEST))
+    mean, variance = (x.new_empty(channels, dtype=wide) for _ in range(2))
+    partials = x.new_empty((parts, 2, channels), dtype=wide)
+    addresses = map(pointer, (x, mean, variance, partials))
+    call_cpu("balancer_moments", x, *addresses, rows, channels, parts, DTYPE_CODES[x.dtype])
+    return variance, mean
+
+
+def _lies_in_rows(x: Tensor, channel_dim: int) -> bool:
+    """Whether x is dense and its channels lie next to each other: then it is read as it is."""
+    dense = torch.ops.aten.is_non_overlapping_and_dense(x)
+    return dense and (x.stride(channel_dim) == 1 or x.shape[channel_dim] == 1)
+
+
+def _in_rows(x: Tensor, channel_dim: int) -> Tensor:
+    """x, copied where it does not lie in rows."""
+    if _lies_in_rows(x, channel_dim):
+        return x
+    return x.movedim(channel_dim, -1).contiguous().movedim(-1, channel_dim)
+
+
+def _worthwhile(x: Tensor, channel_dim: int) -> bool:
+    """Whether x is read as it is; torch.compile cannot record the question, and fuses the formula itself."""
+    return not is_compiling() and _lies_in_rows(x, channel_dim)
+
+
+def _unsupported(grad: Tensor, x: Tensor, variance: Tensor | None, mean: Tensor | None, *_: float) -> str | None:
+    reason = unsupported_dtypes((grad, x), CPU_DTYPES)
+    if reason is not None:
+        return reason
+    return unsupported_dtypes((variance, mean), (torch.promote_types(x.dtype, torch.float32),))
+
+
+launchers = Launchers(
+    _unsupported,
+    _forward,
+    backward_of(balanced_gradient),
+    lambda grad, x, variance, mean, channel_dim, *_: _worthwhile(x, channel_dim),
+    variants={
+        "moments": Launchers(lambda x, _: unsupported_dtype(x, CPU_DTYPES), _moments, None, _worthwhile),
+    },
+)
