@@ -1,4 +1,4 @@
-// Python's entry points to the Balancer's kernels; zipformer_kernels/training/balancer_native.py calls them.
+// Python's entry points to the Balancer's kernels; zipformer_kernels/ops/balancer/cpu.py calls them.
 #pragma once
 
 #include "balancer/balancer.h"
