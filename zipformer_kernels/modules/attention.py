@@ -18,7 +18,7 @@ from zipformer_kernels.modules.streaming import average_chunk, check_cache, join
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, aggregate, attention_weights, average, stores
 from zipformer_kernels.ops.sizes import split_last
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
-from zipformer_kernels.training.randomness import happens, logging_draw
+from zipformer_kernels.training.randomness import happens, logging_draw, logging_draw_unrecorded
 
 # Scores beyond the limit are implausible; in a tenth of the training calls their gradient gains this penalty, which is
 # not scaled by the loss scale of mixed precision.
@@ -209,6 +209,8 @@ class RelPositionMultiheadAttentionWeights(Module):
         e = F.linear(pos_emb, self.linear_pos.weight)
         q, k, p, e = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, p, e))
         e = e[0] if e.shape[0] == 1 else e
+        if cached_key is None:
+            logging_draw_unrecorded()  # a stream has none
         return attention_weights(q, k, p, e, key_padding_mask, attn_mask, backend=backend), cached_key
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

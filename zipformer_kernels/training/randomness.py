@@ -75,6 +75,12 @@ def logging_draw(probability: float) -> bool:
     return not being_traced() and happens(probability)
 
 
+def logging_draw_unrecorded() -> None:
+    """`logging_draw` where it is known that nobody records the call, and nothing hangs on what is drawn."""
+    if _drawing:
+        random.random()
+
+
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Lets activation checkpointing draw from Python's ``random`` again what the forward pass drew.
 
