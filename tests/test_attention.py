@@ -1,7 +1,5 @@
 """Shared-weight attention on every lane against float64: values, all gradients, any shape, memory."""
 
-from unittest import mock
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +8,7 @@ from lanes import lanes
 from tolerances import assert_agrees, rounding
 from unseen import unseen
 
-from zipformer_kernels.core import backend
+from zipformer_kernels.core import backend, tuning
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask
 from zipformer_kernels.ops.attention.cases import CASES, padding, weights_inputs
@@ -33,7 +31,7 @@ def relative(actual, expected, floor=1e-12):
 
 def storing(stored):
     """On the CPU a handle stores small weights, or computes them again at every use as it does with large ones."""
-    return mock.patch.object(attention.cpu, "STORED_BYTES", 1 << 40 if stored else 0)
+    return tuning.override(**{"attention.stored_bytes": 1 << 40 if stored else 0})
 
 
 both_ways = pytest.mark.parametrize("stored", [True, False], ids=["stored", "recomputed"])

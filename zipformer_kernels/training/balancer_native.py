@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.core import backend
+from zipformer_kernels.core import backend, tuning
 from zipformer_kernels.core.call import plain
 from zipformer_kernels.core.launch import CPU_DTYPES, DTYPE_CODES, call_cpu, contiguous, like, pointer
 
-PARTS = 64  # groups of rows that are summed apart at most: so many that threads share them out evenly
-SHORTEST = 64  # rows of a group at least
+PARTS = tuning.entry("balancer.parts")
+PART_ROWS = tuning.entry("balancer.part_rows")
 
 
 def serves(x: Tensor, channel_dim: int, *others: Tensor) -> bool:
@@ -32,7 +32,7 @@ def moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
     """Variance, by N, and mean of each channel, (channels,), in float32 (float64 for float64)."""
     channels = x.shape[channel_dim]
     rows = x.numel() // channels
-    parts = max(1, min(PARTS, rows // SHORTEST))
+    parts = max(1, min(PARTS.value, rows // PART_ROWS.value))
     wide = torch.promote_types(x.dtype, torch.float32)
     mean, variance = (x.new_empty(channels, dtype=wide) for _ in range(2))
     partials = x.new_empty((parts, 2, channels), dtype=wide)
