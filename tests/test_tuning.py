@@ -10,13 +10,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from lanes import HAS_GPU, lanes
+from optim_steps import make_params, train
+from tolerances import assert_agrees, rounding
 
 import zipformer_kernels
+from zipformer_kernels import ops
 from zipformer_kernels.core import backend, tuning
 from zipformer_kernels.core.launch import few_rows
+from zipformer_kernels.core.op import Op
 from zipformer_kernels.modules import convnext, subsampling
+from zipformer_kernels.ops import scaled_adam
 from zipformer_kernels.ops.attention import AttentionWeights, RecomputedWeights, StoredWeights
 from zipformer_kernels.ops.attention.tiles import tile_of
+from zipformer_kernels.optim import ScaledAdam
 
 PACKAGE = Path(zipformer_kernels.__file__).parent
 ROOT = PACKAGE.parent
@@ -187,6 +194,57 @@ def test_compiled_code_follows_an_override():
         assert other(x)[0, 0] == 0
 
 
+def smaller(one):
+    """Another value of an entry, so small that small inputs are cut up."""
+    if isinstance(one.default, tuple):  # targets, sources, warps, channels, stages; one matrix instruction has 16
+        _, sources, warps, _, _ = one.default
+        return (16, min(2 * 16 if "position" in one.name else 16, sources), warps // 2, 16, 1)
+    return max(one.least, one.default // 16)
+
+
+SMALLER = {one.name: smaller(one) for one in ENTRIES}
+OPS = [name for name in ops.names() if isinstance(ops.get(name), Op)]
+
+
+def results_of(name, args):
+    """Outputs and gradients."""
+    outputs = ops.get(name)(*args)
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+    leaves = [x for x in args if isinstance(x, torch.Tensor) and x.requires_grad]
+    grads = [torch.linspace(-1, 2, y.numel(), dtype=y.dtype, device=y.device).view(y.shape) for y in outputs]
+    return *outputs, *torch.autograd.grad(outputs, leaves, grads)
+
+
+@on_cpu
+@pytest.mark.parametrize("name", OPS)
+def test_results_do_not_depend_on_tuning(name):
+    """On the CPU: without a GPU the small tiles of the others take minutes."""
+    with backend.use_backend("cpu"):
+        for case in ops.cases_of(name):
+            if case.large:
+                continue
+            args = case.inputs(torch.float64, "cpu")
+            terms = max(x.numel() for x in args if isinstance(x, torch.Tensor))  # no sum has more
+            expected = results_of(name, args)
+            with tuning.override(**SMALLER):
+                assert_agrees(results_of(name, args), expected, rounding(torch.float64, terms))
+
+
+@pytest.mark.parametrize("lane", lanes(scaled_adam._op, *(() if HAS_GPU else ("triton", "cuda"))))
+def test_steps_of_scaled_adam_do_not_depend_on_tuning(lane):
+    """Within one optimizer, so that tables of steps before do not serve."""
+    trained = []
+    for changes in ([{}] * 4, [{}, SMALLER, {}, SMALLER]):
+        with lane.active(), lane.device:
+            params = make_params([(70, 30), (), (5000,), (3, 5)])
+            optimizer = ScaledAdam(params)
+            for i, change in enumerate(changes):
+                with tuning.override(**change):
+                    train(optimizer, params, 1, start=i)
+        trained.append([p.detach() for p in params])
+    assert_agrees(*trained, rounding(torch.float32, 5000))
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
@@ -237,6 +295,7 @@ def test_the_variable_reaches_every_use():
 import torch
 from zipformer_kernels.core.launch import few_rows
 from zipformer_kernels.modules import subsampling
+from zipformer_kernels.ops import scaled_adam
 from zipformer_kernels.ops.attention import AttentionWeights
 q = torch.randn(6, 1, 2, 4)
 held = AttentionWeights(q, q, None, None, backend="cpu").held
