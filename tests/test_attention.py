@@ -1,7 +1,5 @@
 """What is special to shared-weight attention: its penalty, for `contract` too, any shape and mask, memory."""
 
-from unittest import mock
-
 import pytest
 import torch
 from contract import TOLERANCE, relative
@@ -10,7 +8,7 @@ from hypothesis import strategies as st
 from lanes import lanes
 from unseen import unseen
 
-from zipformer_kernels.core import backend
+from zipformer_kernels.core import backend, tuning
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask
 from zipformer_kernels.ops.attention.cases import CASES, padding, weights_inputs
@@ -20,7 +18,7 @@ OP = attention._op
 
 def storing(stored):
     """On the CPU a handle stores small weights, or computes them again at every use as it does with large ones."""
-    return mock.patch.object(attention.cpu, "STORED_BYTES", 1 << 40 if stored else 0)
+    return tuning.override(**{"attention.stored_bytes": 1 << 40 if stored else 0})
 
 
 both_ways = pytest.mark.parametrize("stored", [True, False], ids=["stored", "recomputed"])

@@ -17,7 +17,7 @@ from zipformer_kernels import Conv2dSubsampling, Zipformer, cli, ops
 from zipformer_kernels.commands import batching
 from zipformer_kernels.commands.audio import SAMPLE_RATE, features_of
 from zipformer_kernels.commands.encode import recording_names
-from zipformer_kernels.core import backend
+from zipformer_kernels.core import backend, tuning
 
 
 @pytest.fixture
@@ -339,6 +339,18 @@ def test_code_in_a_checkpoint_is_never_run(tmp_path, command):
 
 
 # ---- info ----
+
+
+def test_info_tells_what_is_tuned(command):
+    with tuning.override(**{"attention.stored_bytes": 7}):
+        code, out, err = command("info", "--tuning")
+    assert (code, err) == (0, [])
+    lines = out.splitlines()
+    assert [line.split()[0] for line in lines[::3]] == [one.name for one in tuning.entries()]
+    assert [line for line in lines if "overridden" in line] == [
+        "attention.stored_bytes = 7 bytes  overridden, not 33554432"
+    ]
+    assert "attention.triton_query_2_bytes = 64x16x4x64x3 targets, sources, warps, channels, stages" in lines
 
 
 def test_info_tells_versions_build_and_every_op(command):

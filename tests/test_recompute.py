@@ -11,6 +11,7 @@ from parity import assert_same_run, build_pair
 from tolerances import PARITY, relative_error, rounding
 
 from zipformer_kernels.branch.recompute import pointwise_branch
+from zipformer_kernels.core import tuning
 from zipformer_kernels.modules import Conv2dSubsampling, ConvNeXt, convnext
 from zipformer_kernels.training.balancer import Moments
 
@@ -179,9 +180,10 @@ def test_moments_of_half_precision_are_taken_in_float32():
 
 
 @pytest.fixture
-def rows(monkeypatch):
+def rows():
     """So few rows at a time that short inputs need several parts."""
-    monkeypatch.setattr(convnext, "ROWS", 17)
+    with tuning.override(**{"convnext.rows": 17}):
+        yield
 
 
 def pair(**kwargs):
@@ -287,18 +289,18 @@ def test_no_hidden_channels_are_stored():
     assert max(elements) < 1000 * 19 * 384
 
 
-def test_gradients_of_gradients_still_exist(monkeypatch):
+def test_gradients_of_gradients_still_exist():
     """As for a penalty on the gradient of the filterbank."""
     results = []
     for count in (17, 10**6):
-        monkeypatch.setattr(convnext, "ROWS", count)
         seed_all(0)
         model = Conv2dSubsampling(20, 12, 4, 8, 6).double().eval()
         always_acting(model)
         x = torch.randn(2, 40, 20, dtype=torch.float64, requires_grad=True)
-        y, _ = model(x, torch.tensor([40, 31]))
-        (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
-        dx.square().sum().backward()
+        with tuning.override(**{"convnext.rows": count}):
+            y, _ = model(x, torch.tensor([40, 31]))
+            (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+            dx.square().sum().backward()
         results.append([dx.detach(), *(p.grad for p in model.parameters())])
     for part, whole in zip(*results, strict=True):
         assert (part is None) == (whole is None)

@@ -23,10 +23,10 @@ on_gpu_kernels = on_lanes(lambda lane: lane.backend in ("triton", "cuda"))
 
 def chunk_elements(lane):
     if lane.backend != "triton":
-        return native.CHUNK_ELEMENTS
+        return native.CHUNK_ELEMENTS.value
     from zipformer_kernels.ops.scaled_adam import triton
 
-    return triton.CHUNK_ELEMENTS
+    return triton.CHUNK_ELEMENTS.value
 
 
 def parameters(sizes, dtype=torch.float32):

@@ -216,7 +216,7 @@ def test_auto_takes_the_kernel_for_few_rows_only(name):
     if backend.missing["cpu"]:
         pytest.skip(backend.missing["cpu"])
     op, (src, *rest) = get(name), OPS[name]
-    more = src[:1].expand(FEW_ROWS // 3 + 1, 3, 8).contiguous()
+    more = src[:1].expand(FEW_ROWS.value // 3 + 1, 3, 8).contiguous()
     assert few_rows(src)
     assert not few_rows(more)
     assert op.select(None, src, *rest) == "cpu"

@@ -13,6 +13,7 @@ from tolerances import PARITY, assert_parity, relative_error
 from torch.utils._python_dispatch import TorchDispatchMode
 from unseen import unseen
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.modules import Conv2dSubsampling, subsampling
 from zipformer_kernels.modules.swoosh import SwooshR
 from zipformer_kernels.training import ScheduledFloat
@@ -21,9 +22,10 @@ BINS = 20
 
 
 @pytest.fixture
-def tile(monkeypatch):
+def tile():
     """Tiles so small that short inputs need several."""
-    monkeypatch.setattr(subsampling, "TILE", 5)
+    with tuning.override(**{"conv_embed.frames": 5}):
+        yield
 
 
 def pair(dtype=torch.float64):
@@ -107,7 +109,7 @@ def test_tiles_cover_every_frame_once(batch, frames):
     seen = torch.zeros(batch, frames)
     for sequences, begin, end in subsampling._tiles(batch, frames):
         part = seen[sequences, begin:end]
-        assert 0 < part.numel() <= subsampling.TILE
+        assert 0 < part.numel() <= subsampling.TILE.value
         part += 1
     assert (seen == 1).all()
 
@@ -158,7 +160,7 @@ def test_no_tensor_grows_with_the_frames_but_the_result():
     x, x_lens = torch.randn(1, 12007, 80), torch.tensor([12007])
     with unseen(Largest()) as largest:
         y, _ = model(x, x_lens)
-    hidden = (subsampling.TILE + 2 * 3) * model.out_width * 384 * 4
+    hidden = (subsampling.TILE.value + 2 * 3) * model.out_width * 384 * 4
     assert y.shape == (1, 6000, 192)
     assert largest.nbytes <= hidden
 

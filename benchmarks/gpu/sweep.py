@@ -2,7 +2,7 @@
 
 ``python sweep.py OUT.json [--seconds N] [KERNEL ...]``. A kernel's tile is changed while the others keep theirs; a pass
 that uses the kernel is timed as a CUDA graph, and its results are compared with those before. What is faster stays
-while the next kernel is tried. Nothing is changed in the sources: the last lines are what to write into tiles.py.
+while the next kernel is tried. Nothing is changed in the sources: the last lines are what to write into core/tuned.py.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from benchmarks.harness.machine import DEVICE
 from benchmarks.harness.op_jobs import Passes
 from benchmarks.harness.peers import attempt
 from zipformer_kernels import ops
+from zipformer_kernels.core import tuning
 from zipformer_kernels.ops import attention
-from zipformer_kernels.ops.attention.tiles import TILES, Tile
+from zipformer_kernels.ops.attention.tiles import TILES, Tile, tile_of
 
 KERNELS = ("position", "key", "query", "aggregate", "softmax", "value")
 """Those that take longest first. `value` serves wide values, such as NonlinAttention's."""
@@ -70,24 +71,28 @@ def timed(run: Callable[[], Any], results: Callable[[], list[Tensor]], expected:
     return {"us": 1e6 * statistics.median(sample(run)), "off": error}
 
 
-def sweep(found: Found, kernel: str, end: float) -> None:
-    """Tries one kernel's tiles until the time is up; the best stays in `TILES`."""
-    key = kernel, DTYPE.itemsize
-    (run, results), best = work(kernel), TILES[key]
+def entry_of(kernel: str) -> str:
+    """The name of a tile's entry in `tuning`."""
+    return TILES[kernel, DTYPE.itemsize].name
+
+
+def sweep(found: Found, kernel: str, end: float) -> Tile:
+    """The best of one kernel's tiles that were tried until the time was up."""
+    (run, results), best = work(kernel), tile_of(kernel, DTYPE)
     expected = results()
     least = timed(run, results, expected)["us"]
     found.add(f"{kernel:10s} {short(best)} {least:9.1f} us, as it is", kernel=kernel, tile=best._asdict(), us=least)
     for tile in tiles(kernel, best):
         if time.monotonic() > end:
             break
-        TILES[key] = tile
-        row, reason = attempt(timed, run, results, expected)
+        with tuning.override(**{entry_of(kernel): tile}):
+            row, reason = attempt(timed, run, results, expected)
         row = {"failed": reason} if reason else row
         text = reason or f"{row['us']:9.1f} us, {row['us'] / least:.2f} of the best, off by {row['off']:.1e}"
         found.add(f"{kernel:10s} {short(tile)} {text}", kernel=kernel, tile=tile._asdict(), **row)
         if not reason and row["us"] < least and row["off"] < 0.05:
             best, least = tile, row["us"]
-    TILES[key] = best
+    return best
 
 
 def short(tile: Tile) -> str:
@@ -107,10 +112,12 @@ def main() -> int:
         return 1
     found, kernels = Found(arguments.output, "sweep"), arguments.kernels or KERNELS
     began, share = time.monotonic(), arguments.seconds / len(kernels)
+    best: dict[str, Tile] = {}
     for i, kernel in enumerate(kernels):
-        sweep(found, kernel, began + share * (i + 1))
-    for kernel in kernels:
-        print(f'    ("{kernel}", {DTYPE.itemsize}): {TILES[kernel, DTYPE.itemsize]},')
+        with tuning.override(**{entry_of(name): tile for name, tile in best.items()}):
+            best[kernel] = sweep(found, kernel, began + share * (i + 1))
+    for kernel, tile in best.items():
+        print(f'    "{kernel}": {tuple(tile)},  # {DTYPE.itemsize} bytes')
     return 0
 
 

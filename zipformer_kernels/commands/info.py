@@ -7,19 +7,28 @@ import importlib.metadata
 import json
 import platform
 from importlib import resources
+from typing import Annotated
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from zipformer_kernels import ops
-from zipformer_kernels.core import backend
+from zipformer_kernels.core import backend, tuning
 
 
-def info() -> None:
+def info(
+    tuned: Annotated[
+        bool, typer.Option("--tuning", help="Show thresholds and tile sizes instead, and where each comes from.")
+    ] = False,
+) -> None:
     """Show versions, what was built, and which backend each op gets, with reasons."""
     console = Console()
+    if tuned:
+        console.print(tuning_list(), soft_wrap=True, end="")
+        return
     for title, rows in (("Versions", versions()), ("Device", device()), ("Build", build())):
         table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
         for name, value in rows.items():
@@ -104,3 +113,21 @@ def _cells(name: str, where: str) -> list[Text]:
         else:  # a reason that holds for every op is told once, below the table
             cells.append(Text("no" if backend.missing[candidate] else f"no: {reason}", style="dim"))
     return cells
+
+
+def tuning_list() -> Text:
+    """Thresholds and tile sizes, with the device each is for and its source; those that are overridden are marked."""
+    text = Text()
+    for one in tuning.entries():
+        text.append(f"{one.name} = {_number(one.value)}", style="bold")
+        text.append(f" {one.unit}")
+        if one.value != one.default:
+            text.append(f"  overridden, not {_number(one.default)}", style="bold yellow")
+        text.append(f"\n    {one.what}\n")
+        text.append(f"    {one.device}; {one.source}\n", style="dim")
+    return text
+
+
+def _number(value: tuning.Value) -> str:
+    """A value as the environment variable has it."""
+    return "x".join(map(str, value)) if isinstance(value, tuple) else str(value)

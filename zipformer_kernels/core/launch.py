@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from zipformer_kernels.core import backend
+from zipformer_kernels.core import backend, tuning
 from zipformer_kernels.core.call import LOWEST, PLAIN, unreadable
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
@@ -19,13 +19,12 @@ CPU_DTYPES = (*GPU_DTYPES, torch.float64)
 INFERENCE_DTYPES = (torch.float32, torch.float64)
 """Of kernels on the CPU that take no half precision: those for inference, and the gates of nonlin_attention."""
 
-FEW_ROWS = 16
-"""Rows up to which `csrc/linear` measured faster than torch's products: those of a stream's chunk."""
+FEW_ROWS = tuning.entry("linear.few_rows")
 
 
 def few_rows(x: Tensor) -> bool:
     """Whether x, (..., channels), has no more than `FEW_ROWS` rows."""
-    return x.numel() <= FEW_ROWS * x.shape[-1]
+    return x.numel() <= FEW_ROWS.value * x.shape[-1]
 
 
 def unsupported_dtype(x: Tensor, dtypes: tuple[torch.dtype, ...]) -> str | None:

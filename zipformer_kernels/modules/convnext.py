@@ -12,6 +12,7 @@ from zipformer_kernels.branch.branch import Branch
 from zipformer_kernels.branch.plain import When, convolution, depthwise, made_of, plain_parts
 from zipformer_kernels.branch.recompute import pointwise_branch
 from zipformer_kernels.branch.ways import IN_PARTS, Given, settle
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.autograd import gradient_hook
 from zipformer_kernels.core.call import watcher
 from zipformer_kernels.modules.scaled_init import ScaledConv2d
@@ -22,8 +23,7 @@ from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whit
 from zipformer_kernels.training.balancer import Moments, balanced_gradient
 from zipformer_kernels.training.randomness import number
 
-ROWS = 4096  # frames times frequencies whose hidden channels are computed at a time
-
+ROWS = tuning.entry("convnext.rows")
 
 POINTWISE = {"pointwise_conv1", "hidden_balancer", "activation", "pointwise_conv2"}
 """The parts whose calls are left out where the block goes in parts."""
@@ -160,7 +160,7 @@ class ConvNeXt(Branch):
         src_rows, rows = (image.permute(0, 2, 3, 1).flatten(1, 2) for image in (src, x))
         first, last = self.pointwise_conv1, self.pointwise_conv2
         weights = first.weight.flatten(1), first.bias, last.weight.flatten(1), last.bias
-        y = pointwise_branch(activation, ROWS, chosen, src_rows, rows, *weights)
+        y = pointwise_branch(activation, ROWS.value, chosen, src_rows, rows, *weights)
         return y.unflatten(1, x.shape[2:]).permute(0, 3, 1, 2)
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zipformer_kernels.branch.plain import Expected, When, convolution, made_of, plain_parts, sequential
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.call import being_traced, has_values
 from zipformer_kernels.core.module import Module
 from zipformer_kernels.modules.bias_norm import BiasNorm
@@ -22,7 +23,7 @@ from zipformer_kernels.presets import FBANK_BINS, preset
 from zipformer_kernels.training import Balancer, Dropout3, FloatLike, ScaleGrad, ScheduledFloat, Whiten
 
 MIN_FRAMES = 9  # three unpadded 3 x 3 convolutions, one of stride 2 in time, leave (T - 7) // 2 frames
-TILE = 256  # frames of the result that are embedded at a time: all that lies between stays in a processor's cache
+TILE = tuning.entry("conv_embed.frames")
 
 
 def _conv(stride: tuple[int, int], padding: tuple[int, int]) -> Expected:
@@ -218,7 +219,8 @@ class Conv2dSubsampling(Module):
 
 def _tiles(batch: int, frames: int) -> Iterator[tuple[slice, int, int]]:
     """Sequences, first frame and last frame + 1 of the tiles: several short sequences, or a part of a long one."""
-    sequences, parts = max(TILE // frames, 1), -(-frames // TILE)
+    tile = TILE.value
+    sequences, parts = max(tile // frames, 1), -(-frames // tile)
     for first in range(0, batch, sequences):
         for part in range(parts):
             yield slice(first, first + sequences), frames * part // parts, frames * (part + 1) // parts

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.call import unreadable
 from zipformer_kernels.ops.scaled_adam import Statistics
 from zipformer_kernels.optim.memory import check_memory
@@ -26,14 +27,15 @@ MOMENTS = ("exp_avg_sq", "delta")
 OF_GROUP = {"step": 0, "num_skipped": 0, "num_clipped": 0, "model_norms": 0.0, "model_norm_threshold": math.inf}
 """What stands under the first parameter of a group alone, and its first value."""
 
-BLOCK = 256  # parameters
+BLOCK = tuning.entry("scaled_adam.block")
 
 _dtype = attrgetter("dtype")
 
 
 def blocks(count: int) -> Iterator[slice]:
     """Slices of at most `BLOCK` of `count` things."""
-    return (slice(begin, min(begin + BLOCK, count)) for begin in range(0, count, BLOCK))
+    size = BLOCK.value
+    return (slice(begin, min(begin + size, count)) for begin in range(0, count, size))
 
 
 @dataclass(eq=False)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.joint import empty_beside
 from zipformer_kernels.core.launch import (
     CPU_DTYPES,
@@ -25,16 +26,10 @@ from zipformer_kernels.ops.attention.arguments import NO_ROWS, Arguments, Rows, 
 from zipformer_kernels.ops.attention.reference import empty_rows
 from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, grouped
 
-LEAST_SCORES = {torch.float32: 64 * 64, torch.float16: 64 * 64, torch.float64: 100 * 100}
-"""Targets times sources from which on a layer with three uses of its weights measured faster than on eager."""
-
-LEAST_WEIGHTS_BFLOAT16 = 1 << 24
-"""Elements of the weights from which on eager loses in bfloat16, for which processors may have instructions."""
-
-STORED_BYTES = 32 << 20
-"""Size of the weights of all heads but the first, which may lie apart, below which they are stored: to read them again
-is faster than to compute them again, but not in memory that allocators hand back to the system, as glibc's does from
-this size on."""
+LEAST_SCORES = tuning.entry("attention.least_scores")
+LEAST_SCORES_FLOAT64 = tuning.entry("attention.least_scores_float64")
+LEAST_WEIGHTS_BFLOAT16 = tuning.entry("attention.least_weights_bfloat16")
+STORED_BYTES = tuning.entry("attention.stored_bytes")
 
 
 def _softmax(*args: Tensor | int | None) -> tuple[Tensor]:
@@ -163,8 +158,9 @@ def worthwhile(q: Tensor, k: Tensor, *rest: object) -> bool:
         return True
     scores = q.shape[0] * k.shape[0]
     if q.dtype == torch.bfloat16:
-        return scores * q.shape[1] * q.shape[2] >= LEAST_WEIGHTS_BFLOAT16
-    return scores >= LEAST_SCORES[q.dtype]
+        return scores * q.shape[1] * q.shape[2] >= LEAST_WEIGHTS_BFLOAT16.value
+    least = LEAST_SCORES_FLOAT64 if q.dtype == torch.float64 else LEAST_SCORES
+    return scores >= least.value
 
 
 def average(weights: Tensor, values: Tensor) -> Tensor:
@@ -182,7 +178,7 @@ def average(weights: Tensor, values: Tensor) -> Tensor:
 
 def stores(heads: int, batch: int, targets: int, sources: int, dtype: torch.dtype) -> bool:
     """Whether weights of this shape are small enough to be stored whole on the CPU."""
-    return heads * batch * targets * sources * dtype.itemsize < STORED_BYTES
+    return heads * batch * targets * sources * dtype.itemsize < STORED_BYTES.value
 
 
 def _stream(*args: Any) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""How the Triton kernels of attention are cut up: one table, read at every launch."""
+"""How the Triton kernels of attention are cut up."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.launch import next_power_of_2
 
 
@@ -38,25 +39,12 @@ class Tile(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
-TILES: dict[tuple[str, int], Tile] = {
-    ("softmax", 2): Tile(64, 32, 4, 16),
-    ("masked softmax", 2): Tile(64, 16, 4, 16),
-    ("aggregate", 2): Tile(64, 32, 4, 64),
-    ("query", 2): Tile(64, 16, 4, 64),
-    ("key", 2): Tile(16, 64, 4, 64),
-    ("value", 2): Tile(16, 64, 4, 64),
-    ("position", 2): Tile(16, 32, 4, 32),
-    ("delta", 2): Tile(32, 0, 4, 32),
-    ("softmax", 4): Tile(32, 32, 4, 16),
-    ("masked softmax", 4): Tile(32, 32, 4, 16),
-    ("aggregate", 4): Tile(32, 32, 4, 32, stages=1),
-    ("query", 4): Tile(32, 16, 4, 32, stages=1),
-    ("key", 4): Tile(16, 32, 4, 32, stages=2),
-    ("value", 4): Tile(16, 32, 4, 32, stages=2),
-    ("position", 4): Tile(16, 32, 4, 32, stages=2),
-    ("delta", 4): Tile(32, 0, 4, 32),
+TILES = {
+    (kernel, size): tuning.entry(f"attention.triton_{kernel}_{size}_bytes")
+    for kernel in ("softmax", "masked_softmax", "aggregate", "query", "key", "value", "position", "delta")
+    for size in (2, 4)
 }
-"""Tiles by kernel and bytes of an element. Another entry, ``TILES["query", 2] = Tile(...)``, holds at the next launch.
+"""Their entries by kernel and bytes of an element, read at every launch.
 
 With a mask given as a tensor the kernel `softmax` has tiles of its own: in those without one it would spill. The kernel
 `position` owns offsets, as many as it takes targets at a time, and needs twice as many sources. Chosen from
@@ -66,4 +54,4 @@ machine code for sm_90 (docs/kernels.md): none spills, and programs of 4 warps s
 
 def tile_of(kernel: str, dtype: torch.dtype) -> Tile:
     """The tile of a kernel for elements of a dtype."""
-    return TILES[kernel, dtype.itemsize]
+    return Tile(*TILES[kernel, dtype.itemsize].value)

@@ -96,7 +96,7 @@ def softmax_rows(*args: Tensor | int | None) -> tuple[Tensor]:
     softmax = empty_rows(scores.q)
     if softmax.numel() > 0:
         weights = weights_of(scores, softmax, masks)
-        tile = tile_of("softmax" if masks.attn_mask is None else "masked softmax", scores.q.dtype)
+        tile = tile_of("softmax" if masks.attn_mask is None else "masked_softmax", scores.q.dtype)
         grid = (cdiv(weights.targets, tile.targets) * weights.sequences * weights.heads,)
         with on_device(scores.q):
             kernels.softmax_kernel[grid](

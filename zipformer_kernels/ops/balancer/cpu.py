@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.autograd import backward_of
 from zipformer_kernels.core.launch import (
     CPU_DTYPES,
@@ -20,8 +21,8 @@ from zipformer_kernels.core.launch import (
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.balancer.reference import balanced_gradient
 
-PARTS = 64  # groups of rows that are summed apart at most: so many that threads share them out evenly
-SHORTEST = 64  # rows of a group at least
+PARTS = tuning.entry("balancer.parts")
+PART_ROWS = tuning.entry("balancer.part_rows")
 
 
 def _forward(
@@ -48,7 +49,7 @@ def _moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
         return mean.clone(), mean
     x = _in_rows(x, channel_dim)
     rows = x.numel() // channels
-    parts = max(1, min(PARTS, rows // SHORTEST))
+    parts = max(1, min(PARTS.value, rows // PART_ROWS.value))
     mean, variance = (x.new_empty(channels, dtype=wide) for _ in range(2))
     partials = x.new_empty((parts, 2, channels), dtype=wide)
     addresses = map(pointer, (x, mean, variance, partials))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.launch import CPU_DTYPES, call_cpu
 from zipformer_kernels.ops.bias_norm.native import launchers_by
 
-# So many groups that threads share them out evenly, but each long enough that adding up the groups costs little.
-launchers = launchers_by(call_cpu, CPU_DTYPES, lambda rows: rows.groups(shortest=64, most=128))
+PARTS = tuning.entry("bias_norm.parts")
+PART_ROWS = tuning.entry("bias_norm.part_rows")
+
+launchers = launchers_by(call_cpu, CPU_DTYPES, lambda rows: rows.groups(shortest=PART_ROWS.value, most=PARTS.value))

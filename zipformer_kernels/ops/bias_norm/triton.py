@@ -12,15 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, multiprocessors, next_power_of_2, on_device
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.bias_norm.rows import Gradients, Rows, unsupported
 
-TILE = 2048  # elements of a program at a time
-WARPS = 4
-PROGRAMS_PER_MULTIPROCESSOR = 4
-SUM_COLUMNS = 32
-SUM_PARTS = 64
+TILE = tuning.entry("bias_norm.triton_tile")
+MOST_ROWS = tuning.entry("bias_norm.triton_rows")
+WARPS = tuning.entry("bias_norm.triton_warps")
+PROGRAMS_PER_MULTIPROCESSOR = tuning.entry("bias_norm.triton_programs")
+SUM_COLUMNS = tuning.entry("bias_norm.triton_sum_columns")
+SUM_PARTS = tuning.entry("bias_norm.triton_sum_parts")
 
 
 @triton.jit
@@ -195,8 +197,8 @@ def sum_parts(
 
 def _tile(channels: int) -> tuple[int, int]:
     """Rows and channels of a tile that holds whole rows, or no rows where a row is too long for that."""
-    block = next_power_of_2(channels)
-    return (min(TILE // block, 32), block) if block <= TILE else (0, TILE)
+    tile, block = TILE.value, next_power_of_2(channels)
+    return (min(tile // block, MOST_ROWS.value), block) if block <= tile else (0, tile)
 
 
 def _forward(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -209,9 +211,9 @@ def _forward(x: Tensor, bias: Tensor, log_scale: Tensor) -> tuple[Tensor, Tensor
         with on_device(x):
             if height > 0:
                 grid = (cdiv(count, height),)
-                forward_tiles[grid](*tensors, count, channels, height, block, num_warps=WARPS)
+                forward_tiles[grid](*tensors, count, channels, height, block, num_warps=WARPS.value)
             else:
-                forward_row[(count,)](*tensors, channels, block, num_warps=WARPS)
+                forward_row[(count,)](*tensors, channels, block, num_warps=WARPS.value)
     return rows.returned(y), inverse_rms
 
 
@@ -219,7 +221,7 @@ def _backward(needs: tuple, grads: tuple, saved: tuple, x: Tensor, bias: Tensor,
     rows = Rows(x, bias, log_scale)
     count, channels = rows.shape
     height, block = _tile(channels)
-    parts = rows.groups(shortest=max(height, 1), most=PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x))
+    parts = rows.groups(shortest=max(height, 1), most=PROGRAMS_PER_MULTIPROCESSOR.value * multiprocessors(x))
     out = Gradients(rows, needs, parts)
     if x.numel() > 0:
         dy, (inverse_rms,) = grads[0].contiguous(), saved
@@ -227,13 +229,14 @@ def _backward(needs: tuple, grads: tuple, saved: tuple, x: Tensor, bias: Tensor,
         wanted = needs[0], out.partials is not None
         with on_device(x):
             if height > 0:
-                backward_tiles[(parts,)](*tensors, count, channels, *wanted, height, block, num_warps=WARPS)
+                backward_tiles[(parts,)](*tensors, count, channels, *wanted, height, block, num_warps=WARPS.value)
             else:
-                backward_row[(parts,)](*tensors, count, channels, *wanted, block, num_warps=WARPS)
+                backward_row[(parts,)](*tensors, count, channels, *wanted, block, num_warps=WARPS.value)
             if out.partials is not None:
-                grid = (cdiv(channels + 1, SUM_COLUMNS),)
+                tile = SUM_PARTS.value, SUM_COLUMNS.value
+                grid = (cdiv(channels + 1, tile[1]),)
                 sums = out.partials, out.dbias, out.dlog_scale
-                sum_parts[grid](*sums, parts, channels, *needs[1:], SUM_PARTS, SUM_COLUMNS, num_warps=WARPS)
+                sum_parts[grid](*sums, parts, channels, *needs[1:], *tile, num_warps=WARPS.value)
     return out.returned()
 
 

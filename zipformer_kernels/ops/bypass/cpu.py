@@ -7,6 +7,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.launch import (
     CPU_DTYPES,
     DTYPE_CODES,
@@ -18,10 +19,8 @@ from zipformer_kernels.core.launch import (
 )
 from zipformer_kernels.core.op import Launchers
 
-# Groups of rows whose gradients of the scale are summed apart: so many that threads share them out evenly, each so long
-# that adding up the groups costs little.
-PARTS = 64
-SHORTEST = 16
+PARTS = tuning.entry("bypass.parts")
+PART_ROWS = tuning.entry("bypass.part_rows")
 
 
 def _forward(src_orig: Tensor, src: Tensor, scale: Tensor) -> tuple[Tensor]:
@@ -45,7 +44,7 @@ def _backward(
     if not empty:
         channels = c.numel()
         rows = g.numel() // channels
-        parts = max(1, min(PARTS, rows // SHORTEST))
+        parts = max(1, min(PARTS.value, rows // PART_ROWS.value))
         wide = torch.promote_types(c.dtype, torch.float32)
         partials = c.new_empty((parts, channels), dtype=wide) if needs[2] else None
         tensors = map(pointer, (g, a, b, c, da, db, dc, partials))

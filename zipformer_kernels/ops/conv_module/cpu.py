@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.launch import (
     CPU_DTYPES,
     DTYPE_CODES,
@@ -23,7 +24,7 @@ from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.conv_module.arguments import Shape, chunk_length, unsupported
 from zipformer_kernels.ops.conv_module.native import launchers_by
 
-PARTS = 64  # groups of frames that are summed apart at most: so many that threads share them out evenly
+PARTS = tuning.entry("conv_module.parts")
 
 
 def _infer(
@@ -93,7 +94,7 @@ def _stream(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 launchers = replace(
-    launchers_by(call_cpu, partial(unsupported, CPU_DTYPES), lambda _: PARTS, beside=True),
+    launchers_by(call_cpu, partial(unsupported, CPU_DTYPES), lambda _: PARTS.value, beside=True),
     variants={
         "infer": Launchers(_unsupported_infer, _infer, None),
         "stream": Launchers(

@@ -6,11 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.launch import GPU_DTYPES, call_cuda, multiprocessors
 from zipformer_kernels.ops.conv_module.arguments import Arguments, unsupported
 from zipformer_kernels.ops.conv_module.native import launchers_by
 
-BLOCKS_PER_MULTIPROCESSOR = 2
+BLOCKS_PER_MULTIPROCESSOR = tuning.entry("conv_module.cuda_blocks")
 WIDEST = {False: 127, True: 47}  # kernels whose strips fit into the shared memory of every GPU; in chunks
 
 
@@ -23,7 +24,7 @@ def _unsupported(a: Tensor, s: Tensor, weight: Tensor, *rest: Any) -> str | None
 
 def _blocks(arguments: Arguments) -> int:
     """One group of frames for each block."""
-    return BLOCKS_PER_MULTIPROCESSOR * multiprocessors(arguments.a)
+    return BLOCKS_PER_MULTIPROCESSOR.value * multiprocessors(arguments.a)
 
 
 launchers = launchers_by(call_cuda, _unsupported, _blocks, beside=False)

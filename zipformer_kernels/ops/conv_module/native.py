@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.launch import DTYPE_CODES, pointer
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.conv_module.arguments import Arguments, Gradients
 
-TILE = 128  # frames that kernels take at a time
+PART_FRAMES = tuning.entry("conv_module.part_frames")
 
 
 def _forward(call: Callable[..., None], *args: Any) -> tuple[Tensor]:
@@ -34,7 +35,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     arguments = Arguments(*args)
     dy = grads[0].contiguous()
-    out = Gradients(arguments, needs, arguments.parts(TILE, most_parts(arguments)), beside)
+    out = Gradients(arguments, needs, arguments.parts(PART_FRAMES.value, most_parts(arguments)), beside)
     if dy.numel() > 0:
         call(
             "conv_module_backward",

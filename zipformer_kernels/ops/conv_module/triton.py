@@ -15,15 +15,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, multiprocessors, on_device
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.conv_module.arguments import Arguments, Gradients, unsupported
 
-FRAMES, CHANNELS = 32, 64  # of a tile
-SUM_FRAMES, SUM_TAPS, SUM_CHANNELS = 16, 8, 32  # of a tile of sums over frames
-PART = 128  # frames of which a program takes sums
-PARTS_PER_MULTIPROCESSOR = 4
-WARPS = 4
+FRAMES = tuning.entry("conv_module.triton_frames")
+CHANNELS = tuning.entry("conv_module.triton_channels")
+SUM_FRAMES = tuning.entry("conv_module.triton_sum_frames")
+SUM_TAPS = tuning.entry("conv_module.triton_sum_taps")
+SUM_CHANNELS = tuning.entry("conv_module.triton_sum_channels")
+PART_FRAMES = tuning.entry("conv_module.triton_part_frames")
+PARTS_PER_MULTIPROCESSOR = tuning.entry("conv_module.triton_parts")
+WARPS = tuning.entry("conv_module.triton_warps")
 
 
 @triton.jit
@@ -220,9 +224,9 @@ class _Tiles:
     def __init__(self, arguments: Arguments) -> None:
         frames, batch, channels = arguments.a.shape
         self.sizes = frames, batch, channels
-        self.across = cdiv(frames, FRAMES)
-        self.grid = batch * self.across, cdiv(channels, CHANNELS)
-        self.constants = {"FRAMES": FRAMES, "CHANNELS": CHANNELS, "num_warps": WARPS}
+        self.across = cdiv(frames, FRAMES.value)
+        self.grid = batch * self.across, cdiv(channels, CHANNELS.value)
+        self.constants = {"FRAMES": FRAMES.value, "CHANNELS": CHANNELS.value, "num_warps": WARPS.value}
 
 
 def _gate(arguments: Arguments, tiles: _Tiles) -> Tensor:
@@ -272,8 +276,8 @@ def _forward(*args: Any) -> tuple[Tensor]:
 def _backward(needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[()], *args: Any) -> tuple[Tensor | None, ...]:
     arguments = Arguments(*args)
     dy = grads[0].contiguous()
-    most = PARTS_PER_MULTIPROCESSOR * multiprocessors(dy)
-    out = Gradients(arguments, needs, arguments.parts(PART, most))
+    most = PARTS_PER_MULTIPROCESSOR.value * multiprocessors(dy)
+    out = Gradients(arguments, needs, arguments.parts(PART_FRAMES.value, most))
     if dy.numel() > 0:
         with on_device(dy):
             tiles = _Tiles(arguments)
@@ -321,24 +325,23 @@ def _launch_inputs(arguments: Arguments, tiles: _Tiles, dy: Tensor, scaled: Tens
 def _launch_parameters(arguments: Arguments, x: Tensor, dy: Tensor, scaled: Tensor, out: Gradients) -> None:
     frames, batch, channels = sizes = arguments.a.shape
     kernel, chunk = arguments.kernel, arguments.chunk
-    total, blocks = out.partials.shape[1], cdiv(channels, SUM_CHANNELS)
+    wide, tall, deep = SUM_CHANNELS.value, SUM_FRAMES.value, SUM_TAPS.value
+    total, blocks = out.partials.shape[1], cdiv(channels, wide)
     weight_at, bias_at, causal_at, causal_bias_at, edge_at = (*out.offsets, 0, 0, 0)[:5]
-    across = cdiv(frames, SUM_FRAMES)
+    across = cdiv(frames, tall)
     split = out.parts, blocks, total
-    constants = {"FRAMES": SUM_FRAMES, "CHANNELS": SUM_CHANNELS, "num_warps": WARPS}
+    constants = {"FRAMES": tall, "CHANNELS": wide, "num_warps": WARPS.value}
 
     def add_taps(d: Tensor, taps: int, within: bool, *places: int) -> None:
-        grid = out.parts * blocks, cdiv(taps, SUM_TAPS)
+        grid = out.parts * blocks, cdiv(taps, deep)
         tiles = across, batch * across, *split
-        taps_kernel[grid](
-            x, d, out.partials, *sizes, chunk, *tiles, *places, kernel, taps, within, SUM_TAPS, **constants
-        )
+        taps_kernel[grid](x, d, out.partials, *sizes, chunk, *tiles, *places, kernel, taps, within, deep, **constants)
 
     add_taps(scaled, kernel, arguments.chunked, weight_at, bias_at)
     if arguments.chunked:
         add_taps(dy, kernel // 2 + 1, False, causal_at, causal_bias_at)
         weight, bias = arguments.parameters[:2]
-        edges_kernel[out.parts * blocks, cdiv(2 * kernel, SUM_FRAMES)](
+        edges_kernel[out.parts * blocks, cdiv(2 * kernel, tall)](
             x,
             dy,
             weight,

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.launch import CPU_DTYPES, DTYPE_CODES, call_cpu, like, pointer, unsupported_dtype
 from zipformer_kernels.core.op import Launchers
 
-TILE = 16  # frames that the kernel takes at a time
-PARTS = 64  # groups of frames that are summed apart at most: so many that threads share them out evenly
+PARTS = tuning.entry("depthwise_conv2d.parts")
+PART_FRAMES = tuning.entry("depthwise_conv2d.part_frames")
 
 
 class Image(NamedTuple):
@@ -63,7 +64,7 @@ def _weight_gradient(dy: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     if x.numel() == 0:
         return torch.zeros_like(weight)
     x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
-    parts = min(PARTS, batch * -(-frames // TILE))
+    parts = min(PARTS.value, batch * -(-frames // PART_FRAMES.value))
     kernel = tuple(weight.shape[2:])
     partials = x.new_empty((parts, *kernel, channels), dtype=torch.promote_types(x.dtype, torch.float32))
     images = (Image(pointer(t), t.stride(0), t.stride(2), t.stride(3)) for t in (x, dy))

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.op import triton_launchers
 from zipformer_kernels.ops.scaled_adam import cpu, cuda, reference
 from zipformer_kernels.ops.scaled_adam.reference import EARLY_ESTIMATES, Group, Hyper, Statistics
@@ -22,9 +23,14 @@ from zipformer_kernels.ops.scaled_adam.stepper import StepOp, Stepper
 
 __all__ = ["EARLY_ESTIMATES", "Group", "Hyper", "Statistics", "step"]
 
-_eager = Stepper(
-    (), lambda groups, loss_scale, found_inf, reduce, _: reference.step(groups, loss_scale, found_inf, reduce)
-)
+CHUNK_ELEMENTS = tuning.entry("scaled_adam.eager_chunk")
+
+
+def _eager_step(groups, loss_scale, found_inf, reduce, _) -> None:  # noqa: ANN001
+    reference.step(groups, loss_scale, found_inf, reduce, chunk_elements=CHUNK_ELEMENTS.value)
+
+
+_eager = Stepper((), _eager_step)
 _op = StepOp(
     "scaled_adam", {"eager": _eager, "cpu": cpu.launchers, "cuda": cuda.launchers, **triton_launchers(__name__)}
 )

@@ -7,10 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.ops.scaled_adam.stepper import Stepper
 from zipformer_kernels.ops.scaled_adam.table import Table, run
 
-CHUNK_ELEMENTS = 2**14  # a block's or thread's share: long enough to pay, short enough to share out small models
+CHUNK_ELEMENTS = tuning.entry("scaled_adam.chunk")
 
 
 def stepper_by(call: Callable[..., None], dtypes: tuple[torch.dtype, ...], real: torch.dtype) -> Stepper:
@@ -21,6 +22,6 @@ def stepper_by(call: Callable[..., None], dtypes: tuple[torch.dtype, ...], real:
         call(f"scaled_adam_{name}", table.sums, *table.arguments(), *options)
 
     def step(groups, loss_scale, found_inf, reduce, tables) -> None:  # noqa: ANN001
-        run(groups, reduce, loss_scale, found_inf, tables, CHUNK_ELEMENTS, real, launch)
+        run(groups, reduce, loss_scale, found_inf, tables, CHUNK_ELEMENTS.value, real, launch)
 
     return Stepper(dtypes, step)

@@ -79,7 +79,6 @@ EARLY_ESTIMATES = (10, 20, 40)  # steps at which the clipping threshold is set b
 EARLY_SLACK = 2.0  # factor on the threshold at those steps, while the norms still change fast
 MAX_SCALE_MOVE = 0.1  # largest relative change of a tensor's scale at one update of its size
 CORRECTED_BELOW = 0.99  # the second moment is corrected for its start at zero while 1 - b2^t is below this
-CHUNK_ELEMENTS = 2**18  # elements handled at a time: bounds the temporaries, and they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -184,6 +183,8 @@ def step(
     loss_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
     reduce: Callable[[Tensor], None] | None = None,
+    *,
+    chunk_elements: int,
 ) -> None:
     """One optimizer step: updates parameters, moments and statistics of all groups in place, or of none.
 
@@ -192,6 +193,7 @@ def step(
         loss_scale: () K, by which all gradients are too large.
         found_inf: () positive where somebody already knows that a gradient is not finite.
         reduce: adds the sums of other processes, in place, to the (3, N) sums over the tensors of all groups.
+        chunk_elements: elements updated at a time: bounds the temporaries.
     """
     all_sums = [tensor_sums(group.params, group.grads, group.statistics.rms.dtype) for group in groups]
     if reduce is not None:
@@ -205,7 +207,7 @@ def step(
     ok = _all_finite(norms, found_inf)
     for group, sums, norm in zip(groups, all_sums, norms, strict=True):
         plan = plan_step(sums, norm, ok.to(norm.device), group.statistics, group.hyper, loss_scale)
-        update(group, plan)
+        update(group, plan, chunk_elements)
 
 
 def tensor_sums(params: Sequence[Tensor], grads: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor:
@@ -276,8 +278,8 @@ def plan_step(
     )
 
 
-def update(group: Group, plan: Plan) -> None:
-    """Pass 3: moves the parameters and their moments in place.
+def update(group: Group, plan: Plan, chunk_elements: int) -> None:
+    """Pass 3: moves the parameters and their moments in place, some tensors at a time.
 
     Where the step is not to be taken the same operations run with factors that change nothing: 1 on the
     moments, 0 on all that is added, and no bound on single tensors.
@@ -287,7 +289,7 @@ def update(group: Group, plan: Plan) -> None:
     taken = plan.ok.to(plan.grad_scale.dtype)
     bound = _select(plan.ok, group.hyper.scalar_max, math.inf, plan.grad_scale)
     step_sizes, scale_moves = plan.step_size.unbind(), plan.scale_move.unbind()
-    for chunk in _chunks(group.params):
+    for chunk in _chunks(group.params, chunk_elements):
         v, m = group.exp_avg_sq[chunk], group.delta[chunk]
         p = [p.to(v.dtype) for p, v in zip(group.params[chunk], v, strict=True)]
         g = [
@@ -366,11 +368,11 @@ def _inverse(loss_scale: Tensor | None, like: Tensor) -> Tensor:
     return loss_scale.reshape(()).to(device=like.device, dtype=like.dtype, non_blocking=True).reciprocal()
 
 
-def _chunks(tensors: Sequence[Tensor]) -> Iterator[slice]:
-    """Slices of consecutive tensors with at most CHUNK_ELEMENTS elements in all, or of one larger tensor."""
+def _chunks(tensors: Sequence[Tensor], most: int) -> Iterator[slice]:
+    """Slices of consecutive tensors with at most `most` elements in all, or of one larger tensor."""
     start = elements = 0
     for i, tensor in enumerate(tensors):
-        if i > start and elements + tensor.numel() > CHUNK_ELEMENTS:
+        if i > start and elements + tensor.numel() > most:
             yield slice(start, i)
             start, elements = i, 0
         elements += tensor.numel()

@@ -11,17 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.launch import DTYPE_CODES, GPU_DTYPES, on_device
 from zipformer_kernels.ops.scaled_adam import reference
 from zipformer_kernels.ops.scaled_adam.stepper import Stepper
 from zipformer_kernels.ops.scaled_adam.table import GROUP_COLUMNS, GROUP_PLAN, TENSOR_COLUMNS, TENSOR_PLAN, Table, run
 
-CHUNK_ELEMENTS = 2**15
-BLOCK = 1024  # elements of a chunk at a time
-LANES = 512  # tensors planned at a time
-PLAN_WARPS = 8
-SUM_LANES = 32  # partial sums added at a time
-WARPS = 4
+CHUNK_ELEMENTS = tuning.entry("scaled_adam.triton_chunk")
+BLOCK = tuning.entry("scaled_adam.triton_block")
+LANES = tuning.entry("scaled_adam.triton_lanes")
+SUM_LANES = tuning.entry("scaled_adam.triton_sum_lanes")
+WARPS = tuning.entry("scaled_adam.triton_warps")
+PLAN_WARPS = tuning.entry("scaled_adam.triton_plan_warps")
 
 F16 = tl.constexpr(DTYPE_CODES[torch.float16])
 BF16 = tl.constexpr(DTYPE_CODES[torch.bfloat16])
@@ -357,9 +358,10 @@ def update_kernel(words, plans_ptr, tensors, CHUNK: tl.constexpr, BLOCK: tl.cons
 
 def _launch(name: str, table: Table, loss_scale: Tensor | None, found_inf: Tensor | None) -> None:
     words, tensors, chunks = table.words(), table.tensors, table.chunks
+    shares = table.chunk_elements, BLOCK.value
     with on_device(table.sums):
         if name == "sums":
-            sums_kernel[(tensors,)](words, table.partials, table.sums, tensors, chunks, SUM_LANES, num_warps=1)
+            sums_kernel[(tensors,)](words, table.partials, table.sums, tensors, chunks, SUM_LANES.value, num_warps=1)
         elif name == "plan":
             plan_kernel[(1,)](
                 words,
@@ -369,19 +371,19 @@ def _launch(name: str, table: Table, loss_scale: Tensor | None, found_inf: Tenso
                 found_inf,
                 tensors,
                 table.groups,
-                LANES,
-                num_warps=PLAN_WARPS,
+                LANES.value,
+                num_warps=PLAN_WARPS.value,
             )
         elif chunks == 0:
             return
         elif name == "partials":
-            partials_kernel[(chunks,)](words, table.partials, tensors, chunks, CHUNK_ELEMENTS, BLOCK, num_warps=WARPS)
+            partials_kernel[(chunks,)](words, table.partials, tensors, chunks, *shares, num_warps=WARPS.value)
         else:
-            update_kernel[(chunks,)](words, table.plans, tensors, CHUNK_ELEMENTS, BLOCK, num_warps=WARPS)
+            update_kernel[(chunks,)](words, table.plans, tensors, *shares, num_warps=WARPS.value)
 
 
 def _step(groups, loss_scale, found_inf, reduce, tables):
-    run(groups, reduce, loss_scale, found_inf, tables, CHUNK_ELEMENTS, torch.float32, _launch)
+    run(groups, reduce, loss_scale, found_inf, tables, CHUNK_ELEMENTS.value, torch.float32, _launch)
 
 
 launchers = Stepper(GPU_DTYPES, _step)

@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, dense, like, on_device, unsupported_dtype
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.swoosh.reference import OFFSET, SHIFT
 
-BLOCK = 1024
-WARPS = 4
+BLOCK = tuning.entry("swoosh.triton_block")
+WARPS = tuning.entry("swoosh.triton_warps")
 
 
 @triton.jit
@@ -82,8 +83,9 @@ def _forward(x: Tensor, kind: str) -> tuple[Tensor]:
     y = torch.empty_like(x)
     if x.numel() > 0:
         with on_device(x):
-            grid = (cdiv(x.numel(), BLOCK),)
-            forward_kernel[grid](x, y, x.numel(), SHIFT[kind], OFFSET[kind], BLOCK, num_warps=WARPS)
+            block = BLOCK.value
+            grid = (cdiv(x.numel(), block),)
+            forward_kernel[grid](x, y, x.numel(), SHIFT[kind], OFFSET[kind], block, num_warps=WARPS.value)
     return (y,)
 
 
@@ -93,8 +95,9 @@ def _backward(needs: tuple, grads: tuple, saved: tuple, x: Tensor, kind: str) ->
     dx = torch.empty_like(x)
     if x.numel() > 0:
         with on_device(x):
-            grid = (cdiv(x.numel(), BLOCK),)
-            backward_kernel[grid](dy, x, dx, x.numel(), SHIFT[kind], BLOCK, num_warps=WARPS)
+            block = BLOCK.value
+            grid = (cdiv(x.numel(), block),)
+            backward_kernel[grid](dy, x, dx, x.numel(), SHIFT[kind], block, num_warps=WARPS.value)
     return (dx,)
 
 

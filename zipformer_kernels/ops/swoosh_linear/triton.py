@@ -12,16 +12,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.launch import GPU_DTYPES, as_empty_like, cdiv, next_power_of_2, on_device
 from zipformer_kernels.ops.swoosh.reference import OFFSET, SHIFT
 from zipformer_kernels.ops.swoosh.triton import swoosh_derivative, swoosh_value
 from zipformer_kernels.ops.swoosh_linear.layout import layout
 from zipformer_kernels.ops.swoosh_linear.product import around_product, unsupported
 
-FORWARD_TILE = 4096  # elements of a program
-BACKWARD_TILE = 2048
-WIDEST = 1024  # columns of a tile
-WARPS = 4
+FORWARD_TILE = tuning.entry("swoosh_linear.triton_forward")
+BACKWARD_TILE = tuning.entry("swoosh_linear.triton_backward")
+MOST_COLUMNS = tuning.entry("swoosh_linear.triton_columns")
+WARPS = tuning.entry("swoosh_linear.triton_warps")
 
 
 @triton.jit
@@ -96,19 +97,19 @@ class _Tiles:
         self.mask, outer, shared, inner = layout(x, mask)
         if mask is None:  # one long row leaves no columns of a tile idle
             shared, inner = 1, x.numel()
-        columns = min(WIDEST, next_power_of_2(inner))
+        columns = min(MOST_COLUMNS.value, tile, next_power_of_2(inner))
         rows = min(tile // columns, next_power_of_2(shared))
         across, down = cdiv(inner, columns), cdiv(shared, rows)
         self.grid = (outer * across * down,)
         self.sizes = shared, inner, across, down
-        self.constants = {"MASKED": mask is not None, "ROWS": rows, "COLUMNS": columns, "num_warps": WARPS}
+        self.constants = {"MASKED": mask is not None, "ROWS": rows, "COLUMNS": columns, "num_warps": WARPS.value}
 
 
 def _activate(x: Tensor, mask: Tensor | None, kind: str, dtype: torch.dtype) -> Tensor:
     x = x.contiguous()
     a = torch.empty_like(x, dtype=dtype)
     if x.numel() > 0:
-        tiles = _Tiles(FORWARD_TILE, x, mask)
+        tiles = _Tiles(FORWARD_TILE.value, x, mask)
         curve = {"SHIFT": SHIFT[kind], "OFFSET": OFFSET[kind]}
         with on_device(x):
             forward_kernel[tiles.grid](x, tiles.mask, a, *tiles.sizes, **curve, **tiles.constants)
@@ -120,7 +121,7 @@ def _differentiate(da: Tensor, x: Tensor, mask: Tensor | None, kind: str, with_a
     dx = torch.empty_like(x)
     a = torch.empty_like(da) if with_a else None
     if x.numel() > 0:
-        tiles = _Tiles(BACKWARD_TILE, x, mask)
+        tiles = _Tiles(BACKWARD_TILE.value, x, mask)
         curve = {"SHIFT": SHIFT[kind], "OFFSET": OFFSET[kind], "WITH_A": with_a}
         with on_device(x):
             backward_kernel[tiles.grid](da, x, tiles.mask, dx, a, *tiles.sizes, **curve, **tiles.constants)
