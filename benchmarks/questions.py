@@ -21,6 +21,7 @@ import torch
 
 from zipformer_kernels.modules import ZipformerEncoderLayer
 
+# Some names are of earlier trees, which the script counts as well.
 LOOKING_ON = """watcher barred unreadable plain _why being_traced exports_calls autocast_dtype has_values all_ones
     keeps_all only_computes _alike few_rows side_by_side"""
 BACKENDS = """requested _innermost unserved_device select _select unsupported _unsupported _unsupported_infer

@@ -21,13 +21,14 @@ from zipformer_kernels.branch import plain
 from zipformer_kernels.branch.plain import When, plain_parts
 from zipformer_kernels.branch.ways import IN_PLACE, MODULES, ONE_KERNEL, WAYS, settle
 from zipformer_kernels.core import backend
+from zipformer_kernels.modules import SelfAttention
 
 ROOT = Path(__file__).parents[1]
 
 
-def settled(module, x, *others, when=When.INFERENCE):
+def settled(module, x, *others, masks=(), when=When.INFERENCE):
     with torch.no_grad():
-        return settle(module, x, others, when)
+        return settle(module, x, others, when, masks)
 
 
 def everything(module):
@@ -51,6 +52,12 @@ def replace_one(module):
     module.feed_forward2.in_proj._parameters["weight"] = weight.as_subclass(Other)
 
 
+def to_buffer(module, name):
+    value = getattr(module, name).detach()
+    delattr(module, name)
+    module.register_buffer(name, value)
+
+
 CHANGES = {
     "padding_mode": ("conv_module1", lambda m: setattr(m.conv_module1.depthwise_conv, "padding_mode", "circular")),
     "dilation": ("conv_module1", lambda m: setattr(m.conv_module1.depthwise_conv, "dilation", (2,))),
@@ -60,6 +67,11 @@ CHANGES = {
     "part of a part": ("nonlin_attention", lambda m: setattr(m.nonlin_attention, "tanh", nn.Hardtanh())),
     "part": ("bypass", lambda m: setattr(m, "bypass", Wrap(m.bypass))),
     "no part": ("whiten", lambda m: m._modules.pop("whiten")),
+    "a parameter that an attribute hides": (
+        "feed_forward1",
+        lambda m: m.feed_forward1.in_proj.__dict__.update(weight=m.feed_forward1.in_proj.weight.half()),
+    ),
+    "a parameter that became a buffer": ("norm", lambda m: to_buffer(m.norm, "bias")),
     "hooks put in place": (
         "norm",
         lambda m: m.norm.__dict__.update(_forward_hooks={0: lambda *_: None}),
@@ -111,6 +123,26 @@ def test_a_copy_is_looked_at_by_itself_and_nothing_is_held():
     assert gone() is None
 
 
+def test_what_is_replaced_is_freed():
+    module = layer()
+    assert plain_parts(module, When.INFERENCE) == everything(module)
+    before = [weakref.ref(module.feed_forward1), weakref.ref(module.conv_module1.in_proj.weight)]
+    module.feed_forward1 = Wrap(layer().feed_forward1)
+    module.conv_module1.in_proj.weight = nn.Parameter(torch.zeros_like(module.conv_module1.in_proj.weight))
+    gc.collect()
+    assert [x() for x in before] == [None, None]
+
+
+def test_a_part_that_knows_its_layer_does_not_hold_it():
+    module = layer()
+    module.feed_forward1.__dict__["owner"] = [module]
+    assert plain_parts(module, When.INFERENCE) == everything(module)
+    gone = weakref.ref(module)
+    del module
+    gc.collect()
+    assert gone() is None
+
+
 def test_what_was_remembered_is_what_would_be_said_anew():
     """`Answer` looks at all that `matches` does: whatever changes one answer changes the other, for every submodule."""
     module = layer(causal=True)
@@ -131,7 +163,7 @@ def test_what_was_remembered_is_what_would_be_said_anew():
 
 def test_what_a_call_settles_on():
     module, (x, position, padding) = layer(torch.float32), arguments(torch.float32)
-    found = settled(module, x, position, None, padding)
+    found = settled(module, x, position, None, masks=(padding,))
     assert found.ways[0] is IN_PLACE
     assert found.fused == everything(module)
     assert found.backend == ("eager" if backend.missing["cpu"] else "cpu")
@@ -149,6 +181,8 @@ REFUSED = {
     "autocast": lambda m, x: torch.autocast("cpu", torch.bfloat16)(settled)(m, x),
     "half precision": lambda m, x: settled(m.bfloat16(), x.bfloat16()),
     "a state in another dtype": lambda m, x: settled(m, x, x.double()),
+    "a state of integers": lambda m, x: settled(m, x, torch.zeros(2, dtype=torch.int8)),
+    "a complex state": lambda m, x: settled(m, x, x.to(torch.complex64)),
     "positions of a subclass": lambda m, x: settled(m, x, x.as_subclass(Sub)),
     "a parameter in another dtype": lambda m, x: settled(m, x) if m.feed_forward1.double() else None,
     "no memory": lambda m, x: settled(m.to("meta"), x.to("meta")),
@@ -160,6 +194,55 @@ REFUSED = {
 def test_calls_that_modules_must_serve(why):
     module, x = layer(torch.float32), arguments(torch.float32)[0]
     assert REFUSED[why](module, x) == MODULES
+
+
+STRIDED = ("conv_module1.in_proj", "feed_forward1.in_proj", "nonlin_attention.in_proj", "self_attn1.in_proj")
+
+
+@pytest.mark.parametrize("name", STRIDED)
+def test_biases_of_any_strides(name):
+    module, args = layer(torch.float32, causal=True), arguments(torch.float32)
+    part = module.get_submodule(name)
+    apart = torch.randn(part.bias.numel(), 3)
+    part.bias = nn.Parameter(apart[:, 1])
+    assert not part.bias.is_contiguous()
+    with torch.no_grad():
+        actual = run(module, *args)
+    assert_agrees(actual, run(module, *args).detach(), PARITY[actual.dtype])
+
+
+WRONG_SHAPES = {
+    "conv_module1.depthwise_conv.chunkwise_conv.bias": (1,),
+    "conv_module1.depthwise_conv.chunkwise_conv_scale": (2, 24, 3),
+    "conv_module1.depthwise_conv.causal_conv.weight": (24, 1, 2),
+    "conv_module1.in_proj.bias": (1,),
+    "bypass.bypass_scale": (1,),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SHAPES)
+def test_parameters_whose_shapes_changed_are_refused(name):
+    module, args = layer(torch.float32, causal=True), arguments(torch.float32)
+    parent, _, last = name.rpartition(".")
+    setattr(module.get_submodule(parent), last, nn.Parameter(torch.ones(WRONG_SHAPES[name])))
+    with torch.no_grad(), pytest.raises((ValueError, RuntimeError), match=r"must have shape|size"):
+        run(module, *args)
+
+
+def test_a_subclass_gets_a_tensor():
+    """Ours take a handle of the attention weights; a class that is derived from ours has not said so."""
+    module, args, seen = layer(), arguments(), []
+
+    class Own(SelfAttention):
+        def forward(self, x, attn_weights):
+            seen.append(type(attn_weights))
+            return super().forward(x, attn_weights)
+
+    module.self_attn1.__class__ = Own
+    run(module, *args)
+    with torch.no_grad():
+        run(module, *args)
+    assert seen == [torch.Tensor, torch.Tensor]
 
 
 def test_weights_that_come_from_elsewhere_are_looked_at():

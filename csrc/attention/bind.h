@@ -1,4 +1,4 @@
-// Python's entry points to the attention kernels; zipformer_kernels/ops/attention/native.py calls them.
+// Python's entry points to the attention kernels; zipformer_kernels/ops/attention/cpu.py calls them.
 #pragma once
 
 #include "attention/attention.h"

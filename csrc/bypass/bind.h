@@ -1,4 +1,4 @@
-// Python's entry points to the bypass kernels; zipformer_kernels/ops/bypass/native.py calls them.
+// Python's entry points to the bypass kernels; zipformer_kernels/ops/bypass/cpu.py calls them.
 #pragma once
 
 #include "bypass/bypass.h"

@@ -1,4 +1,4 @@
-// Python's entry point to the kernel of depthwise_conv2d; zipformer_kernels/ops/depthwise_conv2d/native.py calls it.
+// Python's entry point to the kernel of depthwise_conv2d; zipformer_kernels/ops/depthwise_conv2d/cpu.py calls it.
 #pragma once
 
 #include "common/bind.h"

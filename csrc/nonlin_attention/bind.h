@@ -1,4 +1,4 @@
-// Python's entry points to the gates of NonlinAttention; infer.py and kept.py in zipformer_kernels/ops/nonlin_attention
+// Python's entry points to the gates of NonlinAttention; cpu.py and stored.py in zipformer_kernels/ops/nonlin_attention
 // call them.
 #pragma once
 

@@ -1,4 +1,4 @@
-// Arguments of the gates of NonlinAttention around weights that are kept, and their entry points.
+// Arguments of the gates of NonlinAttention around weights that are stored, and their entry points.
 #pragma once
 
 #include <cstdint>

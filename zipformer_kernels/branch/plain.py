@@ -8,7 +8,7 @@ right only where each of them is exactly what the way was written for. So a call
   object nor on the class;
 - nobody looks on: it has no hooks of its own, and there are no global ones (where there is no backward pass, only
   forward hooks count);
-- its parameters are ordinary tensors, not of a subclass of `torch.Tensor`;
+- its parameters are there, under their names, and are ordinary tensors, not of a subclass of `torch.Tensor`;
 - the same holds of every part that its own ``forward`` would call.
 
 Everything else is called, as upstream calls it. `made_of` tells what the parts of a class are, `matches` asks all of
@@ -56,20 +56,31 @@ _KINDS: dict[type[nn.Module], tuple[Callable, Callable | None, tuple[dict[str, E
 its parts for each `When`."""
 
 
+_PARAMETERS: dict[type[nn.Module], tuple[str, ...]] = dict.fromkeys(
+    (nn.Linear, nn.Conv1d, nn.Conv2d), ("weight", "bias")
+)
+"""The parameters that a fused way reads of a class."""
+
+
 def made_of(
-    not_in_chunks: dict[str, Expected] | None = None, calls_parts: bool = False, **parts: Expected
+    not_in_chunks: dict[str, Expected] | None = None,
+    calls_parts: bool = False,
+    parameters: tuple[str, ...] = (),
+    **parts: Expected,
 ) -> Callable[[type[nn.Module]], type[nn.Module]]:
     """Declares, as a decorator, what a module is made of: the expected module for each attribute.
 
     Args:
         not_in_chunks: the parts that ``forward`` calls but ``streaming_forward`` does not.
         calls_parts: whether who leaves out its call, with gradients, calls all of its parts himself.
+        parameters: the names of its own parameters.
         **parts: all others.
     """
     every = {**parts, **(not_in_chunks or {})}
 
     def declare(kind: type[nn.Module]) -> type[nn.Module]:
         any_time = {} if calls_parts else every
+        _PARAMETERS[kind] = parameters
         _KINDS[kind] = kind.forward, getattr(kind, "streaming_forward", None), (any_time, every, parts)
         return kind
 
@@ -96,12 +107,14 @@ def plain_parts(module: nn.Module, when: int) -> Set[str]:
         looked_at = [inside for part in parts.values() for inside in _looked_at(part, when)]
         answer = _known[module][when] = Answer(parts, looked_at, backward=not when)
         return answer.names
+    if remembers:
+        _known[module].pop(when, None)
     return names
 
 
 def parameters_of(module: nn.Module, names: Set[str]) -> Iterable[Tensor | None]:
     """The parameters of parts of a module, of which `plain_parts` has just said that their calls may be left out."""
-    answer = next((answer for answer in _known[module].values() if answer.names is names), None)
+    answer = next((answer for answer in list(_known[module].values()) if answer.names is names), None)
     if answer is not None:
         return answer.parameters()
     return chain.from_iterable(module._modules[name].parameters() for name in names)
@@ -144,7 +157,11 @@ def matches(module: nn.Module, expected: Expected, when: int) -> bool:
         return False
     if not when and (own["_backward_hooks"] or own["_backward_pre_hooks"]):  # an inference has no backward pass
         return False
-    for parameter in own["_parameters"].values():
+    parameters = own["_parameters"]
+    for name in _PARAMETERS.get(kind, ()):
+        if name not in parameters or name in own:  # a buffer or an attribute, which nobody would look at
+            return False
+    for parameter in parameters.values():
         if type(parameter) is not Parameter and parameter is not None and type(parameter) is not Tensor:
             return False
     if parts := parts[when]:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.branch.branch import Branch
 from zipformer_kernels.branch.plain import When, takes
 from zipformer_kernels.branch.ways import MODULES, Given, settle
 from zipformer_kernels.core.call import PLAIN, unreadable
@@ -42,19 +41,27 @@ class Run:
     Args:
         layer: of a class declared by `zipformer_kernels.branch.plain.made_of`.
         src: its input.
-        others: all other tensors of the call.
+        others: all other tensors of the call but masks.
+        masks: the masks.
         states: as above.
     """
 
     def __init__(
-        self, layer: nn.Module, src: Tensor, others: Sequence[Tensor | None], states: dict[str, State] | None = None
+        self,
+        layer: nn.Module,
+        src: Tensor,
+        others: Sequence[Tensor | None],
+        masks: Sequence[Tensor | None],
+        states: dict[str, State] | None = None,
     ) -> None:
+        if src.ndim != 3:
+            raise ValueError(f"src: wanted (frames, batch, channels), got {tuple(src.shape)}")
         self.layer, self.parts, self.states = layer, layer._modules, states
         self.trains = states is None and layer.training
         if states is not None:
             others = *others, *(state.value for state in states.values())
         when = When.INFERENCE if states is None else When.CHUNK
-        self.settled = MODULES if self.trains else settle(layer, src, others, when)
+        self.settled = MODULES if self.trains else settle(layer, src, others, when, masks)
         self._owns = False  # whether src may be overwritten: the layer's input may not, nor what others have seen
         self._dtype = src.dtype
 
@@ -135,7 +142,7 @@ class Run:
     def mix(self, name: str, src_orig: Tensor, src: Tensor) -> Tensor:
         """The bypass of a name, from what came in to what has become of it."""
         bypass = self.parts[name]
-        if name in self.settled.fused:
+        if name in self.settled.fused and bypass.bypass_scale.shape == src.shape[-1:]:
             return torch.lerp(src_orig, src, bypass.bypass_scale, out=src if self._owns else None)
         src = bypass(src_orig, src)
         self.check(src)
@@ -156,6 +163,7 @@ class Run:
 
 def _taken(module: nn.Module, context: tuple[Any, ...]) -> tuple[Any, ...]:
     """The arguments as a module takes them: other classes and functions in our place want tensors, not handles."""
-    if isinstance(module, Branch) and module.takes_handles and takes(module, type(module)):
+    kind = type(module)
+    if vars(kind).get("takes_handles") and takes(module, kind):  # a subclass of ours has not said so itself
         return context
     return tuple(x.materialize() if isinstance(x, AttentionWeights) else x for x in context)

@@ -124,14 +124,17 @@ class Settlement(NamedTuple):
 MODULES = Settlement()
 
 
-def settle(module: nn.Module, src: Tensor, others: Sequence[Tensor | None], when: int) -> Settlement:
+def settle(
+    module: nn.Module, src: Tensor, others: Sequence[Tensor | None], when: int, masks: Sequence[Tensor | None] = ()
+) -> Settlement:
     """How a module's branches run in this call, asked once.
 
     Args:
         module: of a class declared by `zipformer_kernels.branch.plain.made_of`.
         src: (T, batch, channels).
-        others: all other tensors of the call: positions, masks, states.
+        others: all other tensors of the call that have to be of the dtype of src: positions, states.
         when: `When.INFERENCE`, `When.CHUNK` in a stream, or `When.ANY` for calls that may have gradients.
+        masks: its masks, of any dtype.
     """
     device = src.device.type
     offered = WAYS.get(device)
@@ -150,7 +153,7 @@ def settle(module: nn.Module, src: Tensor, others: Sequence[Tensor | None], when
     if not fused:
         return MODULES
     tensors = [src, *others, *parameters_of(module, fused)]
-    if unreadable(tensors) is not None or not _alike(src, tensors):
+    if not _alike(src, tensors) or unreadable([*tensors, *masks]) is not None:
         return MODULES
     return Settlement(ways, backend, fused)
 
@@ -176,9 +179,8 @@ def only_computes(x: Tensor, *others: Tensor) -> bool:
 
 
 def _alike(src: Tensor, tensors: Sequence[Tensor | None]) -> bool:
-    """Whether all that are not masks are of the dtype of src."""
-    found = {x.dtype for x in tensors if x is not None and x.is_floating_point()}
-    return found == {src.dtype}
+    """Whether all are of the dtype of src."""
+    return {x.dtype for x in tensors if x is not None} == {src.dtype}
 
 
 def add_product(src: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, over: bool) -> Tensor:

@@ -135,7 +135,12 @@ class Op:
             raise ValueError(f"backend must be one of {', '.join(backends.BACKENDS)}, got {name!r}")
         if name in self.backends:
             raise ValueError(f"{self.name} has launchers for {name!r} already")
+        for variant in launchers.variants:
+            if variant not in self.variants:
+                raise ValueError(f"{self.name} has the variants {', '.join(self.variants)}, got {variant!r}")
         self.backends[name] = launchers
+        for variant, own in launchers.variants.items():
+            self.variants[variant].backends[name] = own
 
     # ---- choosing a backend ----
 

@@ -17,7 +17,7 @@ from zipformer_kernels.training.randomness import number
 ACTIVATIONS = {"SwooshL": "l", "SwooshR": "r"}  # as swoosh_linear names them
 
 
-@made_of()
+@made_of(parameters=("weight", "bias"))
 class ActivationDropoutAndLinear(Module):
     """y = W (mask * Swoosh(x)) + b, where the mask drops in training with a rate that may follow a schedule.
 

@@ -13,7 +13,7 @@ from zipformer_kernels.training import FloatLike, limit_param_value
 from zipformer_kernels.training.randomness import number
 
 
-@made_of()
+@made_of(parameters=("log_scale", "bias"))
 class BiasNorm(Module):
     """y = x * exp(log_scale) / RMS(x - bias), the mean of the RMS over the channels, with no epsilon.
 

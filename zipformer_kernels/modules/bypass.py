@@ -16,7 +16,7 @@ from zipformer_kernels.training.randomness import number
 SCALE_MIN = ScheduledFloat((0.0, 0.9), (20000.0, 0.2), default=0)
 
 
-@made_of()
+@made_of(parameters=("bypass_scale",))
 class BypassModule(Module):
     """src_orig + (src - src_orig) * c, with c learned for each channel.
 

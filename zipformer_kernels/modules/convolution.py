@@ -20,7 +20,11 @@ from zipformer_kernels.ops.sizes import compact, fill
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
 
 
-@made_of(causal_conv=depthwise(nn.Conv1d, padded=False), chunkwise_conv=depthwise(nn.Conv1d))
+@made_of(
+    parameters=("chunkwise_conv_scale",),
+    causal_conv=depthwise(nn.Conv1d, padded=False),
+    chunkwise_conv=depthwise(nn.Conv1d),
+)
 class ChunkCausalDepthwiseConv1d(Module):
     """A depthwise convolution that sees all of the past in its kernel, but of the future only the same chunk.
 

@@ -210,7 +210,7 @@ class ZipformerEncoderLayer(Module):
         """`forward`, and that of `TimedEncoderLayer`, where there are no chunks but an embedding of the time."""
         attn_mask = given_mask(attn_mask, src, self.self_attn_weights, RelPositionMultiheadAttentionWeights)
         mask = attn_mask if isinstance(attn_mask, Tensor) else None
-        run = Run(self, src, (pos_emb, mask, src_key_padding_mask, time_emb))
+        run = Run(self, src, (pos_emb, time_emb), (mask, src_key_padding_mask))
         # A rate is read before its module runs, so that numbers are drawn in upstream's order.
         skip_rate = run.rate(self.attention_skip_rate)
         masks = {"attn_mask": attn_mask, "key_padding_mask": src_key_padding_mask}
@@ -321,7 +321,7 @@ class ZipformerEncoderLayer(Module):
             "conv_module1": State("cache", cached_conv1, {}),
             "conv_module2": State("cache", cached_conv2, {}),
         }
-        run = Run(self, src, (pos_emb, cached_key, src_key_padding_mask), states)
+        run = Run(self, src, (pos_emb, cached_key), (src_key_padding_mask,), states)
         attention, made = self.self_attn_weights, None
         key = {"cached_key": cached_key, "left_context_len": left_context_len, "key_padding_mask": src_key_padding_mask}
         if "self_attn_weights" in run.settled.fused and run.settled.backend is not None:

@@ -206,7 +206,8 @@ class DownsampledZipformerEncoder(Module):
         settled = settle(self, src, (output,), When.INFERENCE)
         if IN_PLACE in settled.ways and settled.fused == {"upsample", "out_combiner"}:
             scale, factor = self.out_combiner.bypass_scale, self.upsample.upsample
-            if output.shape == (-(-src.shape[0] // factor), *src.shape[1:]):
+            fits = output.shape == (-(-src.shape[0] // factor), *src.shape[1:])
+            if fits and scale.shape == src.shape[-1:]:
                 return _bypass_repeated(src, output, scale, factor)
         return self.out_combiner(src, first(self.upsample(output), src.shape[0], dim=0))
 

@@ -191,7 +191,7 @@ class RecomputedWeights:
 
     def materialize(self) -> Tensor:
         """W by torch's operations, made anew by each call."""
-        return dense(self.scores, self.masks, self.penalty)
+        return dense(self.scores, self.masks, self.take_penalty())
 
     def take_penalty(self) -> Penalty:
         """The penalty, for the first use that has gradients, which brings it for all; none for those that follow."""

@@ -28,7 +28,7 @@ from torch import Tensor
 from zipformer_kernels.core.call import autocast_dtype
 from zipformer_kernels.core.op import Op, triton_launchers
 from zipformer_kernels.ops.conv_module import cpu, cuda, eager, reference
-from zipformer_kernels.ops.shapes import as_mask
+from zipformer_kernels.ops.shapes import as_mask, check_shapes
 
 _op = Op(
     "conv_module",
@@ -190,11 +190,19 @@ def infer_conv_module(
     key_padding_mask = as_mask("key_padding_mask", key_padding_mask)
     if x.shape[2] != 2 * channels:
         raise ValueError(f"x must have {2 * channels} channels, twice those of weight, got {tuple(x.shape)}")
-    if key_padding_mask is not None and key_padding_mask.shape != (batch, frames):
-        raise ValueError(f"key_padding_mask must have shape {(batch, frames)}, got {tuple(key_padding_mask.shape)}")
-    wanted = (batch, channels, weight.shape[2] // 2)
-    if left is not None and left.shape != wanted:
-        raise ValueError(f"left must have shape {wanted}, got {tuple(left.shape)}")
+    taps = weight.shape[-1]
+    if taps % 2 == 0:
+        raise ValueError(f"weight must have an odd number of taps, got {taps}")
+    check_shapes(
+        x_bias=(x_bias, (2 * channels,)),
+        weight=(weight, (channels, 1, taps)),
+        bias=(bias, (channels,)),
+        causal_weight=(causal_weight, (channels, 1, taps // 2 + 1)),
+        causal_bias=(causal_bias, (channels,)),
+        edge_scale=(edge_scale, (2, channels, taps)),
+        key_padding_mask=(key_padding_mask, (batch, frames)),
+        left=(left, (batch, channels, taps // 2)),
+    )
     parameters = weight, bias, causal_weight, causal_bias, edge_scale
     chunk_size = -1 if left is not None else chunk_size
     infer = _op.variants["infer"]

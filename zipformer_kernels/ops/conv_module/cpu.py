@@ -45,6 +45,7 @@ def _infer(
     following = x.new_empty(0) if left is None else torch.empty_like(left)
     if y.numel() == 0:
         return y, following if left is None else left.clone()
+    x_bias, left = contiguous(x_bias, left)
     parameters = contiguous(padding, weight, bias, causal_weight, causal_bias, edge_scale)
     chunk = chunk_length(chunk_size if causal_weight is not None else -1, frames)
     dtype = DTYPE_CODES[x.dtype]

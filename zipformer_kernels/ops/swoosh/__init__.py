@@ -60,7 +60,7 @@ def swoosh_(x: Tensor, kind: str, bias: Tensor | None = None, *, backend: str | 
     Args:
         x: a contiguous floating-point tensor, (..., channels).
         kind: "l" or "r".
-        bias: (channels,), contiguous, of the dtype of x; or None.
+        bias: (channels,), of the dtype of x; or None.
         backend: which backend to use; see `zipformer_kernels.core.backend`.
     Returns:
         x.
