@@ -142,3 +142,16 @@ def test_csrc_includes_nothing_of_torch():
     assert sources
     of_torch = re.compile(r'^\s*#\s*include\s*[<"](torch|ATen|c10|caffe2)/', re.MULTILINE)
     assert [str(p) for p in sources if of_torch.search(p.read_text())] == []
+
+
+@pytest.mark.parametrize("room", ["core", "branch"])
+def test_the_tree_of_contributing_lists_what_there_is(room):
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+    lines = iter(re.search(r"```\n(csrc/.*?)```", text, re.S)[1].splitlines())
+    next(line for line in lines if line.startswith(f"  {room}/ ") and not line.startswith("  branch/  linear/"))
+    listed = set()
+    for line in lines:
+        if not (found := re.match(r"    (\w+\.py) ", line)):
+            break
+        listed.add(found[1])
+    assert listed == {path.name for path in (PACKAGE / room).glob("*.py")} - {"__init__.py"}

@@ -64,7 +64,7 @@ class Answer:
 
     def parameters(self) -> Iterable[Tensor | None]:
         """The parameters of all modules that were looked at, as they are now."""
-        return chain.from_iterable(module()._parameters.values() for module in self._modules)
+        return chain.from_iterable([module()._parameters.values() for module in self._modules])
 
     def _look(self, owns: list[dict[str, Any]]) -> tuple[Any, ...]:
         """All that an answer depends on, of the modules' attributes."""
