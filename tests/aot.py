@@ -70,7 +70,7 @@ def launch_both_ways(op: Op, launchers: Launchers, args: tuple) -> None:
     results = launchers.forward(*args)
     if launchers.backward is None:
         return
-    saved = op._keep(args, results)[len(op.saved) :]
+    saved = op._to_store(args, results)[len(op.saved) :]
     kept = op._arguments([args[i] for i in op.saved], op._values(args))
     needs = tuple(args[i] is not None and args[i].requires_grad for i in op.tensors)
     launchers.backward(needs, results[: op.outputs], saved, *kept)

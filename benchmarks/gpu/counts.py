@@ -164,7 +164,7 @@ def both_ways(native: ModuleType, op: Any, launchers: Any, case: Case) -> Iterat
         results = launchers.forward(*args)
         yield "forward", list(launches), args
         launches.clear()
-        saved = op._keep(args, results)[len(op.saved) :]
+        saved = op._to_store(args, results)[len(op.saved) :]
         kept = op._arguments([args[i] for i in op.saved], op._values(args))
         needs = tuple(args[i] is not None and args[i].requires_grad for i in op.tensors)
         launchers.backward(needs, results[: op.outputs], saved, *kept)
