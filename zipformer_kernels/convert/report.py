@@ -22,6 +22,11 @@ class Report:
     layers: tuple[int, int] = (0, 0)
     check: str = ""
 
+    @property
+    def kept(self) -> list[tuple[str, str, str]]:
+        """`not_swapped`, by its name before version 0.2, which callers have in their code."""
+        return self.not_swapped
+
     def __str__(self) -> str:
         counts = Counter(name for _, name in self.swapped)
         lines = [f"swapped: {len(self.swapped)}"]
