@@ -7,7 +7,7 @@ from test_attention import OP, both_ways, relative, storing
 from tolerances import assert_agrees, rounding
 
 from zipformer_kernels.ops import attention
-from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask
+from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, aggregate
 
 
 @both_ways
@@ -52,6 +52,24 @@ def test_penalty_comes_once_for_all_uses(lane, stored):
     assert (scores.abs() > 10).any()
     expected = torch.autograd.grad(0.5 * (scores.abs() - 10).relu().sum(), (q, k))
     torch.testing.assert_close((dq, dk), expected, rtol=1e-5, atol=1e-5)
+
+
+@both_ways
+@pytest.mark.parametrize("materialized", [0, 1, 2])
+def test_penalty_comes_once_where_weights_are_materialized_too(stored, materialized):
+    """As where modules in our place want a tensor; and where every one of them does."""
+    torch.manual_seed(3)
+    q, k = (3 * torch.randn(70, 1, 2, 4, dtype=torch.float64).requires_grad_() for _ in range(2))
+    values = torch.randn(70, 1, 6, dtype=torch.float64)
+    with storing(stored):
+        weights = AttentionWeights(q, k, penalty=0.5, limit=10.0)
+        made = [weights.materialize() if i < materialized else weights for i in range(2)]
+        zero = 0.0 * (aggregate(made[0], values) + aggregate(made[1], values) + 1).sum()
+        actual = torch.autograd.grad(zero, (q, k))
+    scores = attention.reference.scores(q, k, None, None)
+    assert (scores.abs() > 10).any()
+    expected = torch.autograd.grad(0.5 * (scores.abs() - 10).relu().sum(), (q, k))
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
 
 
 @both_ways

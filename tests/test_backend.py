@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -213,6 +214,20 @@ def test_a_backend_can_be_added_from_outside(mine):
         ops.get("bypass").select("mine", *ops.example("bypass"))
     with pytest.raises(ValueError, match="launchers for 'mine' already"):
         ops.get("swoosh").add_backend("mine", ops.get("swoosh").backends["eager"])
+
+
+def test_an_added_backend_brings_its_variants(mine):
+    op = ops.get("swoosh_linear")
+    own, variant = op.backends["eager"], op.variants["feed_forward"]
+    args = ops.example("swoosh_linear.feed_forward")
+    with pytest.raises(ValueError, match="has the variants feed_forward, got 'no_such'"):
+        op.add_backend("mine", replace(own, variants={"no_such": own}))
+    assert "mine" not in op.backends
+    try:
+        op.add_backend("mine", own)
+        assert torch.equal(variant(*args, backend="mine"), variant(*args, backend="eager"))
+    finally:
+        del op.backends["mine"], variant.backends["mine"]
 
 
 def test_a_backend_that_is_gone_cannot_be_asked_for():
