@@ -58,6 +58,22 @@ class Penalty(NamedTuple):
     limit: float = 0.0
 
 
+class Use(NamedTuple):
+    """What a use of weights, out = W values, leaves to the gradient of the scores.
+
+    Attributes:
+        heads: the heads of the weights that it uses.
+        values: (S, B, heads, C).
+        out: (T, B, heads, C).
+        grad: the gradient of `out`.
+    """
+
+    heads: slice
+    values: Tensor
+    out: Tensor
+    grad: Tensor
+
+
 def grouped(count: int, args: Sequence[Any]) -> tuple[Scores, Sequence[Any], Masks, Penalty]:
     """The arguments of an op that begins with q, k, p, e, in groups.
 
