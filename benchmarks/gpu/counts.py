@@ -315,13 +315,10 @@ def model_row(native: ModuleType, kernels: Kernels, peer: str, work: str) -> dic
 
 def shape_numbers(launch: Launch) -> dict[str, Any]:
     """What of a launch's numbers decides its counts: addresses do not."""
-    if launch.kind == "triton":
-        return {name: x for name, x in launch.numbers.items() if isinstance(x, (int, bool))} | {
-            "hash": launch.compiled.hash
-        }
-    return {
-        "call": [x for x in launch.numbers["call"] if not isinstance(x, int) or x < 1 << 32 or isinstance(x, tuple)]
-    }
+    small = {name: x for name, x in launch.numbers.items() if not isinstance(x, int) or x < 1 << 32}
+    if launch.kind == "cuda":
+        return small | {"kernel": launch.name}
+    return {name: x for name, x in small.items() if isinstance(x, int)} | {"hash": launch.compiled.hash}
 
 
 def kernel_sum(name: str, kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -54,7 +54,8 @@ class Launch:
         grid: blocks.
         threads: of a block.
         shared: dynamic shared memory of a block, bytes.
-        numbers: the arguments that are no tensors, by name; of a CUDA kernel those of the call that launched it.
+        numbers: the arguments that are no tensors, by name; of a CUDA kernel those of the call that launched it, the
+            tensors' addresses among them.
         compiled: the compiled Triton kernel.
     """
 
@@ -105,15 +106,16 @@ class _Native:
         if not name.endswith("_cuda"):
             return found
 
-        def call(*args: Any) -> None:
-            found(*args)
-            moved = sum(self.addresses.get(x, 0) for x in set(tree_flatten(args)[0]))
+        def call(*args: Any, **named: Any) -> None:
+            found(*args, **named)
+            numbers = dict(zip(self._module.fields[name], args, strict=False)) | named
+            moved = sum(self.addresses.get(x, 0) for x in set(tree_flatten(list(numbers.values()))[0]))
             self.addresses.clear()
             for line in self._drain().decode().splitlines():
-                kernel, *numbers = line.split()
-                x, y, z, threads_x, threads_y, threads_z, shared = map(int, numbers)
+                kernel, *sizes = line.split()
+                x, y, z, threads_x, threads_y, threads_z, shared = map(int, sizes)
                 launched = {"threads": threads_x * threads_y * threads_z, "shared": shared, "grid": (x, y, z)}
-                self._record(Launch("cuda", kernel, moved, **launched, numbers={"call": args}))
+                self._record(Launch("cuda", kernel, moved, **launched, numbers=numbers))
                 moved = 0
 
         return call

@@ -55,22 +55,14 @@ def bias_norm_backward(n: dict[str, Any], body: Body, depth: int) -> float:
     """The loop over rows that writes dx; the one that does not is another case; then eight warps take turns."""
     if depth > 0:
         return 1
-    rows, _, blocks = n["call"][-6:-3]
     if body["MUFU"]:
-        return ceil_div(rows, 8 * blocks) if any(op.startswith("STG") for op in body) else 0
+        return ceil_div(n["rows"], 8 * n["parts"]) if any(op.startswith("STG") for op in body) else 0
     return 2 if body["BAR"] else 1
-
-
-def conv_sizes(n: dict[str, Any]) -> tuple[int, int, bool]:
-    """Frames and taps, and whether there is padding."""
-    sizes = next(x for x in n["call"] if isinstance(x, tuple) and len(x) == 7)
-    addresses = next(x for x in n["call"] if isinstance(x, tuple) and len(x) == 8)
-    return sizes[0], sizes[5], addresses[2] != 0
 
 
 def conv_module(n: dict[str, Any], body: Body, depth: int) -> float:
     """Strips are filled four rows a time and warp, taps taken sixteen at a time."""
-    _, taps, padded = conv_sizes(n)
+    taps, padded = n["shape"].kernel, n["padding"] != 0
     rows = 128 + 16 * ceil_div(taps, 16)
     gates = body["MUFU"] // 2
     if body["FFMA"] >= 256:
@@ -84,10 +76,8 @@ def conv_module(n: dict[str, Any], body: Body, depth: int) -> float:
 
 def conv_module_parameters(n: dict[str, Any], body: Body, depth: int) -> float:
     """Around all of that, the tiles of a block."""
-    frames, _, _ = conv_sizes(n)
     if depth == 0 and body["FFMA"] > 256:
-        sizes = next(x for x in n["call"] if isinstance(x, tuple) and len(x) == 7)
-        return sizes[1] * ceil_div(frames, 128) / n["grid"][0]
+        return n["shape"].batch * ceil_div(n["shape"].frames, 128) / n["grid"][0]
     return conv_module(n, body, depth) if depth > 0 else 1
 
 
@@ -99,7 +89,7 @@ def scaled_adam(loads: int, stores: int) -> Rule:
         alike = body["LD"] == packs * loads and body["STG"] == body["STG.E.128"] == packs * stores
         no_gradient = stores == 0 and body["FFMA"] > 6 * body["LD"]
         whole = packs > 0 and rest == 0 and alike and not no_gradient
-        return n["call"][5] / 1024 / packs if whole and packs == WHOLE_PACKS[stores] else 0
+        return n["chunk_elements"] / 1024 / packs if whole and packs == WHOLE_PACKS[stores] else 0
 
     return rule
 
@@ -108,13 +98,11 @@ WHOLE_PACKS = {0: 4, 3: 1}
 """How many packs the unrolled loop of each kernel takes, by its stores; the loop for what is left takes fewer."""
 
 
-def scaled_adam_plan(lanes: int | str, tensors: int | str) -> Rule:
+def scaled_adam_plan(lanes: int | str, tensors: str) -> Rule:
     """One group; tensors are planned `lanes` at a time; scales move every fourth step, from four gradients each."""
 
     def rule(n: dict[str, Any], body: Body, depth: int) -> float:
-        if depth != 1:
-            return 1
-        return ceil_div(n["call"][tensors] if "call" in n else n[tensors], n.get(lanes, lanes))
+        return ceil_div(n[tensors], n.get(lanes, lanes)) if depth == 1 else 1
 
     return rule
 
@@ -138,7 +126,7 @@ RULES: dict[str, Rule] = {
     "scaled_adam.sums_kernel": lambda n, body, depth: 1,  # 32 parts at a time: 45 of 863 tensors of L have more
     "bias_norm.forward_in_registers": lambda n, body, depth: 1,  # a second time only where squares leave the range
     "bias_norm.backward_in_registers": bias_norm_backward,
-    "bias_norm.add_parts": lambda n, body, depth: ceil_div(n["call"][-4], 16),
+    "bias_norm.add_parts": lambda n, body, depth: ceil_div(n["parts"], 16),
     "conv_module.forward": conv_module,
     "conv_module.backward": conv_module,
     "conv_module.backward_parameters": conv_module_parameters,
@@ -147,7 +135,7 @@ RULES: dict[str, Rule] = {
 CUDA_RULES: dict[str, Rule] = {
     "scaled_adam.partials_kernel": scaled_adam(2, 0),
     "scaled_adam.update_kernel": scaled_adam(4, 3),
-    "scaled_adam.plan_kernel": scaled_adam_plan(512, 1),
+    "scaled_adam.plan_kernel": scaled_adam_plan(512, "tensor_count"),
 }
 """Of kernels whose names Triton's have as well."""
 
