@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.gpu import page  # noqa: E402
 
 RESULTS = ROOT / "benchmarks/results"
-COUNTS = RESULTS / "instructions-sm_90.json"
+COUNTS = RESULTS / "instructions.json"
 PAGE = ROOT / "docs/gpu.md"
 
 
@@ -29,25 +29,28 @@ def count() -> dict[str, Any]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from benchmarks.gpu import counts, recording
+    from benchmarks.gpu import counts, layer, recording
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
         work = [(peer, work) for work in counts.WORK for peer in ("ours", "upstream")]
-        bar = progress.add_task("CUDA kernels", total=2 + len(counts.OPS) * len(counts.STACKS) + len(work))
+        bar = progress.add_task(
+            "CUDA kernels", total=2 + (len(counts.OPS) + len(layer.KINDS)) * len(counts.STACKS) + len(work)
+        )
 
         def step(name: str) -> None:
             progress.update(bar, advance=1, description=name)
 
         native = recording.load_module(recording.build_module())
-        kernels = counts.Kernels(recording.FOLDER)
+        kernels = counts.Kernels()
         rows = list(counts.op_rows(native, kernels, step))
+        layers = list(layer.rows(native, kernels, step))
         models = []
         for peer, kind in work:
             step(f"L, {peer}, {kind}")
             models.append(counts.model_row(native, kernels, peer, kind))
         step("done")
-    return {"versions": versions(), "ops": rows, "model": models}
+    return {"versions": versions(), "ops": rows, "layers": layers, "model": models}
 
 
 def versions() -> str:

@@ -276,6 +276,21 @@ rule link
             raise RuntimeError(f"compiling {output.name} failed:\n{result.stdout or ''}{result.stderr or ''}")
 
 
+def module_plan(name: str, cuda: Sequence[str], *, emulator: bool = False, sanitize: bool = False) -> Plan:
+    """What is compiled for a module, all but linking it; arguments as of `build`."""
+    many = many_isas(cxx())
+    flags = [f"-DZK_MANY_ISAS={int(many)}"]
+    # With sanitizers, compiling takes longest: at -O3 three times as long as all tests.
+    plan = Plan(cxx(), [*flags, *SANITIZE_FLAGS], level="-O1") if sanitize else Plan(cxx(), flags)
+    plan.compile_bindings(name, ("emulator",) if emulator else cuda, emulator)
+    plan.compile_cpu(ISAS if many else BASELINE)
+    if emulator:
+        plan.compile_emulated()
+    elif cuda:
+        plan.compile_cuda(cuda)
+    return plan
+
+
 def build(
     output: Path,
     work: Path,
@@ -298,17 +313,8 @@ def build(
     Raises:
         RuntimeError: a compiler failed; its output is in the message.
     """
-    targets = ("emulator",) if emulator else tuple(cuda)
-    many = many_isas(cxx())
-    flags = [f"-DZK_MANY_ISAS={int(many)}"]
-    # With sanitizers, compiling takes longest: at -O3 three times as long as all tests.
-    plan = Plan(cxx(), [*flags, *SANITIZE_FLAGS], level="-O1") if sanitize else Plan(cxx(), flags)
-    plan.compile_bindings(output.name.split(".")[0], targets, emulator)
-    plan.compile_cpu(ISAS if many else BASELINE)
-    if emulator:
-        plan.compile_emulated()
-    elif cuda:
-        plan.compile_cuda(targets)
+    name = output.name.split(".")[0]
+    plan = module_plan(name, tuple(cuda), emulator=emulator, sanitize=sanitize)
     link_flags = ["-shared", "-fopenmp", *(SANITIZE_FLAGS if sanitize else STRIP_FLAGS)]
     if cuda:
         lib = next(cuda_home(nvcc()).glob("**/libcudart_static.a")).parent

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled import all_targets
 
 pytest.importorskip("triton")
 
@@ -122,14 +123,14 @@ def test_the_longest_bound_is_the_prediction():
 
 
 def test_the_page_is_that_of_the_committed_counts():
-    counts = json.loads((ROOT / "benchmarks/results/instructions-sm_90.json").read_text())
+    counts = json.loads((ROOT / "benchmarks/results/instructions.json").read_text())
     text = (ROOT / "docs/gpu.md").read_text()
     generated = page.page(counts, ROOT / "benchmarks/results")
     assert page.rewritten(text, generated) == text, "run benchmarks/instructions.py --page"
 
 
 def test_what_was_measured_fills_its_column(tmp_path):
-    counts = json.loads((ROOT / "benchmarks/results/instructions-sm_90.json").read_text())
+    counts = json.loads((ROOT / "benchmarks/results/instructions.json").read_text())
     row = counts["ops"][0]
     folder = tmp_path / "nvidia-h200" / "gpu_check"
     folder.mkdir(parents=True)
@@ -151,7 +152,7 @@ def test_what_was_measured_fills_its_column(tmp_path):
 
 
 def test_every_kernel_has_a_floor_below_its_prediction():
-    counts = json.loads((ROOT / "benchmarks/results/instructions-sm_90.json").read_text())
+    counts = json.loads((ROOT / "benchmarks/results/instructions.json").read_text())
     rows = [kernel for row in counts["ops"] for kernel in row["kernels"]]
     assert {row["op"] for row in counts["ops"]} >= {"swoosh", "bias_norm", "attention", "scaled_adam"}
     for row in rows:
@@ -179,6 +180,29 @@ def test_a_model_is_recorded_without_computing():
     n = 1500 * 30 * 512
     wanted = [("triton", "swoosh.forward_kernel", n // 1024, 4 * n), ("torch", "add", 1, 4 * n)]
     assert result.stdout.strip() == f"{wanted} ({n},)", result.stderr
+
+
+CUDA = """
+from benchmarks.gpu import counts, recording
+from zipformer_kernels.ops.bias_norm import _op, cases
+
+native, kernels = recording.load_module(recording.build_module()), counts.Kernels()
+(case,) = (case for case in cases.CASES if case.name == counts.STACKS[0])
+for direction, launches, args in counts.both_ways(native, _op, _op.backends["cuda"], case):
+    row = counts.op_row("bias_norm", case, "cuda", direction, launches, args, kernels)
+    print([one["kernel"] for one in row["kernels"]], row["kernels"][0]["bytes"] > 10**7)
+"""
+
+
+def test_cuda_kernels_are_recorded():
+    if all_targets()[1]:
+        pytest.skip(f"nvcc would run this: {all_targets()[1]}")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", CUDA], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.stdout.splitlines() == [
+        "['bias_norm.forward_in_registers'] True",
+        "['bias_norm.backward_in_registers', 'bias_norm.add_parts'] True",
+    ], result.stderr
 
 
 def test_shapes_of_parameters_are_those_of_the_model():

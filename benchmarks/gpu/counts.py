@@ -7,7 +7,6 @@ import importlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -42,17 +41,12 @@ def short_name(mangled: str) -> str:
 
 
 class Kernels:
-    """The compiled kernels behind launches.
+    """The compiled kernels behind launches."""
 
-    Args:
-        folder: where the objects of the CUDA kernels lie.
-    """
-
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         self._cuda: dict[str, tuple[str, Kernel]] = {}
         self._triton: dict[str, Kernel] = {}
-        for path in sorted(folder.glob(f"csrc_*_cuda_{recording.TARGET}.o")):
-            op = path.name.removeprefix("csrc_").removesuffix(f"_cuda_{recording.TARGET}.o")
+        for op, path in recording.cuda_objects():
             self._cuda |= {name: (f"{op}.{short_name(name)}", kernel) for name, kernel in disassemble(path).items()}
 
     def __call__(self, launch: Launch) -> tuple[str, Kernel]:
@@ -68,11 +62,12 @@ class Kernels:
 def scores_of(launch: Launch, otherwise: int = 0) -> int:
     """Scores that an attention kernel turns into weights: one for each target, source, sequence and head.
 
-    Triton's launches tell; of CUDA's it is `otherwise`.
+    Triton's launches tell, and CUDA's that are given weights; of others it is `otherwise`.
     """
     n = launch.numbers
     if launch.kind == "cuda":
-        return otherwise
+        weights = n.get("weights")
+        return otherwise if weights is None else weights.targets * weights.sources * weights.sequences * weights.heads
     return n["T"] * n["S"] * n["B"] * n["H"] if "S" in n and "H" in n else 0
 
 
@@ -110,6 +105,7 @@ def counted(launch: Launch, kernels: Kernels, elements: int, scores: int = 0) ->
         "spills": kernel.spills,
         "shared": shared,
         "warps": work.warps * resident_blocks(kernel.registers, launch.threads, shared),
+        "executed": round(32 * work.warps * work.blocks * work.instructions),
         "instructions": round(32 * work.warps * work.blocks * work.instructions / (scores or elements), 1),
         "of": "score" if scores else "element",
         "matrix_flops": round(work.warps * work.blocks * work.matrix_flops),

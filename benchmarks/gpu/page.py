@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.roofline import MACHINES
+from zipformer_kernels.ops.cases import stacks
 
 BEGIN, END = "<!-- written by benchmarks/instructions.py -->", "<!-- end -->"
 DIRECTIONS = ("forward", "backward", "step")
@@ -67,16 +68,19 @@ def page(counts: dict[str, Any], results: Path) -> str:
     """The generated part of docs/gpu.md.
 
     Args:
-        counts: what benchmarks/results/instructions-sm_90.json holds.
-        results: the folder with what was measured.
+        counts: what benchmarks/results/instructions.json holds.
+        results: the folder with what was measured, and with what was counted before attention was written anew.
     """
+    before = json.loads((results / "attention-before.json").read_text())["layers"]
     rows = sorted(counts["ops"], key=lambda row: (row["op"], row["case"], DIRECTIONS.index(row["direction"])))
     parts = [
-        f"Written from [counts](../benchmarks/results/instructions-sm_90.json) of {counts['versions']}.",
+        f"Written from [counts](../benchmarks/results/instructions.json) of {counts['versions']}.",
         "## The kernels furthest from their floor",
         furthest(counts["model"]),
         "## The encoder of preset L, 30 x 30 s",
         *model_tables(counts["model"]),
+        "## Attention of a layer",
+        *layer_tables(counts["layers"], before),
         "## Each op",
         ops_table(rows, measured(results)),
         "## Each kernel",
@@ -146,6 +150,65 @@ def model_tables(models: list[dict[str, Any]]) -> list[str]:
         "Predicted ms on the device; launches follow each other without gaps, as in a CUDA graph.",
         table(head, lines),
     ]
+
+
+def layer_tables(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> list[str]:
+    """Attention of a training layer: all kernels of its three uses, then each at the first stack."""
+    before = [row | {"weights": "before"} for row in before]
+    kinds = sorted({(row["backend"], row["weights"]) for row in now}, reverse=True)
+    kinds.insert(0, ("triton", "before"))
+    found = {(r["stack"], r["direction"], r["backend"], r["weights"]): r for r in (*before, *now)}
+    lines, sums = [], {kind: {m.name: 0.0 for m in MACHINES} for kind in kinds}
+    for stack, layers in zip(stacks("L")[:4], LAYERS, strict=True):
+        for direction in ("forward", "backward"):
+            rows = [found[(stack.name, direction, *kind)] for kind in kinds]
+            lines.append(
+                (
+                    stack.name.removesuffix(", 30 x 30 s"),
+                    direction,
+                    *(number(row["instructions"]) for row in rows),
+                    *(pair(row["predicted_us"]) for row in rows),
+                )
+            )
+            for kind, row in zip(kinds, rows, strict=True):
+                for m in MACHINES:
+                    sums[kind][m.name] += layers * row["predicted_us"][m.name] / 1e3
+    lines.append(("**all 19 layers, ms**", "both", *[""] * len(kinds), *(f"**{pair(sums[kind])}**" for kind in kinds)))
+    names = [" ".join(kind) for kind in kinds]
+    head = ["case", "direction", *(f"instructions, {name}" for name in names), *(f"us, {name}" for name in names)]
+    text = (
+        "NonlinAttention uses the first head, two self-attentions use all. Instructions are those of all own kernels "
+        "together, for each score of the layer; us include PyTorch's products and passes. *Stored* and *recomputed* "
+        "say how attention weights are held; *before* is the commit that attention-before.json names."
+    )
+    return [f"{text}\n\n{table(head, lines)}", layer_kernels(now)]
+
+
+LAYERS = (2, 4, 8, 5)
+"""Layers of preset L by the shapes of its first four stacks, which the last two have again."""
+
+
+def layer_kernels(rows: list[dict[str, Any]]) -> str:
+    """Each kernel of a layer's attention at the first stack."""
+    lines = [
+        (
+            f"`{one['kernel']}`",
+            row["backend"],
+            row["weights"],
+            row["direction"],
+            one["registers"],
+            one["shared"],
+            one["warps"],
+            f"{number(one['instructions'])} a{'n' * (one['of'] == 'element')} {one['of']}",
+            pair(one["predicted_us"]),
+            one["bound"]["H100"],
+        )
+        for row in rows
+        if row["stack"] == stacks("L")[0].name
+        for one in row["kernels"]
+    ]
+    head = "kernel, backend, weights, direction, registers, shared, warps, instructions, us, bound"
+    return f"At L's first stack, each launch; scores are those of the heads that it computes.\n\n{table(head, lines)}"
 
 
 def ops_table(rows: list[dict[str, Any]], found: dict[tuple[str, ...], dict[str, float]]) -> str:

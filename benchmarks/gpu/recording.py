@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import dataclasses
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,7 +33,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "build/recorder"  # where the objects and the module go
+OBJECTS = ROOT / "build/objects"  # of all builds in a checkout
 TARGET = "9.0"
 MULTIPROCESSORS = 132  # of an H100 and of an H200
 
@@ -76,13 +77,16 @@ class Launch:
 
 
 class _Compiler:
-    """A Triton driver for sm_90 that has nothing to run on."""
+    """A Triton driver for a compute capability that has nothing to run on."""
+
+    def __init__(self, target: str) -> None:
+        self._capability = int(target.replace(".", ""))
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", int(TARGET.replace(".", "")), 32)
+        return GPUTarget("cuda", self._capability, 32)
 
     def get_current_device(self) -> int:
-        return 0
+        return self._capability  # kernels are kept by device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -97,6 +101,7 @@ class _Native:
 
     def __init__(self, module: ModuleType, record: Any) -> None:
         self._module, self._record = module, record
+        self.build = module.build | {"emulated": True}  # else it asks for a GPU
         self.addresses: dict[int, int] = {}
         self._drain = ctypes.CDLL(module.__file__).recorded_launches
         self._drain.restype = ctypes.c_char_p
@@ -198,22 +203,31 @@ def extent(x: Tensor) -> int:
 
 
 def build_module() -> Path:
-    """The compiled module with CUDA kernels for sm_90, linked to recorder.cpp; compiles what changed.
+    """The compiled module with CUDA kernels for all targets, linked to recorder.cpp; compiles what changed.
+
+    Its objects are those of the module that is compiled for tests (tests/compiled.py), and so it has that one's name.
 
     Raises:
-        RuntimeError: there is no nvcc, or a compiler failed.
+        RuntimeError: nvcc does not compile for `TARGET`, or a compiler failed.
     """
     build = csrc_build()
-    if build.nvcc() is None:
-        raise RuntimeError("no nvcc is on the PATH or in CUDA_HOME")
-    plan = build.Plan(build.cxx(), ["-DZK_MANY_ISAS=0"], level="-O0")  # the CPU's kernels are linked, never called
-    plan.compile_bindings("_recorder", (TARGET,), emulated=True)
-    plan.compile_cpu(build.BASELINE)
-    plan.compile_cuda((TARGET,))
+    targets, reason = build.cuda_plan(every=True)
+    if not any(target.startswith(TARGET) for target in targets):
+        raise RuntimeError(reason or f"CUDA kernels are compiled for {', '.join(targets)}, not for {TARGET}")
+    plan = build.module_plan("_all_targets", targets)
     plan.compile(Path(__file__).with_name("recorder.cpp"), [f"-I{build.cuda_home(build.nvcc())}/include"])
-    output = FOLDER / "_recorder.so"
-    plan.run(output, FOLDER, ["-shared", "-fopenmp"])
+    output = ROOT / "build/recorder/_all_targets.so"
+    plan.run(output, OBJECTS, ["-shared", "-fopenmp"])
     return output
+
+
+def cuda_objects() -> Iterator[tuple[str, Path]]:
+    """Ops and the objects with their CUDA kernels, which `build_module` has compiled."""
+    suffix = "_".join(csrc_build().cuda_plan(every=True)[0])
+    for path in sorted(OBJECTS.glob(f"csrc_*_{suffix}.o")):
+        found = re.match(r"csrc_(\w+?)_cuda", path.name)
+        if found:
+            yield found[1], path
 
 
 def csrc_build() -> ModuleType:
@@ -223,7 +237,7 @@ def csrc_build() -> ModuleType:
 
 def load_module(path: Path) -> ModuleType:
     """The module that `build_module` made."""
-    return _load("_recorder", path)
+    return _load("_all_targets", path)
 
 
 def _load(name: str, path: Path) -> ModuleType:
@@ -234,14 +248,15 @@ def _load(name: str, path: Path) -> ModuleType:
 
 
 @contextlib.contextmanager
-def recording(native: ModuleType | None = None) -> Iterator[list[Launch]]:
+def recording(native: ModuleType | None = None, target: str = TARGET) -> Iterator[list[Launch]]:
     """Within the block nothing is computed; yields the list that the launches go to.
 
     The package chooses backends as on a GPU: CUDA kernels, Triton, PyTorch. Afterwards Triton goes on to compile for
-    sm_90.
+    the same target.
 
     Args:
         native: the module of `load_module`; without it there are no CUDA kernels.
+        target: the compute capability that Triton compiles for.
     """
     launches: list[Launch] = []
     run, pointer = JITFunction.run, launch.pointer
@@ -288,7 +303,7 @@ def recording(native: ModuleType | None = None) -> Iterator[list[Launch]]:
             patches.append(mock.patch.object(user, "multiprocessors", return_value=MULTIPROCESSORS))
         if getattr(user, "pointer", None) is pointer:
             patches.append(mock.patch.object(user, "pointer", noted))
-    driver.set_active(_Compiler())
+    driver.set_active(_Compiler(target))
     with contextlib.ExitStack() as stack:
         for patch in patches:
             stack.enter_context(patch)

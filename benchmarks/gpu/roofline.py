@@ -6,7 +6,7 @@ It knows nothing of caches, bank conflicts and the order of instructions. Take i
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.gpu.sass import PIPES, Instruction, Kernel
 
@@ -62,6 +62,9 @@ class Machine:
 H100 = Machine("H100", 3.0e12)
 H200 = Machine("H200", 4.3e12)
 MACHINES = (H100, H200)
+
+TARGETS = {"8.0": replace(H100, name="A100", shared=164 * 1024), "9.0": H100, "10.0": replace(H100, name="B200")}
+"""By compute capability, as far as `resident_blocks` looks."""
 
 
 def resident_blocks(registers: int, threads: int, shared: int, machine: Machine = H100) -> int:

@@ -169,18 +169,17 @@ class Kernel:
         return Counter(dict(zip(self.main, often, strict=True)))
 
 
-def disassemble(binary: Path) -> dict[str, Kernel]:
-    """The kernels for sm_90 in a cubin, object or library, by name."""
-    text, usage = (_run(option, binary) for option in ("-sass", "-res-usage"))
-    return parse(text, usage)
+def disassemble(binary: Path, target: str = "sm_90") -> dict[str, Kernel]:
+    """The kernels for one target in an object or library, by name."""
+    return parse(*(_run("-arch", target, option, binary) for option in ("-sass", "-res-usage")))
 
 
 def disassemble_cubin(cubin: bytes) -> Kernel:
-    """The one kernel of a cubin."""
+    """The one kernel of a cubin, for whatever it was compiled."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        (kernel,) = disassemble(Path(file.name)).values()
+        (kernel,) = parse(*(_run(option, file.name) for option in ("-sass", "-res-usage"))).values()
     return kernel
 
 
@@ -205,6 +204,5 @@ def _functions(text: str) -> Iterator[tuple[str, str]]:
         yield name.strip(), body
 
 
-def _run(option: str, binary: Path) -> str:
-    command = [CUOBJDUMP, "-arch", "sm_90", option, binary]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+def _run(*arguments: str | Path) -> str:
+    return subprocess.run([CUOBJDUMP, *arguments], capture_output=True, text=True, check=True).stdout

@@ -50,8 +50,8 @@ SM_90 = "GPU, counted for sm_90"
 _EVENLY = "reasoned: so many that any number of threads shares them out evenly, so few that adding them up costs little"
 _LONG = "reasoned: so long that adding up the groups costs little beside them"
 _PER_MULTIPROCESSOR = "reasoned: so many that some compute while others load"
-_WARPS = "reasoned: Triton's usual number; no kernel spills, benchmarks/results/instructions-sm_90.json"
-_NO_SPILL = "reasoned: no kernel spills; what it costs is counted in benchmarks/results/instructions-sm_90.json"
+_WARPS = "reasoned: Triton's usual number; no kernel spills, benchmarks/results/instructions.json"
+_NO_SPILL = "reasoned: no kernel spills; what it costs is counted in benchmarks/results/instructions.json"
 _TILES = "counted: docs/kernels.md, by registers, spills and instructions"
 
 
