@@ -62,7 +62,7 @@ struct AttentionForward {
   ZK_FIELDS(weights, v, out, channels)
 };
 
-// One use of the weights, out = W v, and the gradient of its result.
+// One use of the weights, out = W v, and the gradient of its result. For dv alone v and out are not read.
 struct AttentionUse {
   AttentionRows v, out, grad;
   int64_t channels;

@@ -1,5 +1,4 @@
-// Python's entry points to the gates of NonlinAttention; cpu.py and stored.py in zipformer_kernels/ops/nonlin_attention
-// call them.
+// Python's entry points to the gates of NonlinAttention; zipformer_kernels/ops/nonlin_attention/cpu.py calls them.
 #pragma once
 
 #include "common/bind.h"

@@ -130,6 +130,12 @@ _ON_CPU = [
 ]  # fmt: skip
 
 _ON_GPU = [
+    Entry(
+        "attention.stored_share", 16, "thousandths of the device's memory",
+        "of one layer's attention weights, below which they are stored; 0: never",
+        GPU, "reasoned: at 80 GB all layers of preset L store theirs for 30 x 30 s, 2 GB; no layer takes more than 1.3",
+        least=0,
+    ),
     Entry("bias_norm.cuda_blocks", 4, "blocks a multiprocessor", "at most in backward", GPU, _PER_MULTIPROCESSOR),
     Entry("conv_module.cuda_blocks", 2, "blocks a multiprocessor", "that sum gradients", GPU, _PER_MULTIPROCESSOR),
     _tile("swoosh.triton_block", 1024, "elements", "of a program"),
