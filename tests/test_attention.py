@@ -17,8 +17,10 @@ OP = attention._op
 
 
 def storing(stored):
-    """On the CPU a handle stores small weights, or computes them again at every use as it does with large ones."""
-    return tuning.override(**{"attention.stored_bytes": 1 << 40 if stored else 0})
+    """A handle stores weights whatever their size, where the backend can, or computes them again at every use."""
+    return tuning.override(
+        **{"attention.stored_bytes": 1 << 40 if stored else 0, "attention.stored_share": 1000 if stored else 0}
+    )
 
 
 both_ways = pytest.mark.parametrize("stored", [True, False], ids=["stored", "recomputed"])
