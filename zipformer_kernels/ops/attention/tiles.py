@@ -30,9 +30,9 @@ class Tile(NamedTuple):
         """Value channels per tile: all of a narrow head, at least the 16 of a matrix instruction."""
         return min(max(16, next_power_of_2(channels)), self.channels)
 
-    def blocks(self, channels: int) -> dict[str, int | bool]:
-        """The constants of a kernel that goes over all value channels."""
-        return {"BC": self.block(channels), "ONE_BLOCK": channels <= self.channels}
+    def blocks(self) -> dict[str, int]:
+        """The constants of a kernel that are rows and columns of a tile."""
+        return {"BM": self.targets, "BN": self.sources}
 
     def options(self) -> dict[str, int]:
         """The options of a launch."""
@@ -41,14 +41,12 @@ class Tile(NamedTuple):
 
 TILES = {
     (kernel, size): tuning.entry(f"attention.triton_{kernel}_{size}_bytes")
-    for kernel in ("softmax", "masked_softmax", "aggregate", "query", "key", "value", "position", "delta")
+    for kernel in ("softmax", "weights", "aggregate", "value", "score", "key", "position", "pack")
     for size in (2, 4)
 }
 """Their entries by kernel and bytes of an element, read at every launch.
 
-With a mask given as a tensor the kernel `softmax` has tiles of its own: in those without one it would spill. The kernel
-`position` owns offsets, as many as it takes targets at a time, and needs twice as many sources. Chosen from
-machine code for sm_90 (docs/kernels.md): none spills, and programs of 4 warps share a multiprocessor.
+Chosen from machine code for sm_90 (docs/kernels.md): none spills, and at least two programs share a multiprocessor.
 """
 
 
