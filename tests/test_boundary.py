@@ -52,4 +52,4 @@ def test_wrong_arguments_are_refused_by_name():
     with pytest.raises(TypeError, match="integer"):
         bypass(0, 0, 0, None, **SIZES)
     with pytest.raises(TypeError, match="wanted a tuple of data, frame, sequence"):
-        backend.native.nonlin_attention_open_cpu(0, 0, (0, 0), 0, 0, 0, 1, 0, 1)
+        backend.native.nonlin_attention_open_cpu((0, 0, 0), (0, 0), 0, 0, 0, 0, 1, 0, 1)

@@ -167,8 +167,7 @@ def pack(part: Part, weights: Weights) -> Packed:
     width = max(16, cdiv(sum(use[0].shape[3] for use in uses), 16) * 16)
     empty = torch.empty if uses else torch.zeros
     values, grad = (
-        empty(*planes, rows, width, dtype=dtype, device=weights.q.device)
-        for rows in (weights.sources, weights.targets)
+        empty(*planes, rows, width, dtype=dtype, device=weights.q.device) for rows in (weights.sources, weights.targets)
     )
     delta = torch.zeros(*planes, weights.targets, dtype=torch.float32, device=weights.q.device)
     at = 0

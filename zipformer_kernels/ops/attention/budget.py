@@ -11,7 +11,6 @@ from zipformer_kernels.ops.attention.scores import Scores
 
 STORED_BYTES = tuning.entry("attention.stored_bytes")
 STORED_SHARE = tuning.entry("attention.stored_share")
-WHOLE = 1000
 
 
 def stores(
@@ -41,5 +40,5 @@ def fits(backend: str, scores: Scores, stored_bytes: int | None) -> bool:
     if backend == "cpu":
         heads = max(heads - 1, 1)  # the first may lie apart
     if stored_bytes is None and q.is_cuda:
-        stored_bytes = torch.cuda.get_device_properties(q.device).total_memory * STORED_SHARE.value // WHOLE
+        stored_bytes = torch.cuda.get_device_properties(q.device).total_memory * STORED_SHARE.value // 1000
     return stores(heads, batch, targets, scores.k.shape[0], q.dtype, stored_bytes)

@@ -156,8 +156,8 @@ def _launch_backward(
 ) -> None:
     """Calls the kernel; V and O of a use may be None for the gradient of the values alone."""
     dtype, weights = scores.q.dtype, Arguments(scores, softmax, masks)  # holds copies until the call is over
-    w, dw = (None if x is None else x.to(dtype).contiguous() for x in (w, dw))
-    uses = [tuple(None if x is None else unit_stride(x.to(dtype)) for x in use) for use in uses]
+    w, dw = [None if x is None else x.to(dtype).contiguous() for x in (w, dw)]
+    uses = [[None if x is None else unit_stride(x.to(dtype)) for x in use] for use in uses]
     given = [Use(*map(rows, use), use[2].shape[3]) for use in uses]
     call_cpu("attention_backward", scores.q, weights.struct(), pointer(w), pointer(dw), given, *results, *penalty)
 

@@ -12,7 +12,7 @@ differ in how they are read; a `Reader` knows that.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -112,7 +112,8 @@ class Piece:
 
     def serves(self, *values: Tensor) -> bool:
         """Whether a use of values leaves its part."""
-        same = all(x.dtype == self.dtype for x in values) and autocast_dtype(values[0]) in (None, self.dtype)
+        same = [x.dtype for x in values] == [self.dtype] * len(values)
+        same = same and autocast_dtype(values[0]) in (None, self.dtype)
         leaves = self.uses is not None and knows_backward_passes
         return same and leaves and torch.is_grad_enabled() and plain(*values)
 
@@ -193,13 +194,14 @@ def _dense_averages(parts: Sequence[Part], values: Tensor, *tensors: Tensor | No
     return averages[0] if len(averages) == 1 else torch.cat(averages, dim=2)
 
 
-def _split(parts: Sequence[Part], tensors: Tensors) -> Iterator[tuple[Part, Tensors, slice]]:
+def _split(parts: Sequence[Part], tensors: Tensors) -> list[tuple[Part, Tensors, slice]]:
     """Each part with its tensors, and which heads of the values are its."""
-    first, head = 0, 0
+    found, first, head = [], 0, 0
     for part in parts:
         last, end = first + part.count, head + part.reader.heads.stop - part.reader.heads.start
-        yield part, tensors[first:last], slice(head, end)
+        found.append((part, tensors[first:last], slice(head, end)))
         first, head = last, end
+    return found
 
 
 def of_heads(pieces: Sequence[Piece], heads: slice) -> tuple[Piece, ...]:

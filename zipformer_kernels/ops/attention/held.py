@@ -171,8 +171,6 @@ class RecomputedWeights:
 
     def __init__(self, scores: Scores, masks: Masks, penalty: Penalty, place: Place) -> None:
         self.shape = shape_of(scores)
-        if place.backend == "triton" and scores.e is not None:
-            scores = scores._replace(e=_offsets_last(scores.e))
         self.scores, self.masks, self.penalty, self.place = scores, masks, penalty, place
         self.softmax = _op.variants["softmax"](*without_gradients(scores), *masks, backend=place.backend)
         self._made: tuple[Piece, ...] = ()
@@ -267,8 +265,3 @@ def wants_gradients(scores: Scores) -> bool:
 def without_gradients(scores: Scores) -> Scores:
     """The same scores, constants."""
     return scores.each(lambda x: x.detach()) if torch.is_grad_enabled() else scores
-
-
-def _offsets_last(e: Tensor) -> Tensor:
-    """e, (offsets, H, P), with the offsets side by side in memory, as GPU kernels read it; copied once for all uses."""
-    return e.permute(1, 2, 0).contiguous().permute(2, 0, 1)

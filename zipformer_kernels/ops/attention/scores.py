@@ -85,14 +85,15 @@ def by_heads(heads: int, uses: Sequence[Use]) -> list[tuple[slice, list[tuple[Te
         For each run its heads, and values, result and gradient of every use, of these heads.
     """
     ranges = [range(heads)[use.heads] for use in uses]
-    cuts = sorted({0, heads, *(r.start for r in ranges), *(r.stop for r in ranges)})
+    cuts = sorted({0, heads, *[r.start for r in ranges], *[r.stop for r in ranges]})
     runs = []
     for first, last in pairwise(cuts):
-        own = [
-            tuple(x if len(r) == last - first else x[:, :, first - r.start : last - r.start] for x in use[1:])
-            for use, r in zip(uses, ranges, strict=True)
-            if r.start <= first and last <= r.stop
-        ]
+        own = []
+        for (_, values, out, grad), r in zip(uses, ranges, strict=True):
+            if r.start <= first and last <= r.stop:
+                wanted = slice(first - r.start, last - r.start)
+                whole = len(r) == last - first
+                own.append((values, out, grad) if whole else tuple(x[:, :, wanted] for x in (values, out, grad)))
         runs.append((slice(first, last), own))
     return runs
 

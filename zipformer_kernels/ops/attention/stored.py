@@ -40,9 +40,7 @@ class _Make(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         scores, _, masks, ctx.penalty = grouped(0, args)
         rest = *masks, *ctx.penalty
-        weights = [
-            without_autocast(launchers.make_weights, *scores.of_heads(heads), *rest)[0].contiguous() for heads in groups
-        ]
+        weights = [without_autocast(launchers.make_weights, *scores.of_heads(heads), *rest)[0] for heads in groups]
         ctx.launchers, ctx.uses, ctx.groups, ctx.rule = launchers, uses, groups, masks[2:]
         store(ctx, *scores, *masks[:2], *weights)
         ctx.set_materialize_grads(False)

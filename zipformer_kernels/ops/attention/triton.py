@@ -11,9 +11,10 @@ from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, on_device, unsupport
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention import gradients, kernels
 from zipformer_kernels.ops.attention.backward import Part, gradients_of_scores
+from zipformer_kernels.ops.attention.launchers import AttentionLaunchers
 from zipformer_kernels.ops.attention.layouts import Weights, unit_stride, weights_of
 from zipformer_kernels.ops.attention.reference import empty_rows
-from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, Use, grouped
+from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, Use, by_heads, grouped
 from zipformer_kernels.ops.attention.tiles import Tile, tile_of
 
 
@@ -95,20 +96,9 @@ def scores_gradients(
         penalty: on the scores.
         uses: what they have left; their heads are among those of the scores.
     """
-    heads = range(scores.q.shape[2])
-    apart = [h for use in uses for h in (heads[use.heads].start, heads[use.heads].stop)]
-    bounds = sorted({0, len(heads), *apart})
-    parts = []
-    for first, last in zip(bounds, bounds[1:], strict=False):
-        own = [_narrowed(use, heads[use.heads], first, last) for use in uses if first in heads[use.heads]]
-        parts.append(Part(slice(first, last), softmax[first:last], None, None, own))
+    runs = by_heads(scores.q.shape[2], uses)
+    parts = [Part(heads, softmax[heads], None, None, own) for heads, own in runs]
     return gradients_of_scores(needs, parts, scores, masks, penalty)
-
-
-def _narrowed(use: Use, heads: range, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, result and gradient of a use, of some of its heads."""
-    own = slice(first - heads.start, last - heads.start)
-    return use.values[:, :, own], use.out[:, :, own], use.grad[:, :, own]
 
 
 def weights_gradients(
@@ -166,10 +156,15 @@ def unsupported(q: Tensor, k: Tensor, p: Tensor | None, e: Tensor | None, *rest:
     return unsupported_dtype(q, GPU_DTYPES)
 
 
-launchers = Launchers(
+launchers = AttentionLaunchers(
     unsupported,
     _forward,
     _backward,
+    average_values=average_values,
+    values_gradient=values_gradient,
+    scores_gradients=scores_gradients,
+    make_weights=make_weights,
+    weights_gradients=weights_gradients,
     variants={
         "softmax": Launchers(unsupported, softmax_rows, None),
         "weights": Launchers(unsupported, lambda *args: (make_weights(*args)[0].contiguous(),), _weights_backward),

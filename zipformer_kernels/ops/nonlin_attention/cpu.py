@@ -61,28 +61,34 @@ def _infer(projected: Tensor, bias: Tensor | None, weights: Tensor) -> tuple[Ten
         return (projected.new_empty(frames, batch, width // 3),)
     projected, bias = contiguous(projected, bias)
     s, x, y = projected.chunk(3, dim=2)
-    average = attention.average(weights, _open(s, x, bias))
-    return (_close(average, y, None if bias is None else bias[2 * width // 3 :]),)
+    average = attention.average(weights, _opened(s, x, bias))
+    return (_closed(average, y, None if bias is None else bias[2 * width // 3 :]),)
 
 
-def _open(s: Tensor, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x tanh(s), each with its part of the bias added before."""
-    if s.dtype not in INFERENCE_DTYPES:
-        return BY_TORCH.open_(s, x)
-    s, x = map(unit_stride, (s, x))
+def _opened(s: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x tanh(s), each with its part of the bias added before; both with channels of stride 1."""
     values = x.new_empty(x.shape)
     _call("open", s, *map(rows, (s, x)), pointer(bias), pointer(values))
     return values
 
 
-def _close(average: Tensor, y: Tensor, bias: Tensor | None = None) -> Tensor:
-    """average y, with the bias of y added before."""
-    if y.dtype not in INFERENCE_DTYPES:
-        return BY_TORCH.close(average, y)
-    average, y = map(unit_stride, (average, y))
+def _closed(average: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    """average y, with the bias of y added before; both with channels of stride 1."""
     out = y.new_empty(y.shape)
     _call("close", y, *map(rows, (average, y)), pointer(bias), pointer(out))
     return out
+
+
+def _open(s: Tensor, x: Tensor) -> Tensor:
+    if s.dtype not in INFERENCE_DTYPES:
+        return BY_TORCH.open_(s, x)
+    return _opened(unit_stride(s), unit_stride(x), None)
+
+
+def _close(average: Tensor, y: Tensor) -> Tensor:
+    if y.dtype not in INFERENCE_DTYPES:
+        return BY_TORCH.close(average, y)
+    return _closed(unit_stride(average), unit_stride(y), None)
 
 
 def _close_backward(grad: Tensor, average: Tensor, y: Tensor, dy: Tensor) -> Tensor:
