@@ -14,7 +14,7 @@ from zipformer_kernels.core import tuning
 from zipformer_kernels.core.joint import empty_beside
 from zipformer_kernels.core.launch import cdiv, next_power_of_2, on_device
 from zipformer_kernels.ops.attention import gradients
-from zipformer_kernels.ops.attention.layouts import Weights, unit_stride, weights_of
+from zipformer_kernels.ops.attention.layouts import Weights, strides_of, unit_stride, weights_of
 from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores
 from zipformer_kernels.ops.attention.tiles import tile_of
 
@@ -107,7 +107,7 @@ def _of_part(
             gradients.score_gradient_kernel[(weights.programs(block, tile.targets),)](
                 *(*weights.arguments(), w, w.stride(2), w if dense is None else dense),
                 *(packed.grad, packed.values, channels, packed.delta, *penalty),
-                *(ds, width, first, block, written.q, *written.q.stride()[:3]),
+                *(ds, width, first // 16, block, written.q, *written.q.stride()[:3]),
                 **weights.constants(),
                 **tile.blocks(),
                 BC=min(next_power_of_2(channels), tile.channels),
@@ -155,7 +155,7 @@ def _add_positions(
         )
     if needs[3]:
         gradients.position_gradient_kernel[(weights.programs(weights.sources + targets - 1, tile.sources),)](
-            *(p, *p.stride()[:3], *block_of_targets, de, *de.stride()[:2]), **constants
+            *(p, *strides_of(p), *block_of_targets, de, *de.stride()[:2]), **constants
         )
 
 
