@@ -15,14 +15,15 @@ import triton
 import triton.language as tl
 
 from zipformer_kernels.ops.attention.kernels import (
-    MASKED_SCORE,
+    BY_SLOTS,
     VARYING,
-    exponential,
     fill_masked,
+    fill_rules,
     load_largest,
     load_positions,
     load_rows,
     load_scale,
+    load_window,
     make_weights,
     product,
     score_tile,
@@ -78,87 +79,94 @@ def weights_gradient_tile(g, g_ptr, v_ptr, i, j, T, S, packed, BC: tl.constexpr,
 
 @triton.jit
 def score_gradient_walk(
-    q_ptr, q_st, k_ptr, k_st, p_ptr, p_st, table_ptr, largest, scale, padding_ptr, mask_ptr, mask_st,
+    q_ptr, q_st, k_ptr, k_st, p_ptr, p_st, table_ptr, largest, scale, filling_ptr, mask_ptr, mask_st,
     T, S, chunk, left_chunks, lead, copy, w_ptr, w_st, dw_ptr, g_ptr, v_ptr, packed, delta, penalty, limit,
     ds_ptr, ds_st, i0,
-    D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
-    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    D: tl.constexpr, D_TILE: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
+    MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BC: tl.constexpr, ONE_BLOCK: tl.constexpr, STORED: tl.constexpr, DENSE: tl.constexpr, PENALIZED: tl.constexpr,
 ):  # fmt: skip
-    """The walk of `score_gradient_kernel` over the sources; returns dq."""
+    """The walk of `score_gradient_kernel` over the sources.
+
+    Returns dq and, by slots, the gradient of p in its slots, (BM / 16, 16, 16 P_TILE): the term is A B (see kernels.py),
+    and what is wanted of ds B^T is where A has p.
+    """
     ROUGHLY: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     SCORES: tl.constexpr = PENALIZED or not STORED
     i = i0 + tl.arange(0, BM)
     d = tl.arange(0, D_TILE)
     if SCORES:
         q = load_rows(q_ptr, i, q_st, T, d, D)
-        p = load_positions(p_ptr, p_st, i0, T, P, P_TILE, BM, TERM)
+        p = load_positions(p_ptr, p_st, i0, T, P_TILE, BM, TERM)
     g = load_rows(g_ptr, i, packed, T, tl.arange(0, BC), packed)
     dq = tl.zeros([BM, D_TILE], tl.float32)
+    slots = tl.zeros([BM // 16, 16, 16 * P_TILE if TERM == BY_SLOTS else 16], tl.float32)
     row = tl.arange(0, BM)[:, None]
-    w_st = tl.multiple_of(w_st, 16)
     for j0 in range(0, S, BN):
         j = j0 + tl.arange(0, BN)
         k = load_rows(k_ptr, j, k_st, S, d, D)
-        if SCORES:
-            raw = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P, P_TILE, BM, BN, TERM)
+        if not STORED:
+            raw = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P_TILE, BM, BN, TERM)
         if STORED:
             own = (i < T)[:, None] & (j < w_st)[None, :]
             w = tl.load(w_ptr + (row * w_st + j[None, :]), mask=own, other=0.0).to(tl.float32)
         else:
-            s = fill_masked(
-                raw, MASKED_SCORE, float("-inf"), i, j, padding_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks,
-                PADDING, MASK, CHUNKS,
-            )  # fmt: skip
+            s = fill_masked(raw, i, j, filling_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
             w = make_weights(s, largest, scale, ROUGHLY)
         dw = weights_gradient_tile(g, g_ptr, v_ptr, i, j, T, S, packed, BC, ONE_BLOCK)
         if DENSE:
             own = (i < T)[:, None] & (j < w_st)[None, :]
             dw += tl.load(dw_ptr + (row * w_st + j[None, :]), mask=own, other=0.0).to(tl.float32)
         ds = w * (dw - delta[:, None])
-        if PADDING or MASK or CHUNKS:
-            ds = fill_masked(
-                ds, 0.0, 0.0, i, j, padding_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks, PADDING, MASK, CHUNKS
-            )
+        ds = fill_rules(ds, 0.0, i, j, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
+        ds = tl.where((tl.load(filling_ptr + j) == 0.0)[None, :], ds, 0.0)
         if PENALIZED:
+            if STORED:
+                raw = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P_TILE, BM, BN, TERM)
             inside = (i < T)[:, None] & (j < S)[None, :]
             ds += tl.where(inside & (raw > limit), penalty, 0.0) - tl.where(inside & (raw < -limit), penalty, 0.0)
         ds = ds.to(k.dtype)
         dq += product(ds, k)
+        if TERM == BY_SLOTS:
+            window = tl.permute(load_window(table_ptr, i0, j0, lead, copy, P_TILE, BM, BN), (0, 2, 1))
+            slots += product(tl.reshape(ds, [BM // 16, 16, BN]), window)
         tl.store(ds_ptr + (row * ds_st + j[None, :]), ds)
-    return dq
+    return dq, slots
 
 
 @triton.jit(do_not_specialize=[*VARYING, "first", "targets"])
 def score_gradient_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
-    padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
+    filling_ptr, filling_sb, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
     w_ptr, w_st, dw_ptr, g_ptr, v_ptr, packed, delta_ptr, penalty, limit, ds_ptr, ds_st, first, targets,
-    dq_ptr, dq_st, dq_sb, dq_sh,
-    D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
-    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    dq_ptr, dq_st, dq_sb, dq_sh, dp_ptr, dp_st, dp_sb, dp_sh, P,
+    D: tl.constexpr, D_TILE: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
+    MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BC: tl.constexpr, ONE_BLOCK: tl.constexpr, MARGIN: tl.constexpr, STORED: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """ds = w (dw - delta) where not masked, plus the penalty's sign(s) where |s| > limit; and dq[i] = sum_j ds[i, j] k[j].
+    """ds = w (dw - delta) where not masked, plus the penalty's sign(s) where |s| > limit.
 
-    Of the targets from `first` on, of which ds has room for `targets`. The gradient dw of the weights is that of all
-    uses, g v^T, plus, where DENSE, what `dw_ptr` has. Weights are read where STORED, and else made from scores again.
+    And dq[i] = sum_j ds[i, j] k[j] and, by slots, dp[i] = sum_j ds[i, j] e[T - 1 - i + j].
+
+    Of the targets from 16 `first` on, of which ds has room for `targets`. The gradient dw of the weights is that of all
+    uses, g v^T, plus, where DENSE, what `dw_ptr` has. Weights are read where STORED, from
+    `w_ptr` at target 16 `first`, and else made from scores again.
     Scores are needed for the penalty too, which is zero in most calls of training: hence a branch, and not another kernel.
     """
     block, b, h = split_program(targets // BM, B, H)
     q_ptr += b * q_sb + h * q_sh
     k_ptr += b * k_sb + h * k_sh
-    p_ptr += b * p_sb + h * p_sh
+    p_ptr += (b * p_sb + h * p_sh) * 4
     table_ptr = table_of(table_ptr, h, copy, P_TILE, TERM)
-    padding_ptr += b * S
+    filling_ptr += b * filling_sb
     mask_ptr += b * mask_sb
     bh = h * B + b
-    i0 = first + block * BM
+    i0 = first * 16 + block * BM
     i = i0 + tl.arange(0, BM)
     g_ptr += bh * T * packed
     v_ptr += bh * S * packed
-    w_ptr += (bh * T + i0) * w_st
-    dw_ptr += (bh * T + i0) * w_st
+    w_ptr += (bh * T + block * BM) * w_st
+    dw_ptr += (bh * T + block * BM) * w_st
     ds_st = tl.multiple_of(ds_st, 16)
     ds_ptr += (bh * targets + block * BM) * ds_st
     delta = tl.load(delta_ptr + bh * T + i, mask=i < T, other=0.0)
@@ -170,20 +178,25 @@ def score_gradient_kernel(
     zeros = ds_ptr + (tl.arange(0, BM)[:, None] * ds_st + tl.arange(0, MARGIN)[None, :])
     tl.store(zeros, tl.zeros([BM, MARGIN], ds_ptr.dtype.element_ty))
     if penalty != 0.0:
-        dq = score_gradient_walk(
-            q_ptr, q_st, k_ptr, k_st, p_ptr, p_st, table_ptr, largest, scale, padding_ptr, mask_ptr, mask_st,
+        dq, slots = score_gradient_walk(
+            q_ptr, q_st, k_ptr, k_st, p_ptr, p_st, table_ptr, largest, scale, filling_ptr, mask_ptr, mask_st,
             T, S, chunk, left_chunks, lead, copy, w_ptr, w_st, dw_ptr, g_ptr, v_ptr, packed, delta, penalty, limit,
             ds_ptr + MARGIN, ds_st, i0,
-            D, D_TILE, P, P_TILE, TERM, PADDING, MASK, CHUNKS, BM, BN, BC, ONE_BLOCK, STORED, DENSE, True,
+            D, D_TILE, P_TILE, TERM, MASK, CHUNKS, BM, BN, BC, ONE_BLOCK, STORED, DENSE, True,
         )  # fmt: skip
     else:
-        dq = score_gradient_walk(
-            q_ptr, q_st, k_ptr, k_st, p_ptr, p_st, table_ptr, largest, scale, padding_ptr, mask_ptr, mask_st,
+        dq, slots = score_gradient_walk(
+            q_ptr, q_st, k_ptr, k_st, p_ptr, p_st, table_ptr, largest, scale, filling_ptr, mask_ptr, mask_st,
             T, S, chunk, left_chunks, lead, copy, w_ptr, w_st, dw_ptr, g_ptr, v_ptr, packed, delta, penalty, limit,
             ds_ptr + MARGIN, ds_st, i0,
-            D, D_TILE, P, P_TILE, TERM, PADDING, MASK, CHUNKS, BM, BN, BC, ONE_BLOCK, STORED, DENSE, False,
+            D, D_TILE, P_TILE, TERM, MASK, CHUNKS, BM, BN, BC, ONE_BLOCK, STORED, DENSE, False,
         )  # fmt: skip
     store_rows(dq_ptr + b * dq_sb + h * dq_sh, dq, i, dq_st, T, tl.arange(0, D_TILE), D)
+    if TERM == BY_SLOTS:
+        r = tl.arange(0, 16)[None, :, None, None]
+        by_slot = tl.reshape(slots, [BM // 16, 16, 16, P_TILE])
+        dp = tl.sum(tl.where(tl.arange(0, 16)[None, None, :, None] == 15 - r, by_slot, 0.0), 2)
+        store_rows(dp_ptr + b * dp_sb + h * dp_sh, tl.reshape(dp, [BM, P_TILE]), i, dp_st, T, tl.arange(0, P_TILE), P)
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "H", "first", "targets", "accumulate"])
@@ -229,7 +242,7 @@ def position_query_gradient_kernel(
     dp = tl.zeros([BM, P_COLUMNS], tl.float32)
     for n0 in range(0, S + BM - 1, BN):
         ds = tl.load(ds_ptr + n0 + diagonal)
-        e_row = lead - BM - i0 + n0 + tl.arange(0, BN)
+        e_row = 16 * lead - BM - i0 + n0 + tl.arange(0, BN)
         e = tl.load(table_ptr + (e_row[:, None] * P_TILE + d[None, :]), mask=(d < P_TILE)[None, :], other=0.0)
         dp += product(ds, e)
     store_rows(dp_ptr + b * dp_sb + h * dp_sh, dp, i0 + row, dp_st, T, d, P)
@@ -245,7 +258,7 @@ def position_gradient_kernel(
     For the offsets n that the block meets: those from T - (first + targets) on.
     """
     block, b, h = split_program(tl.cdiv(S + targets - 1, BN), B, H)
-    p_ptr += b * p_sb + h * p_sh
+    p_ptr += (b * p_sb + h * p_sh) * 4
     de_ptr += b * de_sb + h * de_sh
     column = tl.arange(0, BN)
     # Source n - (T - 1) + i of the block's target i - first and offset n = T - (first + targets) + n0 + column.
@@ -260,7 +273,7 @@ def position_gradient_kernel(
     ds_ptr += (h * B + b) * targets * ds_st + MARGIN + start + begin.to(tl.int64) * (ds_st + 1)
     de = tl.zeros([BN, P_COLUMNS], tl.float32)
     for i0 in range(begin, end, BM):
-        p = load_rows(p_ptr, first + i0 + row, p_st, T, d, P)
+        p = load_rows(p_ptr, first + i0 + row, p_st * 4, T, d, P)
         de += product(tl.trans(tl.load(ds_ptr + diagonal)), p)
         ds_ptr += BM * (ds_st + 1)
     n = T - (first + targets) + n0 + column
@@ -272,39 +285,43 @@ def position_gradient_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def value_gradient_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
-    padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
+    filling_ptr, filling_sb, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
     g_ptr, g_st, g_sb, g_sh, dv_ptr, C,
-    D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
-    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr,
+    D: tl.constexpr, D_TILE: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
+    MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BC: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """dv[j] = sum_i w[i, j] g[i], contiguous, for one block of BC channels."""
+    """dv[j] = sum_i w[i, j] g[i], contiguous, for one block of BC + REST channels, as in `aggregate_kernel`."""
     block, b, h = split_program(tl.cdiv(S, BN), B, H)
     q_ptr += b * q_sb + h * q_sh
     k_ptr += b * k_sb + h * k_sh
-    p_ptr += b * p_sb + h * p_sh
+    p_ptr += (b * p_sb + h * p_sh) * 4
     g_ptr += b * g_sb + h * g_sh
     table_ptr = table_of(table_ptr, h, copy, P_TILE, TERM)
-    padding_ptr += b * S
+    filling_ptr += b * filling_sb
     mask_ptr += b * mask_sb
     softmax_ptr += (h * B + b) * T * 2
     ROUGHLY: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     j0 = block * BN
     j = j0 + tl.arange(0, BN)
     d = tl.arange(0, D_TILE)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    c = tl.program_id(1) * (BC + REST) + tl.arange(0, BC)
+    rest = tl.program_id(1) * (BC + REST) + BC + tl.arange(0, max(REST, 1))
     k = load_rows(k_ptr, j, k_st, S, d, D)
     dv = tl.zeros([BN, BC], tl.float32)
+    more = tl.zeros([BN, max(REST, 1)], tl.float32)
     for i0 in range(0, T, BM):
         i = i0 + tl.arange(0, BM)
         q = load_rows(q_ptr, i, q_st, T, d, D)
-        p = load_positions(p_ptr, p_st, i0, T, P, P_TILE, BM, TERM)
-        s = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P, P_TILE, BM, BN, TERM)
-        s = fill_masked(
-            s, MASKED_SCORE, float("-inf"), i, j, padding_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks,
-            PADDING, MASK, CHUNKS,
-        )  # fmt: skip
+        p = load_positions(p_ptr, p_st, i0, T, P_TILE, BM, TERM)
+        s = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P_TILE, BM, BN, TERM)
+        s = fill_masked(s, i, j, filling_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
         w = make_weights(s, load_largest(softmax_ptr, i, T), load_scale(softmax_ptr, i, T), ROUGHLY)
-        g = load_rows(g_ptr, i, g_st, T, c, C)
-        dv += product(tl.trans(w.to(g.dtype)), g)
-    store_rows(dv_ptr + (b * H + h) * C, dv, j, B * H * C, S, c, C)
+        w = tl.trans(w.to(g_ptr.dtype.element_ty))
+        dv += product(w, load_rows(g_ptr, i, g_st, T, c, C))
+        if REST:
+            more += product(w, load_rows(g_ptr, i, g_st, T, rest, C))
+    dv_ptr += (b * H + h) * C
+    store_rows(dv_ptr, dv, j, B * H * C, S, c, C)
+    if REST:
+        store_rows(dv_ptr, more, j, B * H * C, S, rest, C)

@@ -30,7 +30,7 @@ BY_GATHER = tl.constexpr(3)
 loads: a load for each score and channel, for float32, whose products have no matrix instruction, with up to 8 channels.
 By gather: a product with the BM + BN rows of e that a tile meets, whose rows are then shifted against each other."""
 
-VARYING = ["T", "S", "B", "chunk", "left_chunks", "mask_sb", "mask_st", "p_st", "p_sb", "p_sh", "lead", "copy"]
+VARYING = ["T", "S", "B", "chunk", "left_chunks", "mask_sb", "mask_st", "p_st", "p_sb", "p_sh", "lead", "copy", "filling_sb"]
 """Arguments for whose special values, 1 and multiples of 16, a kernel is not compiled again.
 
 They differ from batch to batch; those of p also between weights and constant ones.
@@ -67,47 +67,56 @@ def product(a, b):
 
 
 @triton.jit
-def load_positions(p_ptr, p_st, i0, T, P: tl.constexpr, P_TILE: tl.constexpr, BM: tl.constexpr, TERM: tl.constexpr):
+def load_positions(p_ptr, p_st, i0, T, P_TILE: tl.constexpr, BM: tl.constexpr, TERM: tl.constexpr):
     """p of targets i0 .. i0 + BM as the term needs it: by slots A above, (BM / 16, 16, 16 P_TILE), else (BM, P_TILE)."""
     if TERM == BY_SLOTS:
-        tl.static_assert(P == P_TILE)
         r = tl.arange(0, 16)[None, :, None]
         i = i0 + 16 * tl.arange(0, BM // 16)[:, None, None] + r
         k = tl.arange(0, 16 * P_TILE)[None, None, :]
         own = (k // P_TILE == 15 - r) & (i < T)
-        return tl.load(p_ptr + i.to(tl.int64) * p_st + k % P_TILE, mask=own, other=0.0)
+        return tl.load(p_ptr + (i.to(tl.int64) * p_st * 4 + k % P_TILE), mask=own, other=0.0)
     else:
-        return load_rows(p_ptr, i0 + tl.arange(0, BM), p_st, T, tl.arange(0, P_TILE), P)
+        return load_rows(p_ptr, i0 + tl.arange(0, BM), p_st * 4, T, tl.arange(0, P_TILE), P_TILE)
+
+
+@triton.jit
+def load_window(table_ptr, i0, j0, lead, copy, P_TILE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """B above, for every 16 of the targets: (BM / 16, 16 P_TILE, BN). Arguments as of `add_term`.
+
+    All that differs within a tile is 64-bit and stands apart, for then it ends up within the loads themselves.
+    """
+    COPIES: tl.constexpr = 8 // P_TILE
+    SUBTILES: tl.constexpr = BM // 16
+    first = P_TILE * (lead * 16 - BM - i0 + j0)
+    m = tl.arange(0, BN)[None, None, :]
+    k = tl.arange(0, 16 * P_TILE)[None, :, None]
+    r = SUBTILES - 1 - tl.arange(0, SUBTILES)[:, None, None]
+    within = (16 * P_TILE * r + m // COPIES * 8 + k).to(tl.int64) + (m % COPIES).to(tl.int64) * (copy * 16)
+    return tl.load(table_ptr + first + within)
 
 
 @triton.jit
 def add_term(
     s, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T,
-    P: tl.constexpr, P_TILE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TERM: tl.constexpr,
+    P_TILE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TERM: tl.constexpr,
 ):  # fmt: skip
     """Adds the positional term to a tile (BM, BN) of scores.
 
     Args:
         p: of `load_positions`.
-        table_ptr: of the head: the row of offset n is lead - T + n. By slots with four channels there are two such
-            tables, `copy` elements apart, the second without its first row: either way two rows together lie at a
-            multiple of 16 bytes.
-        i0, j0: the first target and source, multiples of 16 as `lead` is.
+        table_ptr: of the head: the row of offset n is 16 lead - T + n. By slots with four channels there are two such
+            tables, 16 copy elements apart, the second without its first row: so rows lie at multiples of 16 bytes in
+            one of the two. (The compiler sees the factor 16, as it does not see what is said of an argument.)
+        i0, j0: the first target and source, multiples of 16.
     """
     if TERM == BY_SLOTS:
-        COPIES: tl.constexpr = 8 // P_TILE
-        first = tl.multiple_of(P_TILE * (lead - 16 - i0 + j0), 16 * P_TILE)
-        m = tl.arange(0, BN)[None, None, :]
-        k = tl.arange(0, 16 * P_TILE)[None, :, None]
-        r = tl.arange(0, BM // 16)[:, None, None]
-        column = m // COPIES * 8 + m % COPIES * tl.multiple_of(copy, 16)
-        window = tl.load(table_ptr + (first - 16 * P_TILE * r + column + k))
-        s += tl.reshape(product(p, window), [BM, BN])
+        s += tl.reshape(product(p, load_window(table_ptr, i0, j0, lead, copy, P_TILE, BM, BN)), [BM, BN])
+    lead = lead * 16
     if TERM == BY_LOADS:
         i = i0 + tl.arange(0, BM)
         row = lead - 1 - i[:, None] + j0 + tl.arange(0, BN)[None, :]
-        for d in tl.static_range(P):
-            pd = tl.load(p_ptr + i.to(tl.int64) * p_st + d, mask=i < T, other=0.0)
+        for d in tl.static_range(P_TILE):
+            pd = tl.load(p_ptr + i.to(tl.int64) * p_st * 4 + d, mask=i < T, other=0.0)
             s += pd.to(tl.float32)[:, None] * tl.load(table_ptr + (row * P_TILE + d)).to(tl.float32)
     if TERM == BY_GATHER:
         WINDOW: tl.constexpr = 2 * (BM if BM > BN else BN)
@@ -121,41 +130,46 @@ def add_term(
 @triton.jit
 def table_of(table_ptr, h, copy, P_TILE: tl.constexpr, TERM: tl.constexpr):
     """The table of a head, for `add_term`."""
-    return table_ptr + h * copy * (8 // P_TILE if TERM == BY_SLOTS else 1)
+    return table_ptr + h * (8 // P_TILE if TERM == BY_SLOTS else 1) * copy * 16
 
 
 @triton.jit
 def score_tile(
     q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T,
-    P: tl.constexpr, P_TILE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TERM: tl.constexpr,
+    P_TILE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TERM: tl.constexpr,
 ):  # fmt: skip
     """Scores (BM, BN) before masking, of tiles of q, k and p."""
     s = product(q, tl.trans(k))
-    return add_term(s, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P, P_TILE, BM, BN, TERM)
+    return add_term(s, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P_TILE, BM, BN, TERM)
 
 
 @triton.jit
 def fill_masked(
-    x, value, outside, i, j, padding_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks,
-    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """x with `value` where a pair of targets i (BM,) and sources j (BN,) is masked, and `outside` beyond the sources.
+    s, i, j, filling_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """Scores of targets i (BM,) and sources j (BN,), -1000 where a pair is masked and -inf beyond the sources.
 
-    `padding_ptr` and `mask_ptr` are those of the sequence.
+    `filling_ptr` and `mask_ptr` are those of the sequence.
     """
-    kept = j < S
-    filling = tl.where(kept, value, outside)
+    s = fill_rules(s, MASKED_SCORE, i, j, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
+    filling = tl.load(filling_ptr + j)
+    return tl.where((filling == 0.0)[None, :], s, filling[None, :])
+
+
+@triton.jit
+def fill_rules(
+    x, value, i, j, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """x with `value` where the mask for pairs or the rule of chunks forbid a pair."""
     if MASK:
-        inside = (i < T)[:, None] & kept[None, :]
+        inside = (i < T)[:, None] & (j < S)[None, :]
         rows = mask_ptr + i.to(tl.int64)[:, None] * mask_st
         x = tl.where(tl.load(rows + j[None, :], mask=inside, other=0) != 0, value, x)
     if CHUNKS:
         own = i // chunk
         first, last = tl.maximum(own - left_chunks, 0) * chunk, (own + 1) * chunk
         x = tl.where((j[None, :] < first[:, None]) | (j[None, :] >= last[:, None]), value, x)
-    if PADDING:
-        kept &= tl.load(padding_ptr + j, mask=kept, other=0) == 0
-    return tl.where(kept[None, :], x, filling[None, :])
+    return x
 
 
 @triton.jit
@@ -208,37 +222,46 @@ def spread_kernel(
         tl.store(table + row[:, None] * P_TILE + d[None, :], e, mask=(row < rows)[:, None])
 
 
+@triton.jit(do_not_specialize=["S", "length"])
+def filling_kernel(padding_ptr, filling_ptr, S, length, PADDING: tl.constexpr, BLOCK: tl.constexpr):
+    """What is to be in place of a source's scores, (B, length): -inf beyond the sources, -1000 of padding, 0 for none."""
+    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    b = tl.program_id(1).to(tl.int64)
+    filling = tl.where(j < S, 0.0, float("-inf"))
+    if PADDING:
+        padded = tl.load(padding_ptr + b * S + j, mask=j < S, other=0) != 0
+        filling = tl.where(padded, MASKED_SCORE, filling)
+    tl.store(filling_ptr + b * length + j, filling, mask=j < length)
+
+
 @triton.jit(do_not_specialize=[*VARYING, "H"])  # of all heads, and of one where weights are constant
 def softmax_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
-    padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
-    D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
-    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    filling_ptr, filling_sb, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
+    D: tl.constexpr, D_TILE: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
+    MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The largest score of each target and 1 / sum_j exp(s - largest), online over the sources: (H, B, T, 2)."""
     block, b, h = split_program(tl.cdiv(T, BM), B, H)
     q_ptr += b * q_sb + h * q_sh
     k_ptr += b * k_sb + h * k_sh
-    p_ptr += b * p_sb + h * p_sh
+    p_ptr += (b * p_sb + h * p_sh) * 4
     table_ptr = table_of(table_ptr, h, copy, P_TILE, TERM)
-    padding_ptr += b * S
+    filling_ptr += b * filling_sb
     mask_ptr += b * mask_sb
     ROUGHLY: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     i0 = block * BM
     i = i0 + tl.arange(0, BM)
     d = tl.arange(0, D_TILE)
     q = load_rows(q_ptr, i, q_st, T, d, D)
-    p = load_positions(p_ptr, p_st, i0, T, P, P_TILE, BM, TERM)
+    p = load_positions(p_ptr, p_st, i0, T, P_TILE, BM, TERM)
     largest = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     for j0 in range(0, S, BN):
         j = j0 + tl.arange(0, BN)
         k = load_rows(k_ptr, j, k_st, S, d, D)
-        s = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P, P_TILE, BM, BN, TERM)
-        s = fill_masked(
-            s, MASKED_SCORE, float("-inf"), i, j, padding_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks,
-            PADDING, MASK, CHUNKS,
-        )  # fmt: skip
+        s = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P_TILE, BM, BN, TERM)
+        s = fill_masked(s, i, j, filling_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
         new = tl.maximum(largest, tl.max(s, 1))  # finite: the first tile has a source
         total = total * tl.exp2((largest - new) * LOG2E) + tl.sum(exponential(s, new, ROUGHLY), 1)
         largest = new
@@ -250,17 +273,17 @@ def softmax_kernel(
 @triton.jit(do_not_specialize=[*VARYING, "H"])
 def weights_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
-    padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy, w_ptr, w_st,
-    D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
-    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    filling_ptr, filling_sb, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy, w_ptr, w_st,
+    D: tl.constexpr, D_TILE: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
+    MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """W itself, (H, B, T, w_st), with zeros beyond the sources; w_st is a multiple of 16."""
     block, b, h = split_program(tl.cdiv(T, BM), B, H)
     q_ptr += b * q_sb + h * q_sh
     k_ptr += b * k_sb + h * k_sh
-    p_ptr += b * p_sb + h * p_sh
+    p_ptr += (b * p_sb + h * p_sh) * 4
     table_ptr = table_of(table_ptr, h, copy, P_TILE, TERM)
-    padding_ptr += b * S
+    filling_ptr += b * filling_sb
     mask_ptr += b * mask_sb
     softmax_ptr += (h * B + b) * T * 2
     w_st = tl.multiple_of(w_st, 16)
@@ -269,17 +292,14 @@ def weights_kernel(
     i = i0 + tl.arange(0, BM)
     d = tl.arange(0, D_TILE)
     q = load_rows(q_ptr, i, q_st, T, d, D)
-    p = load_positions(p_ptr, p_st, i0, T, P, P_TILE, BM, TERM)
+    p = load_positions(p_ptr, p_st, i0, T, P_TILE, BM, TERM)
     largest, scale = load_largest(softmax_ptr, i, T), load_scale(softmax_ptr, i, T)
     w_ptr += ((h * B + b) * T + i0) * w_st
     for j0 in range(0, w_st, BN):
         j = j0 + tl.arange(0, BN)
         k = load_rows(k_ptr, j, k_st, S, d, D)
-        s = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P, P_TILE, BM, BN, TERM)
-        s = fill_masked(
-            s, MASKED_SCORE, float("-inf"), i, j, padding_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks,
-            PADDING, MASK, CHUNKS,
-        )  # fmt: skip
+        s = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P_TILE, BM, BN, TERM)
+        s = fill_masked(s, i, j, filling_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
         w = make_weights(s, largest, scale, ROUGHLY).to(w_ptr.dtype.element_ty)
         own = (i < T)[:, None] & (j < w_st)[None, :]
         tl.store(w_ptr + (tl.arange(0, BM)[:, None] * w_st + j[None, :]), w, mask=own)
@@ -288,40 +308,44 @@ def weights_kernel(
 @triton.jit(do_not_specialize=VARYING)
 def aggregate_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
-    padding_ptr, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
+    filling_ptr, filling_sb, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
     v_ptr, v_st, v_sb, v_sh, out_ptr, C,
-    D: tl.constexpr, D_TILE: tl.constexpr, P: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
-    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr,
+    D: tl.constexpr, D_TILE: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
+    MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BC: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = sum_j w[i, j] v[j], contiguous, for one block of BC channels."""
+    """out[i] = sum_j w[i, j] v[j], contiguous, for one block of BC + REST channels: both are powers of two, or REST is 0."""
     block, b, h = split_program(tl.cdiv(T, BM), B, H)
     q_ptr += b * q_sb + h * q_sh
     k_ptr += b * k_sb + h * k_sh
-    p_ptr += b * p_sb + h * p_sh
+    p_ptr += (b * p_sb + h * p_sh) * 4
     v_ptr += b * v_sb + h * v_sh
     table_ptr = table_of(table_ptr, h, copy, P_TILE, TERM)
-    padding_ptr += b * S
+    filling_ptr += b * filling_sb
     mask_ptr += b * mask_sb
     softmax_ptr += (h * B + b) * T * 2
     ROUGHLY: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     i0 = block * BM
     i = i0 + tl.arange(0, BM)
     d = tl.arange(0, D_TILE)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    c = tl.program_id(1) * (BC + REST) + tl.arange(0, BC)
+    rest = tl.program_id(1) * (BC + REST) + BC + tl.arange(0, max(REST, 1))
     q = load_rows(q_ptr, i, q_st, T, d, D)
-    p = load_positions(p_ptr, p_st, i0, T, P, P_TILE, BM, TERM)
+    p = load_positions(p_ptr, p_st, i0, T, P_TILE, BM, TERM)
     largest = load_largest(softmax_ptr, i, T)
     sums = tl.zeros([BM, BC], tl.float32)
+    more = tl.zeros([BM, max(REST, 1)], tl.float32)
     for j0 in range(0, S, BN):
         j = j0 + tl.arange(0, BN)
         k = load_rows(k_ptr, j, k_st, S, d, D)
-        s = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P, P_TILE, BM, BN, TERM)
-        s = fill_masked(
-            s, MASKED_SCORE, float("-inf"), i, j, padding_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks,
-            PADDING, MASK, CHUNKS,
-        )  # fmt: skip
-        v = load_rows(v_ptr, j, v_st, S, c, C)
-        sums += product(exponential(s, largest, ROUGHLY).to(v.dtype), v)
-    sums *= load_scale(softmax_ptr, i, T)[:, None]
-    store_rows(out_ptr + (b * H + h) * C, sums, i, B * H * C, T, c, C)
+        s = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P_TILE, BM, BN, TERM)
+        s = fill_masked(s, i, j, filling_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
+        w = exponential(s, largest, ROUGHLY).to(v_ptr.dtype.element_ty)
+        sums += product(w, load_rows(v_ptr, j, v_st, S, c, C))
+        if REST:
+            more += product(w, load_rows(v_ptr, j, v_st, S, rest, C))
+    scale = load_scale(softmax_ptr, i, T)[:, None]
+    out_ptr += (b * H + h) * C
+    store_rows(out_ptr, sums * scale, i, B * H * C, T, c, C)
+    if REST:
+        store_rows(out_ptr, more * scale, i, B * H * C, T, rest, C)
