@@ -75,6 +75,14 @@ struct AttentionForward {
   ZK_FIELDS(weights, v, out, channels)
 };
 
+// Also gated = out y, contiguous; not where y is without data.
+struct AttentionGated : AttentionForward {
+  AttentionRows y;
+  void* gated;
+
+  ZK_FIELDS(weights, v, out, channels, y, gated)
+};
+
 // One use of the weights, out = W v, and the gradient of its result.
 struct AttentionUse {
   AttentionRows v, out, grad;
@@ -106,5 +114,6 @@ ZK_DECLARE_CPU(attention_backward, AttentionBackward)
 // query channels, a multiple of 8, and 4 position channels; e for all sequences; no float64.
 void attention_softmax_cuda(const AttentionSoftmax& args, void* stream);
 void attention_forward_cuda(const AttentionForward& args, void* stream);
+void attention_gated_forward_cuda(const AttentionGated& args, void* stream);
 
 }  // namespace zk

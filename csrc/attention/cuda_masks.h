@@ -12,6 +12,12 @@ struct ScoreBits {
 
   __device__ __forceinline__ bool is_masked(int m, int x, int i) const { return masked[m] >> (4 * x + i) & 1; }
   __device__ __forceinline__ bool is_outside(int x, int i) const { return outside >> (4 * x + i) & 1; }
+
+  // Sets a masked score to -1000, and one outside to -infinity, whose weight is 0.
+  __device__ __forceinline__ void apply(int m, int x, int i, float& s) const {
+    if (is_masked(m, x, i)) s = masked_score<float>;
+    if (is_outside(x, i)) s = -INFINITY;
+  }
 };
 
 // The masks of the tiles that a block walks over.
@@ -104,7 +110,7 @@ class ScoreMasks {
     return bits;
   }
 
-  // Sets masked scores to -1000, and those outside to -infinity, whose weight is 0.
+  // What bits() say, applied to all scores of the tile.
   __device__ __forceinline__ void apply(ScoreTile<M>& s) const {
     if (plain()) return;
     ScoreBits<M> found = bits();
@@ -113,10 +119,7 @@ class ScoreMasks {
 #pragma unroll
       for (int x = 0; x < score_columns; ++x) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (found.is_masked(m, x, i)) s[m][x][i] = masked_score<float>;
-          if (found.is_outside(x, i)) s[m][x][i] = -INFINITY;
-        }
+        for (int i = 0; i < 4; ++i) found.apply(m, x, i, s[m][x][i]);
       }
     }
   }

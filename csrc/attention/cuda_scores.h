@@ -189,47 +189,63 @@ class ScoreTargets {
     }
   }
 
-  // The scores of the tile that a ScoreLoader has copied to `from`, before masking.
-  __device__ __forceinline__ void scores(const T* from, ScoreTile<M>& s) const {
+  // The scores of the tile that a ScoreLoader has copied to `from`, before masking. Calls done(x) as soon as those of
+  // columns x and x + 1 are there, for x = 0, 2, 4, 6: what they go into next may begin, and frees their registers.
+  template <class F>
+  __device__ __forceinline__ void scores(const T* from, ScoreTile<M>& s, F&& done) const {
     int lane = lane_of_warp();
-    if constexpr (Shape::has_positions) {
-      int first = Shape::targets - 8 - int(threadIdx.x) / 32 * M * 16;  // row of the window of the first columns
-      const T* window = from + Shape::key_size + (first + lane % 8 + lane / 8 * 2) * 8;
-#pragma unroll
-      for (int x = 1 - 2 * M; x < score_columns; ++x) {
-        Pair<T> e[4];
-        load_matrices(e, window + x * 64);
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-          int column = x + 2 * m;  // of rows 0 to 7; rows 8 to 15 are at the next
-          if (column < -1 || column >= score_columns) continue;
-          float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-          mma<T>(c, p_[m][0], e[0], e[1]);
-          mma<T>(c, p_[m][1], e[2], e[3]);
-          if (column >= 0) s[m][column][0] = c[0], s[m][column][1] = c[1];
-          if (column + 1 < score_columns) s[m][column + 1][2] = c[2], s[m][column + 1][3] = c[3];
-        }
-      }
-    } else {
-#pragma unroll
-      for (int n = 0; n < M * score_columns * 4; ++n) s[n / 4 / score_columns][n / 4 % score_columns][n % 4] = 0.0f;
-    }
-    constexpr int together = 2 / steps;  // columns that one load of four matrices serves
+    int first = Shape::targets - 8 - int(threadIdx.x) / 32 * M * 16;  // row of the window of the first columns
+    const T* window = from + Shape::key_size + (first + lane % 8 + lane / 8 * 2) * 8;
     const T* keys = from + key_at<Shape::channels>(lane / 8 / (2 * steps) * 8 + lane % 8, lane / 8 % (2 * steps));
 #pragma unroll
-    for (int x = 0; x < score_columns; x += together) {
+    for (int x = Shape::has_positions ? 1 - 2 * M : 0; x < score_columns; ++x) {
+      if constexpr (Shape::has_positions) add_positions(window + x * 64, x, s);
+      if (x < 0 || x % 2 == 0) continue;
+      add_keys(keys, x - 1, s);
+      done(x - 1);
+    }
+  }
+  __device__ __forceinline__ void scores(const T* from, ScoreTile<M>& s) const {
+    scores(from, s, [](int) {});
+  }
+
+ private:
+  // The positional terms that come of eight offsets and those behind: of column x of the last tile of targets, and of
+  // later ones of the tiles before.
+  __device__ __forceinline__ void add_positions(const T* window, int x, ScoreTile<M>& s) const {
+    Pair<T> e[4];
+    load_matrices(e, window);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      int column = x + 2 * m;  // of rows 0 to 7; rows 8 to 15 are at the next
+      if (column < -1 || column >= score_columns) continue;
+      float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      mma<T>(c, p_[m][0], e[0], e[1]);
+      mma<T>(c, p_[m][1], e[2], e[3]);
+      if (column >= 0) s[m][column][0] = c[0], s[m][column][1] = c[1];
+      if (column + 1 < score_columns) s[m][column + 1][2] = c[2], s[m][column + 1][3] = c[3];
+    }
+  }
+
+  // The products of queries and keys, for columns x and x + 1.
+  __device__ __forceinline__ void add_keys(const T* keys, int x, ScoreTile<M>& s) const {
+#pragma unroll
+    for (int load = 0; load < steps; ++load) {
       Pair<T> k[4];
-      load_matrices(k, keys + x * 8 * Shape::channels);
+      load_matrices(k, keys + (x + load) * 8 * Shape::channels);
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
-        int column = x + part / steps;
+        int column = x + (2 * load + part) / steps;
 #pragma unroll
-        for (int m = 0; m < M; ++m) mma<T>(s[m][column], q_[m][part % steps], k[2 * part], k[2 * part + 1]);
+        for (int m = 0; m < M; ++m) {
+          float (&sum)[4] = s[m][column];
+          if (!Shape::has_positions && (2 * load + part) % steps == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+          mma<T>(sum, q_[m][part % steps], k[2 * part], k[2 * part + 1]);
+        }
       }
     }
   }
 
- private:
   static __device__ __forceinline__ Pair<T> pair_at(const T* from) { return *reinterpret_cast<const Pair<T>*>(from); }
 
   Pair<T> q_[M][steps][4], p_[M][2][4];
