@@ -11,7 +11,7 @@ namespace {
 
 // Two blocks of threads a multiprocessor; three of narrow values in half precision.
 template <class Shape, class Values>
-constexpr int resident = 2;
+constexpr int resident = Values::columns == 2 && sizeof(typename Shape::Element) == 2 ? 3 : 2;
 
 template <class Shape, class Values>
 constexpr int stage_size = Shape::size + Values::size;
@@ -24,41 +24,34 @@ __global__ void __launch_bounds__(score_threads, resident<Shape, Values>) averag
   int blocks = (int(args.channels) + Values::channels - 1) / Values::channels;
   int first_channel = int(blockIdx.x % blocks) * Values::channels;
   ScorePlace place = score_place<Shape>(weights, blockIdx.x / blocks);
-  __shared__ int all_see;
-  bool sees = block_sees<Shape>(weights, place, &all_see);
-  ScoreMasks<M> masks(weights, place);
-  int begin = masks.first_tile(sees), end = masks.end_tile(sees);
-
+  ScoreMasks<Shape> masks(weights, place, mask_edges<Shape>(weights, place, true));
   T* shared = dynamic_shared<T>();
-  ScoreLoader<Shape> loader(weights, place, begin * score_sources);
+  ScoreLoader<Shape> loader(weights, place, masks.begin() * score_sources);
   ValueLoader<Values> values(row_of<T>(args.v, place) + first_channel, args.v.frame, int(weights.sources),
-                             int(args.channels) - first_channel, begin * score_sources);
+                             int(args.channels) - first_channel, masks.begin() * score_sources);
   ScoreTargets<Shape> targets(weights, place);
   WeightRows<T, M> rows(weights, place);
   float sums[M][N][4] = {};
 
-  auto load = [&](int tile) {
-    T* stage = shared + (tile - begin) % 2 * stage_size<Shape, Values>;
-    loader.load(stage);
-    values.load(stage + Shape::size);
+  int stage = 0;
+  auto load = [&] {
+    loader.load(shared + stage);
+    values.load(shared + stage + Shape::size);
     commit_copies();
   };
-  load(begin);
-  masks.fetch(begin * score_sources);
-  for (int tile = begin; tile < end; ++tile) {
-    masks.take(tile * score_sources);
-    masks.fetch((tile + 1) * score_sources);
+  load();
+  for (int tile = masks.begin(); tile < masks.end(); ++tile) {
     wait_for_copies<0>();
     __syncthreads();  // the tile is there, and nobody reads the one before
-    if (tile + 1 < end) load(tile + 1);
-    if (sees && masks.hidden()) continue;
+    const T* here = shared + stage;
+    stage = stage_size<Shape, Values> - stage;
+    if (tile + 1 < masks.end()) load();
 
-    const T* stage = shared + (tile - begin) % 2 * stage_size<Shape, Values>;
     auto add = [&](auto masked) {
       ScoreBits<M> bits{};
-      if constexpr (decltype(masked)::value) bits = masks.bits();
+      if constexpr (decltype(masked)::value) bits = masks.bits(tile);
       ScoreTile<M> w;
-      targets.scores(stage, w, [&](int x) {
+      targets.scores(here, w, [&](int x) {
 #pragma unroll
         for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -68,10 +61,10 @@ __global__ void __launch_bounds__(score_threads, resident<Shape, Values>) averag
             s = rows.weight(s, m, n % 4 / 2);
           }
         }
-        add_products<Values, M>(w, x, stage + Shape::size, sums);
+        add_products<Values, M>(w, x, here + Shape::size, sums);
       });
     };
-    if (sizeof(T) == 2 && masks.plain()) {
+    if (sizeof(T) == 2 && masks.plain(tile)) {
       add(std::false_type{});
     } else {
       add(std::true_type{});

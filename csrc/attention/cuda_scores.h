@@ -283,19 +283,4 @@ class WeightRows {
   float largest_[M][2], scale_[M][2];
 };
 
-// Whether masked scores have no weight for any target of the block. All threads call, with shared memory for one
-// number; a barrier must follow before that is used again.
-template <class Shape>
-__device__ __forceinline__ bool block_sees(const AttentionWeights& args, const ScorePlace& place, int* shared) {
-  auto rows = static_cast<const SoftmaxRow<float>*>(args.softmax);
-  rows += (place.head * args.sequences + place.sequence) * args.targets;
-  if (threadIdx.x == 0) *shared = 1;
-  __syncthreads();
-  int i = place.first + threadIdx.x;
-  bool last = int(threadIdx.x) >= Shape::targets || i >= int(args.targets);
-  if (!last && !(rows[i].largest > visible_limit<float>)) *shared = 0;
-  __syncthreads();
-  return *shared != 0;
-}
-
 }  // namespace zk

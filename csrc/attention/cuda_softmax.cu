@@ -32,29 +32,33 @@ __global__ void __launch_bounds__(score_threads) softmax_rows(const AttentionWei
   using T = typename Shape::Element;
   constexpr int M = Shape::tiles;
   ScorePlace place = score_place<Shape>(args, blockIdx.x);
-  ScoreMasks<M> masks(args, place);
-  int begin = masks.first_tile(true), end = masks.end_tile(true), visited = 0;
+  ScoreMasks<Shape> masks(args, place, mask_edges<Shape>(args, place, false));
   T* shared = dynamic_shared<T>();
-  ScoreLoader<Shape> loader(args, place, begin * score_sources);
+  ScoreLoader<Shape> loader(args, place, masks.begin() * score_sources);
   ScoreTargets<Shape> targets(args, place);
   RunningSum rows[M][2];
 
+  int stage = 0;
   loader.load(shared);
   commit_copies();
-  masks.fetch(begin * score_sources);
-  for (int tile = begin; tile < end; ++tile) {
-    masks.take(tile * score_sources);
-    masks.fetch((tile + 1) * score_sources);
+  for (int tile = masks.begin(); tile < masks.end(); ++tile) {
     wait_for_copies<0>();
     __syncthreads();  // the tile is there, and nobody reads the one before
-    if (tile + 1 < end) loader.load(shared + (tile + 1 - begin) % 2 * Shape::size);
+    const T* here = shared + stage;
+    stage = Shape::size - stage;
+    if (tile + 1 < masks.end()) loader.load(shared + stage);
     commit_copies();
-    if (masks.hidden()) continue;
-    visited += masks.count();
 
     ScoreTile<M> s;
-    targets.scores(shared + (tile - begin) % 2 * Shape::size, s);
-    masks.apply(s);
+    targets.scores(here, s);
+    if (!masks.plain(tile)) {
+      ScoreBits<M> bits = masks.bits(tile);
+#pragma unroll
+      for (int n = 0; n < M * score_columns * 4; ++n) {
+        int m = n / 4 / score_columns, x = n / 4 % score_columns, i = n % 4;
+        bits.apply(m, x, i, s[m][x][i]);
+      }
+    }
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -90,7 +94,7 @@ __global__ void __launch_bounds__(score_threads) softmax_rows(const AttentionWei
       for (int lanes = 1; lanes < 4; lanes *= 2) {
         row.add({__shfl_xor_sync(~0u, row.largest, lanes), __shfl_xor_sync(~0u, row.sum, lanes)});
       }
-      if (visited < int(args.sources)) row.add({masked_score<float>, float(int(args.sources) - visited)});
+      if (masks.unvisited() > 0) row.add({masked_score<float>, float(masks.unvisited())});
       int i = target_of<M>(place, m, half);
       if (lane_of_warp() % 4 == 0 && i < int(args.targets)) out[i] = {row.largest, 1.0f / row.sum};
     }
