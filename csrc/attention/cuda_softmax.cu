@@ -67,25 +67,32 @@ __global__ void __launch_bounds__(score_threads, sizeof(typename Shape::Element)
     if (tile + 1 < masks.end()) loader.load(shared + stage);
     commit_copies();
 
-    bool plain = masks.plain(tile);
-    ScoreBits<M> bits{};
-    if (!plain) bits = masks.bits(tile);
+    auto add = [&](auto masked) {
+      ScoreBits<M> bits{};
+      if constexpr (decltype(masked)::value) bits = masks.bits(tile);
 #pragma unroll 1
-    for (int first = 0; first < score_columns; first += columns) {
-      float s[M][columns][4];
-      targets.scores(here, first, s, [](int) {});
-      if (!plain) {
+      for (int first = 0; first < score_columns; first += columns) {
+        float s[M][columns][4];
+        targets.scores(here, first, s, [&](int x) {
+          if constexpr (decltype(masked)::value) {
 #pragma unroll
-        for (int n = 0; n < M * columns * 4; ++n) {
-          int m = n / 4 / columns, x = n / 4 % columns, i = n % 4;
-          bits.apply(m, first + x, i, s[m][x][i]);
+            for (int n = 0; n < 8 * M; ++n) {
+              int m = n / 8, column = x + n / 4 % 2, i = n % 4;
+              bits.apply(m, first + column, i, s[m][column][i]);
+            }
+          }
+        });
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) rows[m][half].add(s[m], half, sizeof(T) == 4);
         }
       }
-#pragma unroll
-      for (int m = 0; m < M; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) rows[m][half].add(s[m], half, sizeof(T) == 4);
-      }
+    };
+    if (sizeof(T) == 2 && masks.plain(tile)) {
+      add(std::false_type{});
+    } else {
+      add(std::true_type{});
     }
   }
 
