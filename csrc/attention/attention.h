@@ -18,6 +18,19 @@ struct AttentionRows {
   ZK_FIELDS(data, frame, sequence, head)
 };
 
+// A target's weights are exp(s - largest) scale.
+template <class W>
+struct SoftmaxRow {
+  W largest, scale;
+};
+
+// What masked scores are set to. Where the largest score lies above `visible_limit`, their weights vanish in every
+// dtype.
+template <class W>
+constexpr W masked_score = W(-1000);
+template <class W>
+constexpr W visible_limit = W(-200);
+
 // The weights: queries against keys, with relative positions and masks. Of position projections there are
 // targets + sources - 1 "frames"; their sequence stride is 0 where all sequences share them.
 struct AttentionWeights {
@@ -60,6 +73,14 @@ struct AttentionForward {
   int threads;
 
   ZK_FIELDS(weights, v, out, channels)
+};
+
+// Also gated = out y, contiguous; not where y is without data.
+struct AttentionGated : AttentionForward {
+  AttentionRows y;
+  void* gated;
+
+  ZK_FIELDS(weights, v, out, channels, y, gated)
 };
 
 // One use of the weights, out = W v, and the gradient of its result.
@@ -135,7 +156,11 @@ ZK_DECLARE_CPU(attention_weights_forward, AttentionDense)
 ZK_DECLARE_CPU(attention_forward, AttentionForward)
 ZK_DECLARE_CPU(attention_backward, AttentionBackward)
 
-// `stream` is a cudaStream_t. No float64; queries of 8, 16, 24 or 32 channels, positions of 4.
+// `stream` is a cudaStream_t. Rows of q and k are aligned to 16 bytes, those of p, e and v to 4 elements; up to 32
+// query channels, a multiple of 8, and 4 position channels; e for all sequences; no float64.
+void attention_softmax_cuda(const AttentionSoftmax& args, void* stream);
+void attention_forward_cuda(const AttentionForward& args, void* stream);
+void attention_gated_forward_cuda(const AttentionGated& args, void* stream);
 void attention_values_gradient_cuda(const AttentionValuesGradient& args, void* stream);
 void attention_by_sources_cuda(const AttentionScoresGradients& args, void* stream);
 void attention_by_targets_cuda(const AttentionScoresGradients& args, void* stream);

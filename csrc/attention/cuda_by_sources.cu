@@ -155,7 +155,9 @@ void run(const AttentionScoresGradients& args, void* stream) {
 
 }  // namespace
 
-void attention_by_sources_cuda(const AttentionScoresGradients& args, void* stream) {
+void attention_by_sources_cuda(const AttentionScoresGradients& given, void* stream) {
+  AttentionScoresGradients args = given;
+  args.weights = for_kernels(given.weights);
   dispatch_attention(args.weights, [&](auto element, auto depth, auto positions) {
     using T = decltype(element);
     if (args.channels > 32) return run<T, depth, positions, true>(args, stream);

@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(attention_threads) by_targets(const AttentionS
   const T* values = static_cast<const T*>(args.values) + pair * sources * channels;
   const T* grads = static_cast<const T*>(args.grads) + pair * targets * channels;
   const float* deltas = static_cast<const float*>(args.delta) + pair * targets;
-  auto* rows = static_cast<const SoftmaxPair*>(w.softmax) + pair * targets;
+  auto* rows = static_cast<const SoftmaxRow<float>*>(w.softmax) + pair * targets;
 
   const int blocks = (targets + attention_step - 1) / attention_step;
   const int last_block = int(int64_t(blocks) * (part + 1) / parts);
@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(attention_threads) by_targets(const AttentionS
 #pragma unroll
     for (int high = 0; high < 2; ++high) {
       int i = own + g + 8 * high;
-      SoftmaxPair row = i < targets ? rows[i] : SoftmaxPair{};
+      SoftmaxRow<float> row = i < targets ? rows[i] : SoftmaxRow<float>{};
       shifts[high] = i < targets ? Shift<T>::of(row.largest, row.scale) : Shift<T>::outside();
       negative[high] = i < targets ? -deltas[i] : 0.0f;
       seen[high] = seen_by(w, i);
@@ -242,7 +242,9 @@ void run(const AttentionScoresGradients& args, void* stream) {
 
 }  // namespace
 
-void attention_by_targets_cuda(const AttentionScoresGradients& args, void* stream) {
+void attention_by_targets_cuda(const AttentionScoresGradients& given, void* stream) {
+  AttentionScoresGradients args = given;
+  args.weights = for_kernels(given.weights);
   dispatch_attention(args.weights, [&](auto element, auto depth, auto positions) {
     using T = decltype(element);
     if (args.channels > 32) return run<T, depth, positions, true>(args, stream);

@@ -47,7 +47,7 @@ class TargetLoader {
         p_stride_(w.p.frame),
         window_(positions ? head_of<T>(w.e, 0, h) : nullptr, w.e.frame, int(w.targets + w.sources - 1),
                 int(w.targets) - 1 - (first + attention_step - 1) + first_source, -attention_step),
-        rows_(static_cast<const SoftmaxPair*>(w.softmax) + (h * w.sequences + b) * w.targets),
+        rows_(static_cast<const SoftmaxRow<float>*>(w.softmax) + (h * w.sequences + b) * w.targets),
         delta_(deltas ? delta + (h * w.sequences + b) * w.targets : nullptr) {}
 
   // Zeroes what is zero in every stage.
@@ -92,9 +92,9 @@ class TargetLoader {
   const T* p_;
   int64_t p_stride_;
   WindowLoader<T, Stage::window_rows> window_;
-  const SoftmaxPair* rows_;
+  const SoftmaxRow<float>* rows_;
   const float* delta_;
-  SoftmaxPair raw_;
+  SoftmaxRow<float> raw_;
   float negative_delta_;
   bool exists_;
 };

@@ -4,17 +4,15 @@
 
 #include <cmath>
 
-#include "attention/attention.h"
+#include "attention/cuda_scores.h"
 #include "common/launch.h"
 #include "common/mma.h"
 #include "common/vectors.h"
 
 namespace zk {
 
-constexpr int attention_threads = 128;  // of a block: four warps
+constexpr int attention_threads = score_threads;
 constexpr int attention_step = 64;      // frames that a block goes forward at once
-constexpr float masked_score = -1000.0f;
-constexpr float log2_of_e = 1.4426950408889634f;
 
 // Loops over tiles are unrolled where a product is one instruction; of float, whose products are many, they are not.
 template <class T>
@@ -151,10 +149,6 @@ struct Shift {
       return exp2_of((score - shift) * log2_of_e) * scale;
     }
   }
-};
-
-struct alignas(8) SoftmaxPair {
-  float largest, scale;
 };
 
 // Frames of the other kind that a frame's chunk goes together with: [begin, end).

@@ -29,9 +29,9 @@ __global__ void __launch_bounds__(attention_threads) values_gradient(const Atten
   // Targets that see any of the sources; all, if some see nothing and so count all sources alike.
   int begin = 0, end = targets;
   if (w.chunk > 0) {
-    auto* rows = static_cast<const SoftmaxPair*>(w.softmax) + (h * int64_t(sequences) + b) * targets;
+    auto* rows = static_cast<const SoftmaxRow<float>*>(w.softmax) + (h * int64_t(sequences) + b) * targets;
     bool blind = false;
-    for (int i = threadIdx.x; i < targets; i += attention_threads) blind |= rows[i].largest <= masked_score;
+    for (int i = threadIdx.x; i < targets; i += attention_threads) blind |= !(rows[i].largest > visible_limit<float>);
     auto* votes = reinterpret_cast<unsigned*>(memory);
     unsigned vote = __ballot_sync(~0u, blind);
     if (lane == 0) votes[warp] = vote;
@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(attention_threads) values_gradient(const Atten
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               int target = first + 16 * y + 8 * half + 2 * t + i % 2;
-              if (masks.hide(2 * m + i / 2, target)) s[m][half][i] = masked_score;
+              if (masks.hide(2 * m + i / 2, target)) s[m][half][i] = masked_score<float>;
             }
           }
 #pragma unroll
@@ -125,7 +125,9 @@ void run(const AttentionValuesGradient& args, void* stream) {
 
 }  // namespace
 
-void attention_values_gradient_cuda(const AttentionValuesGradient& args, void* stream) {
+void attention_values_gradient_cuda(const AttentionValuesGradient& given, void* stream) {
+  AttentionValuesGradient args = given;
+  args.weights = for_kernels(given.weights);
   dispatch_attention(args.weights, [&](auto element, auto depth, auto positions) {
     using T = decltype(element);
     constexpr int D = depth, half = sizeof(T) == 2;
