@@ -18,6 +18,11 @@ inline void bind_attention(pybind11::module_& m) {
   bind_cuda(m, "attention_softmax_cuda", attention_softmax_cuda);
   bind_cuda(m, "attention_forward_cuda", attention_forward_cuda);
   bind_cuda(m, "attention_gated_forward_cuda", attention_gated_forward_cuda);
+  bind_cuda(m, "attention_values_gradient_cuda", attention_values_gradient_cuda);
+  bind_cuda(m, "attention_by_sources_cuda", attention_by_sources_cuda);
+  bind_cuda(m, "attention_by_targets_cuda", attention_by_targets_cuda);
+  bind_cuda(m, "attention_pack_cuda", attention_pack_cuda);
+  bind_cuda(m, "attention_offsets_cuda", attention_offsets_cuda);
 #endif
 }
 

@@ -130,6 +130,8 @@ _ON_CPU = [
 ]  # fmt: skip
 
 _ON_GPU = [
+    Entry("attention.cuda_blocks", 8, "blocks a multiprocessor", "that sum gradients of position projections", GPU,
+          _PER_MULTIPROCESSOR),
     Entry("bias_norm.cuda_blocks", 4, "blocks a multiprocessor", "at most in backward", GPU, _PER_MULTIPROCESSOR),
     Entry("conv_module.cuda_blocks", 2, "blocks a multiprocessor", "that sum gradients", GPU, _PER_MULTIPROCESSOR),
     _tile("swoosh.triton_block", 1024, "elements", "of a program"),
