@@ -30,7 +30,21 @@ BY_GATHER = tl.constexpr(3)
 loads: a load for each score and channel, for float32, whose products have no matrix instruction, with up to 8 channels.
 By gather: a product with the BM + BN rows of e that a tile meets, whose rows are then shifted against each other."""
 
-VARYING = ["T", "S", "B", "chunk", "left_chunks", "mask_sb", "mask_st", "p_st", "p_sb", "p_sh", "lead", "copy", "filling_sb"]
+VARYING = [
+    "T",
+    "S",
+    "B",
+    "chunk",
+    "left_chunks",
+    "mask_sb",
+    "mask_st",
+    "p_st",
+    "p_sb",
+    "p_sh",
+    "lead",
+    "copy",
+    "filling_sb",
+]
 """Arguments for whose special values, 1 and multiples of 16, a kernel is not compiled again.
 
 They differ from batch to batch; those of p also between weights and constant ones.
@@ -157,9 +171,7 @@ def fill_masked(
 
 
 @triton.jit
-def fill_rules(
-    x, value, i, j, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK: tl.constexpr, CHUNKS: tl.constexpr
-):
+def fill_rules(x, value, i, j, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK: tl.constexpr, CHUNKS: tl.constexpr):
     """x with `value` where the mask for pairs or the rule of chunks forbid a pair."""
     if MASK:
         inside = (i < T)[:, None] & (j < S)[None, :]
