@@ -18,7 +18,7 @@ struct NonlinRows {
 };
 
 // The gates of a projection's thirds s, x, y, of which each may lie anywhere: values = x tanh(s) before the average
-// over frames, and out = average y after it. Biases are null or added first. Everything is of one dtype, float32 or
+// over frames, and out = average y after it. Biases are null or added first. On the CPU everything is float32 or
 // float64.
 struct NonlinOpen {
   NonlinRows s, x;
@@ -62,9 +62,31 @@ struct NonlinOpenBackward {
   ZK_FIELDS(grad, s, x, ds, dx, frames, sequences, channels, dtype)
 };
 
+// The gates on the GPU, element by element:
+//
+//   open             (s, x) -> x tanh(s)
+//   close            (average, y) -> average y
+//   open_backward    (dvalues, s, x) -> ds, dx
+//   close_backward   (grad, average, y) -> the gradient of the average, dy
+//
+// What a gate does not have is without data.
+struct NonlinMap {
+  NonlinRows first, second, third, out, other;
+  int64_t frames, sequences, channels;
+  DType dtype;  // of everything
+
+  ZK_FIELDS(first, second, third, out, other, frames, sequences, channels, dtype)
+};
+
 ZK_DECLARE_CPU(nonlin_attention_open, NonlinOpen)
 ZK_DECLARE_CPU(nonlin_attention_close, NonlinClose)
 ZK_DECLARE_CPU(nonlin_attention_open_backward, NonlinOpenBackward)
 ZK_DECLARE_CPU(nonlin_attention_close_backward, NonlinCloseBackward)
+
+// `stream` is a cudaStream_t. No float64.
+void nonlin_attention_open_cuda(const NonlinMap& args, void* stream);
+void nonlin_attention_close_cuda(const NonlinMap& args, void* stream);
+void nonlin_attention_open_backward_cuda(const NonlinMap& args, void* stream);
+void nonlin_attention_close_backward_cuda(const NonlinMap& args, void* stream);
 
 }  // namespace zk

@@ -136,6 +136,8 @@ _ON_GPU = [
         GPU, "reasoned: at 80 GB all layers of preset L store theirs for 30 x 30 s, 2 GB; no layer takes more than 1.3",
         least=0,
     ),
+    Entry("attention.cuda_blocks", 8, "blocks a multiprocessor", "that sum gradients of position projections", GPU,
+          _PER_MULTIPROCESSOR),
     Entry("bias_norm.cuda_blocks", 4, "blocks a multiprocessor", "at most in backward", GPU, _PER_MULTIPROCESSOR),
     Entry("conv_module.cuda_blocks", 2, "blocks a multiprocessor", "that sum gradients", GPU, _PER_MULTIPROCESSOR),
     Entry(
@@ -181,9 +183,9 @@ _ATTENTION_TILES = {  # by bytes of an element
     2: {
         "softmax": (64, 64, 4, 16, 1),
         "weights": (64, 64, 4, 16, 1),
-        "aggregate": (64, 64, 4, 256, 1),
-        "value": (64, 64, 4, 256, 1),
-        "score": (64, 64, 4, 64, 1),
+        "aggregate": (64, 64, 4, 192, 1),
+        "value": (64, 64, 4, 192, 1),
+        "score": (64, 32, 4, 64, 1),
         "key": (64, 64, 4, 16, 2),
         "position": (64, 64, 4, 16, 1),
         "pack": (64, 0, 4, 64, 1),

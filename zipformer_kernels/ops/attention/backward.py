@@ -13,7 +13,7 @@ from torch import Tensor
 from zipformer_kernels.core import tuning
 from zipformer_kernels.core.joint import empty_beside
 from zipformer_kernels.core.launch import cdiv, next_power_of_2, on_device
-from zipformer_kernels.ops.attention import gradients
+from zipformer_kernels.ops.attention import gradients, kernels
 from zipformer_kernels.ops.attention.layouts import Weights, strides_of, unit_stride, weights_of
 from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores
 from zipformer_kernels.ops.attention.tiles import tile_of
@@ -100,14 +100,15 @@ def _of_part(
     stored, dense = _padded(part.w, q.dtype), _padded(part.dw, q.dtype)
     sizes = weights.targets, weights.sources, weights.sequences, weights.heads
     of_queries = {name: size for name, size in weights.constants().items() if name in ("D", "D_TILE")}
-    w = q if stored is None else stored
+    dp = written.q if written.p is None else written.p
     channels = packed.values.shape[3]
     with on_device(q):
         for first in range(0, weights.targets, block):
+            w, dw = (q if x is None else x[:, :, first : first + block] for x in (stored, dense))
             gradients.score_gradient_kernel[(weights.programs(block, tile.targets),)](
-                *(*weights.arguments(), w, w.stride(2), w if dense is None else dense),
+                *(*weights.arguments(), w, w.stride(2), dw),
                 *(packed.grad, packed.values, channels, packed.delta, *penalty),
-                *(ds, width, first // 16, block, written.q, *written.q.stride()[:3]),
+                *(ds, width, first // 16, block, written.q, *written.q.stride()[:3], dp, *dp.stride()[:3], dp.shape[3]),
                 **weights.constants(),
                 **tile.blocks(),
                 BC=min(next_power_of_2(channels), tile.channels),
@@ -146,7 +147,7 @@ def _add_positions(
         **tile.blocks(),
         **tile.options(),
     }
-    if needs[2]:
+    if needs[2] and table.term != kernels.BY_SLOTS.value:
         gradients.position_query_gradient_kernel[(weights.programs(targets, tile.targets),)](
             *(table.data, *block_of_targets, table.lead, table.copy, dp, *dp.stride()[:3]),
             P_TILE=table.tile,

@@ -61,7 +61,7 @@ class Uses:
     """
 
     penalty: Penalty = NO_PENALTY
-    left: dict[int, list[Use]] = field(default_factory=dict)
+    left: dict[int, list[tuple[Use, Any]]] = field(default_factory=dict)
 
     def leave(self, weights: Any, use: Use) -> None:
         """Leaves what a use has to the pass that is going on, unless that will not come to the weights.
@@ -71,11 +71,26 @@ class Uses:
             use: of which heads of the weights, V_u, O_u and G_u.
         """
         if weights is not None and will_execute(weights):
-            self.left.setdefault(backward_pass(), []).append(use)
+            self.left.setdefault(backward_pass(), []).append((use, stream_of(use.grad)))
 
     def take(self) -> list[Use]:
-        """All that was left in the pass that is going on."""
-        return self.left.pop(backward_pass(), [])
+        """All that was left in the pass that is going on.
+
+        Autograd has a node wait for the stream of another only where a gradient goes from one to the other. What uses
+        leave goes beside: so it is waited for here, if it comes from another stream.
+        """
+        left = self.left.pop(backward_pass(), [])
+        for use, stream in left:
+            if stream is not None and stream != (own := stream_of(use.grad)):
+                own.wait_stream(stream)
+                for x in use[1:]:
+                    x.record_stream(own)
+        return [use for use, _ in left]
+
+
+def stream_of(x: Tensor) -> Any:
+    """The stream on which the device of x works now; None on the CPU."""
+    return torch.cuda.current_stream(x.device) if x.is_cuda else None
 
 
 @dataclass(frozen=True)
@@ -86,7 +101,7 @@ class Piece:
         reader: how they are read from the tensors.
         tensors: the first carries the weights' gradient in the graph.
         dtype: of the values that it averages.
-        uses: where uses leave what backward of the weights wants; None for a tensor of weights alone.
+        uses: where uses leave what backward of the weights wants; None where torch differentiates uses of a tensor.
     """
 
     reader: Reader
@@ -111,18 +126,18 @@ class Piece:
         return Piece(reader, self.tensors, self.dtype, self.uses)
 
     def serves(self, *values: Tensor) -> bool:
-        """Whether a use of values leaves its part."""
+        """Whether a use of values can read the tensors itself, and leave its part where there are gradients."""
         same = [x.dtype for x in values] == [self.dtype] * len(values)
         same = same and autocast_dtype(values[0]) in (None, self.dtype)
-        leaves = self.uses is not None and knows_backward_passes
-        return same and leaves and torch.is_grad_enabled() and plain(*values)
+        reads = self.uses is not None and (knows_backward_passes or not torch.is_grad_enabled())
+        return same and reads and plain(*values)
 
 
 class Part(NamedTuple):
     """A piece without its tensors, as a node of the graph may hold it, and how many tensors it has."""
 
     reader: Reader
-    uses: Uses
+    uses: Uses | None
     count: int
 
 
@@ -147,7 +162,10 @@ class _Average(torch.autograd.Function):
 def average(pieces: Sequence[Piece], values: Tensor) -> Tensor:
     """W V, (T, B, H, C), of pieces that serve values (S, B, H, C), by head."""
     parts = [Part(piece.reader, piece.uses, len(piece.tensors)) for piece in pieces]
-    return _Average.apply(parts, values, *(x for piece in pieces for x in piece.tensors))
+    tensors = [x for piece in pieces for x in piece.tensors]
+    if not torch.is_grad_enabled():
+        return without_autocast(_averages, parts, values, tensors)
+    return _Average.apply(parts, values, *tensors)
 
 
 def nodes_of(ctx: Any, tensors: Tensors, first: int) -> list[Any]:

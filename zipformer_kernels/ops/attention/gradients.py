@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from zipformer_kernels.ops.attention.kernels import (
+    BY_SLOTS,
     VARYING,
     fill_masked,
     fill_rules,
@@ -22,6 +23,7 @@ from zipformer_kernels.ops.attention.kernels import (
     load_positions,
     load_rows,
     load_scale,
+    load_window,
     make_weights,
     product,
     score_tile,
@@ -84,7 +86,11 @@ def score_gradient_walk(
     MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BC: tl.constexpr, ONE_BLOCK: tl.constexpr, STORED: tl.constexpr, DENSE: tl.constexpr, PENALIZED: tl.constexpr,
 ):  # fmt: skip
-    """The walk of `score_gradient_kernel` over the sources; returns dq."""
+    """The walk of `score_gradient_kernel` over the sources.
+
+    Returns dq and, by slots, the gradient of p in its slots, (BM / 16, 16, 16 P_TILE): the term is A B (see kernels.py),
+    and what is wanted of ds B^T is where A has p.
+    """
     ROUGHLY: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     SCORES: tl.constexpr = PENALIZED or not STORED
     i = i0 + tl.arange(0, BM)
@@ -94,12 +100,12 @@ def score_gradient_walk(
         p = load_positions(p_ptr, p_st, i0, T, P_TILE, BM, TERM)
     g = load_rows(g_ptr, i, packed, T, tl.arange(0, BC), packed)
     dq = tl.zeros([BM, D_TILE], tl.float32)
+    slots = tl.zeros([BM // 16, 16, 16 * P_TILE if TERM == BY_SLOTS else 16], tl.float32)
     row = tl.arange(0, BM)[:, None]
-    w_st = tl.multiple_of(w_st, 16)
     for j0 in range(0, S, BN):
         j = j0 + tl.arange(0, BN)
         k = load_rows(k_ptr, j, k_st, S, d, D)
-        if SCORES:
+        if not STORED:
             raw = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P_TILE, BM, BN, TERM)
         if STORED:
             own = (i < T)[:, None] & (j < w_st)[None, :]
@@ -115,12 +121,17 @@ def score_gradient_walk(
         ds = fill_rules(ds, 0.0, i, j, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
         ds = tl.where((tl.load(filling_ptr + j) == 0.0)[None, :], ds, 0.0)
         if PENALIZED:
+            if STORED:
+                raw = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P_TILE, BM, BN, TERM)
             inside = (i < T)[:, None] & (j < S)[None, :]
             ds += tl.where(inside & (raw > limit), penalty, 0.0) - tl.where(inside & (raw < -limit), penalty, 0.0)
         ds = ds.to(k.dtype)
         dq += product(ds, k)
+        if TERM == BY_SLOTS:
+            window = tl.permute(load_window(table_ptr, i0, j0, lead, copy, P_TILE, BM, BN), (0, 2, 1))
+            slots += product(tl.reshape(ds, [BM // 16, 16, BN]), window)
         tl.store(ds_ptr + (row * ds_st + j[None, :]), ds)
-    return dq
+    return dq, slots
 
 
 @triton.jit(do_not_specialize=[*VARYING, "first", "targets"])
@@ -128,15 +139,18 @@ def score_gradient_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
     filling_ptr, filling_sb, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
     w_ptr, w_st, dw_ptr, g_ptr, v_ptr, packed, delta_ptr, penalty, limit, ds_ptr, ds_st, first, targets,
-    dq_ptr, dq_st, dq_sb, dq_sh,
+    dq_ptr, dq_st, dq_sb, dq_sh, dp_ptr, dp_st, dp_sb, dp_sh, P,
     D: tl.constexpr, D_TILE: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
     MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BC: tl.constexpr, ONE_BLOCK: tl.constexpr, MARGIN: tl.constexpr, STORED: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
-    """ds = w (dw - delta) where not masked, plus the penalty's sign(s) where |s| > limit; and dq[i] = sum_j ds[i, j] k[j].
+    """ds = w (dw - delta) where not masked, plus the penalty's sign(s) where |s| > limit.
+
+    And dq[i] = sum_j ds[i, j] k[j] and, by slots, dp[i] = sum_j ds[i, j] e[T - 1 - i + j].
 
     Of the targets from 16 `first` on, of which ds has room for `targets`. The gradient dw of the weights is that of all
-    uses, g v^T, plus, where DENSE, what `dw_ptr` has. Weights are read where STORED, and else made from scores again.
+    uses, g v^T, plus, where DENSE, what `dw_ptr` has. Weights are read where STORED, from
+    `w_ptr` at target 16 `first`, and else made from scores again.
     Scores are needed for the penalty too, which is zero in most calls of training: hence a branch, and not another kernel.
     """
     block, b, h = split_program(targets // BM, B, H)
@@ -151,8 +165,8 @@ def score_gradient_kernel(
     i = i0 + tl.arange(0, BM)
     g_ptr += bh * T * packed
     v_ptr += bh * S * packed
-    w_ptr += (bh * T + i0) * w_st
-    dw_ptr += (bh * T + i0) * w_st
+    w_ptr += (bh * T + block * BM) * w_st
+    dw_ptr += (bh * T + block * BM) * w_st
     ds_st = tl.multiple_of(ds_st, 16)
     ds_ptr += (bh * targets + block * BM) * ds_st
     delta = tl.load(delta_ptr + bh * T + i, mask=i < T, other=0.0)
@@ -164,20 +178,25 @@ def score_gradient_kernel(
     zeros = ds_ptr + (tl.arange(0, BM)[:, None] * ds_st + tl.arange(0, MARGIN)[None, :])
     tl.store(zeros, tl.zeros([BM, MARGIN], ds_ptr.dtype.element_ty))
     if penalty != 0.0:
-        dq = score_gradient_walk(
+        dq, slots = score_gradient_walk(
             q_ptr, q_st, k_ptr, k_st, p_ptr, p_st, table_ptr, largest, scale, filling_ptr, mask_ptr, mask_st,
             T, S, chunk, left_chunks, lead, copy, w_ptr, w_st, dw_ptr, g_ptr, v_ptr, packed, delta, penalty, limit,
             ds_ptr + MARGIN, ds_st, i0,
             D, D_TILE, P_TILE, TERM, MASK, CHUNKS, BM, BN, BC, ONE_BLOCK, STORED, DENSE, True,
         )  # fmt: skip
     else:
-        dq = score_gradient_walk(
+        dq, slots = score_gradient_walk(
             q_ptr, q_st, k_ptr, k_st, p_ptr, p_st, table_ptr, largest, scale, filling_ptr, mask_ptr, mask_st,
             T, S, chunk, left_chunks, lead, copy, w_ptr, w_st, dw_ptr, g_ptr, v_ptr, packed, delta, penalty, limit,
             ds_ptr + MARGIN, ds_st, i0,
             D, D_TILE, P_TILE, TERM, MASK, CHUNKS, BM, BN, BC, ONE_BLOCK, STORED, DENSE, False,
         )  # fmt: skip
     store_rows(dq_ptr + b * dq_sb + h * dq_sh, dq, i, dq_st, T, tl.arange(0, D_TILE), D)
+    if TERM == BY_SLOTS:
+        r = tl.arange(0, 16)[None, :, None, None]
+        by_slot = tl.reshape(slots, [BM // 16, 16, 16, P_TILE])
+        dp = tl.sum(tl.where(tl.arange(0, 16)[None, None, :, None] == 15 - r, by_slot, 0.0), 2)
+        store_rows(dp_ptr + b * dp_sb + h * dp_sh, tl.reshape(dp, [BM, P_TILE]), i, dp_st, T, tl.arange(0, P_TILE), P)
 
 
 @triton.jit(do_not_specialize=["T", "S", "B", "H", "first", "targets", "accumulate"])
@@ -270,9 +289,9 @@ def value_gradient_kernel(
     g_ptr, g_st, g_sb, g_sh, dv_ptr, C,
     D: tl.constexpr, D_TILE: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
     MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr,
+    BC: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """dv[j] = sum_i w[i, j] g[i], contiguous, for one block of BC channels."""
+    """dv[j] = sum_i w[i, j] g[i], contiguous, for one block of BC + REST channels, as in `aggregate_kernel`."""
     block, b, h = split_program(tl.cdiv(S, BN), B, H)
     q_ptr += b * q_sb + h * q_sh
     k_ptr += b * k_sb + h * k_sh
@@ -286,9 +305,11 @@ def value_gradient_kernel(
     j0 = block * BN
     j = j0 + tl.arange(0, BN)
     d = tl.arange(0, D_TILE)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    c = tl.program_id(1) * (BC + REST) + tl.arange(0, BC)
+    rest = tl.program_id(1) * (BC + REST) + BC + tl.arange(0, max(REST, 1))
     k = load_rows(k_ptr, j, k_st, S, d, D)
     dv = tl.zeros([BN, BC], tl.float32)
+    more = tl.zeros([BN, max(REST, 1)], tl.float32)
     for i0 in range(0, T, BM):
         i = i0 + tl.arange(0, BM)
         q = load_rows(q_ptr, i, q_st, T, d, D)
@@ -296,6 +317,11 @@ def value_gradient_kernel(
         s = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P_TILE, BM, BN, TERM)
         s = fill_masked(s, i, j, filling_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
         w = make_weights(s, load_largest(softmax_ptr, i, T), load_scale(softmax_ptr, i, T), ROUGHLY)
-        g = load_rows(g_ptr, i, g_st, T, c, C)
-        dv += product(tl.trans(w.to(g.dtype)), g)
-    store_rows(dv_ptr + (b * H + h) * C, dv, j, B * H * C, S, c, C)
+        w = tl.trans(w.to(g_ptr.dtype.element_ty))
+        dv += product(w, load_rows(g_ptr, i, g_st, T, c, C))
+        if REST:
+            more += product(w, load_rows(g_ptr, i, g_st, T, rest, C))
+    dv_ptr += (b * H + h) * C
+    store_rows(dv_ptr, dv, j, B * H * C, S, c, C)
+    if REST:
+        store_rows(dv_ptr, more, j, B * H * C, S, rest, C)

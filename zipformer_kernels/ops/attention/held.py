@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels.core import backend as backends
-from zipformer_kernels.core.call import barred, watcher
+from zipformer_kernels.core.call import barred, watcher, without_autocast
 from zipformer_kernels.ops.attention import deferred, recomputed, stored
 from zipformer_kernels.ops.attention.budget import fits, stores
 from zipformer_kernels.ops.attention.deferred import Piece
@@ -98,13 +98,14 @@ class StoredWeights:
 
     def constant(self) -> Weights:
         """A masked mean of the sources that have any weight."""
-        return _Given(tuple(stored.given(masked_mean(stored.tensor(piece))) for piece in self.pieces()), self)
+        constants = (masked_mean(stored.tensor(piece)).detach() for piece in self.pieces())
+        return _Given(tuple(stored.given(w, deferred.Uses()) for w in constants), self)
 
     def use(self, task: Task) -> Tensor:
         """The result of a use of W. Raises `BackendError` where the backend asked for cannot serve it."""
         self.place.must_fall_back(*task)  # for what it raises: what serves no kernel multiplies with the tensor
         pieces = self.pieces()
-        result = task.deferred(pieces, self.place.backend)
+        result = None if self.place.backend == "eager" else task.deferred(pieces, self.place.backend)
         return task.of_tensors([stored.tensor(piece) for piece in pieces]) if result is None else result
 
     def materialize(self) -> Tensor:
@@ -131,9 +132,13 @@ class StoredWeights:
         apart = backend == "cpu" and heads > 1
         apart = apart and (torch.is_grad_enabled() or not stores(*self.shape, self.scores.q.dtype))
         groups = (slice(0, 1), slice(1, heads)) if apart else (slice(0, heads),)
-        if trained and watcher() is None:
-            return stored.make(_op.backends[backend], groups, self.scores, self.masks, self.penalty)
-        weights, rest = _op.variants["weights"], (*self.masks, *self.penalty)
+        launchers, rest = _op.backends[backend], (*self.masks, *self.penalty)
+        if watcher() is None:
+            if trained:
+                return stored.make(launchers, groups, self.scores, self.masks, self.penalty)
+            made = [without_autocast(launchers.make_weights, *self.scores.of_heads(g), *rest)[0] for g in groups]
+            return tuple(stored.given(w, deferred.Uses()) for w in made)
+        weights = _op.variants["weights"]
         return tuple(stored.given(weights(*self.scores.of_heads(g), *rest, backend=backend)) for g in groups)
 
 

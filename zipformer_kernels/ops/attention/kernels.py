@@ -30,7 +30,21 @@ BY_GATHER = tl.constexpr(3)
 loads: a load for each score and channel, for float32, whose products have no matrix instruction, with up to 8 channels.
 By gather: a product with the BM + BN rows of e that a tile meets, whose rows are then shifted against each other."""
 
-VARYING = ["T", "S", "B", "chunk", "left_chunks", "mask_sb", "mask_st", "p_st", "p_sb", "p_sh", "lead", "copy", "filling_sb"]
+VARYING = [
+    "T",
+    "S",
+    "B",
+    "chunk",
+    "left_chunks",
+    "mask_sb",
+    "mask_st",
+    "p_st",
+    "p_sb",
+    "p_sh",
+    "lead",
+    "copy",
+    "filling_sb",
+]
 """Arguments for whose special values, 1 and multiples of 16, a kernel is not compiled again.
 
 They differ from batch to batch; those of p also between weights and constant ones.
@@ -80,6 +94,22 @@ def load_positions(p_ptr, p_st, i0, T, P_TILE: tl.constexpr, BM: tl.constexpr, T
 
 
 @triton.jit
+def load_window(table_ptr, i0, j0, lead, copy, P_TILE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """B above, for every 16 of the targets: (BM / 16, 16 P_TILE, BN). Arguments as of `add_term`.
+
+    All that differs within a tile is 64-bit and stands apart, for then it ends up within the loads themselves.
+    """
+    COPIES: tl.constexpr = 8 // P_TILE
+    SUBTILES: tl.constexpr = BM // 16
+    first = P_TILE * (lead * 16 - BM - i0 + j0)
+    m = tl.arange(0, BN)[None, None, :]
+    k = tl.arange(0, 16 * P_TILE)[None, :, None]
+    r = SUBTILES - 1 - tl.arange(0, SUBTILES)[:, None, None]
+    within = (16 * P_TILE * r + m // COPIES * 8 + k).to(tl.int64) + (m % COPIES).to(tl.int64) * (copy * 16)
+    return tl.load(table_ptr + first + within)
+
+
+@triton.jit
 def add_term(
     s, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T,
     P_TILE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TERM: tl.constexpr,
@@ -93,18 +123,9 @@ def add_term(
             one of the two. (The compiler sees the factor 16, as it does not see what is said of an argument.)
         i0, j0: the first target and source, multiples of 16.
     """
-    lead = lead * 16
     if TERM == BY_SLOTS:
-        # All that differs within a tile is 64-bit and stands apart, for it then ends up within the loads.
-        COPIES: tl.constexpr = 8 // P_TILE
-        SUBTILES: tl.constexpr = BM // 16
-        first = P_TILE * (lead - BM - i0 + j0)
-        m = tl.arange(0, BN)[None, None, :]
-        k = tl.arange(0, 16 * P_TILE)[None, :, None]
-        r = SUBTILES - 1 - tl.arange(0, SUBTILES)[:, None, None]
-        within = (16 * P_TILE * r + m // COPIES * 8 + k).to(tl.int64) + (m % COPIES).to(tl.int64) * (copy * 16)
-        window = tl.load(table_ptr + first + within)
-        s += tl.reshape(product(p, window), [BM, BN])
+        s += tl.reshape(product(p, load_window(table_ptr, i0, j0, lead, copy, P_TILE, BM, BN)), [BM, BN])
+    lead = lead * 16
     if TERM == BY_LOADS:
         i = i0 + tl.arange(0, BM)
         row = lead - 1 - i[:, None] + j0 + tl.arange(0, BN)[None, :]
@@ -150,9 +171,7 @@ def fill_masked(
 
 
 @triton.jit
-def fill_rules(
-    x, value, i, j, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK: tl.constexpr, CHUNKS: tl.constexpr
-):
+def fill_rules(x, value, i, j, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK: tl.constexpr, CHUNKS: tl.constexpr):
     """x with `value` where the mask for pairs or the rule of chunks forbid a pair."""
     if MASK:
         inside = (i < T)[:, None] & (j < S)[None, :]
@@ -305,9 +324,9 @@ def aggregate_kernel(
     v_ptr, v_st, v_sb, v_sh, out_ptr, C,
     D: tl.constexpr, D_TILE: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
     MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr,
+    BC: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = sum_j w[i, j] v[j], contiguous, for one block of BC channels."""
+    """out[i] = sum_j w[i, j] v[j], contiguous, for one block of BC + REST channels: both are powers of two, or REST is 0."""
     block, b, h = split_program(tl.cdiv(T, BM), B, H)
     q_ptr += b * q_sb + h * q_sh
     k_ptr += b * k_sb + h * k_sh
@@ -321,17 +340,24 @@ def aggregate_kernel(
     i0 = block * BM
     i = i0 + tl.arange(0, BM)
     d = tl.arange(0, D_TILE)
-    c = tl.program_id(1) * BC + tl.arange(0, BC)
+    c = tl.program_id(1) * (BC + REST) + tl.arange(0, BC)
+    rest = tl.program_id(1) * (BC + REST) + BC + tl.arange(0, max(REST, 1))
     q = load_rows(q_ptr, i, q_st, T, d, D)
     p = load_positions(p_ptr, p_st, i0, T, P_TILE, BM, TERM)
     largest = load_largest(softmax_ptr, i, T)
     sums = tl.zeros([BM, BC], tl.float32)
+    more = tl.zeros([BM, max(REST, 1)], tl.float32)
     for j0 in range(0, S, BN):
         j = j0 + tl.arange(0, BN)
         k = load_rows(k_ptr, j, k_st, S, d, D)
         s = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P_TILE, BM, BN, TERM)
         s = fill_masked(s, i, j, filling_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
-        v = load_rows(v_ptr, j, v_st, S, c, C)
-        sums += product(exponential(s, largest, ROUGHLY).to(v.dtype), v)
-    sums *= load_scale(softmax_ptr, i, T)[:, None]
-    store_rows(out_ptr + (b * H + h) * C, sums, i, B * H * C, T, c, C)
+        w = exponential(s, largest, ROUGHLY).to(v_ptr.dtype.element_ty)
+        sums += product(w, load_rows(v_ptr, j, v_st, S, c, C))
+        if REST:
+            more += product(w, load_rows(v_ptr, j, v_st, S, rest, C))
+    scale = load_scale(softmax_ptr, i, T)[:, None]
+    out_ptr += (b * H + h) * C
+    store_rows(out_ptr, sums * scale, i, B * H * C, T, c, C)
+    if REST:
+        store_rows(out_ptr, more * scale, i, B * H * C, T, rest, C)

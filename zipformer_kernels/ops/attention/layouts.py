@@ -152,9 +152,7 @@ def weights_of(scores: Scores, softmax: Tensor | None, masks: Masks) -> Weights:
         p = positions_of(p, table.tile)
     mask = None if mask is None else unit_stride(mask).view(torch.uint8)
     q, softmax = unit_stride(q), q if softmax is None else softmax.contiguous()
-    return Weights(
-        q, unit_stride(k), p, table, softmax, filling_of(padding, k.shape[0], q), Masks(None, mask, *rule)
-    )
+    return Weights(q, unit_stride(k), p, table, softmax, filling_of(padding, k.shape[0], q), Masks(None, mask, *rule))
 
 
 def positions_of(p: Tensor, tile: int) -> Tensor:

@@ -97,12 +97,12 @@ def make(
     """The weights in pieces of some heads each; `groups` have both ends."""
     uses = [Uses() for _ in groups]
     weights = _Make.apply(launchers, uses, groups, *scores, *masks, *penalty)
-    return tuple(Piece(Stored(slice(0, len(w))), (w,), w.dtype, left) for w, left in zip(weights, uses, strict=True))
+    return tuple(map(given, weights, uses))
 
 
-def given(w: Tensor) -> Piece:
-    """A tensor of weights, to which uses leave nothing."""
-    return Piece(Stored(slice(0, len(w))), (w,), w.dtype)
+def given(w: Tensor, uses: Uses | None = None) -> Piece:
+    """The weights in a tensor."""
+    return Piece(Stored(slice(0, len(w))), (w,), w.dtype, uses)
 
 
 def tensor(piece: Piece) -> Tensor:

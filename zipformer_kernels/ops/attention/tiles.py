@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from zipformer_kernels.core import tuning
-from zipformer_kernels.core.launch import next_power_of_2
+from zipformer_kernels.core.launch import cdiv, next_power_of_2
 
 
 class Tile(NamedTuple):
@@ -25,6 +25,17 @@ class Tile(NamedTuple):
     warps: int
     channels: int
     stages: int = 3
+
+    def shares(self, channels: int) -> tuple[int, dict[str, int]]:
+        """How many programs share out value channels, and the constants of one: BC + REST channels of at most `channels`.
+
+        Both are powers of two of 16 or more, or REST is 0: of 144 channels 128 and 16.
+        """
+        programs = cdiv(channels, self.channels)
+        own = cdiv(cdiv(channels, programs), 16) * 16
+        block = next_power_of_2(own + 1) // 2
+        rest = own - block
+        return programs, {"BC": block, "REST": next_power_of_2(rest) if rest else 0}
 
     def block(self, channels: int) -> int:
         """Value channels per tile: all of a narrow head, at least the 16 of a matrix instruction."""

@@ -52,13 +52,13 @@ def average_values(scores: Scores, softmax: Tensor, masks: Masks, values: Tensor
         weights, values = weights_of(scores, softmax, masks), unit_stride(values)
         channels = values.shape[3]
         tile = _tile_of("aggregate", weights)
-        wide = tile.block(channels)
+        programs, shares = tile.shares(channels)
         with on_device(values):
-            kernels.aggregate_kernel[(weights.programs(weights.targets, tile.targets), cdiv(channels, wide))](
+            kernels.aggregate_kernel[(weights.programs(weights.targets, tile.targets), programs)](
                 *(*weights.arguments(), values, *values.stride()[:3], out, channels),
                 **weights.constants(),
                 **tile.blocks(),
-                BC=wide,
+                **shares,
                 **tile.options(),
             )
     return out
@@ -73,13 +73,13 @@ def values_gradient(scores: Scores, softmax: Tensor, masks: Masks, grad: Tensor)
         weights, grad = weights_of(scores, softmax, masks), unit_stride(grad)
         channels = grad.shape[3]
         tile = _tile_of("value", weights)
-        wide = tile.block(channels)
+        programs, shares = tile.shares(channels)
         with on_device(grad):
-            gradients.value_gradient_kernel[(weights.programs(weights.sources, tile.sources), cdiv(channels, wide))](
+            gradients.value_gradient_kernel[(weights.programs(weights.sources, tile.sources), programs)](
                 *(*weights.arguments(), grad, *grad.stride()[:3], dv, channels),
                 **weights.constants(),
                 **tile.blocks(),
-                BC=wide,
+                **shares,
                 **tile.options(),
             )
     return dv

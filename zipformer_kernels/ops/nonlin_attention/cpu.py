@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -20,19 +18,7 @@ from zipformer_kernels.ops.attention import cpu as attention
 from zipformer_kernels.ops.attention.arguments import unit_stride
 from zipformer_kernels.ops.attention.scores import grouped
 from zipformer_kernels.ops.nonlin_attention.gates import BY_TORCH, GatedLaunchers, Gates
-
-
-class Rows(NamedTuple):
-    """`NonlinRows` of ``csrc/nonlin_attention/nonlin_attention.h``."""
-
-    data: int
-    frame: int
-    sequence: int
-
-
-def rows(x: Tensor) -> Rows:
-    """A tensor (T, batch, channels) with channels of stride 1, for kernels."""
-    return Rows(pointer(x), *x.stride()[:2])
+from zipformer_kernels.ops.nonlin_attention.native import rows
 
 
 def _forward(*args: Tensor | int | None) -> tuple[Tensor, Tensor]:

@@ -53,6 +53,8 @@ def serves(pieces: Sequence[Piece], s: Tensor, x: Tensor, y: Tensor) -> bool:
 def gated_average(gates: Gates, piece: Piece, s: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """(W (x tanh(s))) y, (T, B, H * C)."""
     part = Part(piece.reader, piece.uses, len(piece.tensors))
+    if not torch.is_grad_enabled():
+        return without_autocast(_forward, gates, part, s, x, y, piece.tensors)[1]
     return _GatedAverage.apply(gates, part, s, x, y, *piece.tensors)
 
 
