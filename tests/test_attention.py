@@ -283,7 +283,8 @@ def allocations(function):
 def test_no_tensor_grows_with_the_square_of_the_frames(lane, monkeypatch):
     """At T = 16384, forward and backward of a layer's uses; at half of it where the kernels really run on the CPU.
 
-    The interpreter's kernels allocate nothing and are skipped.
+    Triton's backward has scores' gradients of as few targets at a time as it can: else of so many as a constant number
+    of bytes has room for. The interpreter's kernels allocate nothing and are skipped.
     """
     frames, heads = 8192 if lane.backend == "cpu" else 16384, 4
     torch.manual_seed(6)
@@ -307,7 +308,7 @@ def test_no_tensor_grows_with_the_square_of_the_frames(lane, monkeypatch):
             outs = nonlin_attention(weights[0:1], *thirds), weights.aggregate(values), weights.aggregate(values)
             torch.autograd.grad([out.sum() for out in outs], [*leaves, values, *thirds])
 
-        with tuning.override(**{"attention.triton_scratch_bytes": 1 << 20}):
+        with tuning.override(**{"attention.triton_scratch_bytes": 0}):
             largest = allocations(step)
     assert largest < 2 * frames * heads * 64
     assert largest < frames**2 // 16

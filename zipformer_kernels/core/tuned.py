@@ -188,7 +188,7 @@ _ATTENTION_TILES = {  # by bytes of an element
         "score": (64, 32, 4, 64, 1),
         "key": (64, 64, 4, 16, 2),
         "position": (64, 64, 4, 16, 1),
-        "pack": (64, 0, 4, 64, 1),
+        "pack": (32, 0, 4, 32, 1),
     },
     4: {
         "softmax": (32, 32, 4, 16, 1),
