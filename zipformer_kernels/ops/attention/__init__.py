@@ -13,6 +13,8 @@ An `AttentionWeights` (weights.py) is the handle of W. What it holds (held.py) i
 - `StoredWeights`: W itself, on backend ``eager``, and on ``cpu`` as long as W is small. There uses leave what the
   gradients of q, k, p and e need to one kernel (stored.py).
 
+`rel_pos_attention` (relative.py) is one use of such weights as a function of its own, for other models' layers.
+
 Source: section 3.2 of the Zipformer paper (arXiv:2310.11230); ``RelPositionMultiheadAttentionWeights`` and
 ``SelfAttention`` in upstream's ``zipformer.py``.
 """
@@ -23,6 +25,7 @@ from zipformer_kernels.ops.attention.cpu import average, stores
 from zipformer_kernels.ops.attention.held import RecomputedWeights, StoredWeights
 from zipformer_kernels.ops.attention.masks import ChunkMask, downsample_mask
 from zipformer_kernels.ops.attention.op import _op as _op
+from zipformer_kernels.ops.attention.relative import rel_pos_attention
 from zipformer_kernels.ops.attention.weights import (
     AttentionWeights,
     aggregate,
@@ -42,6 +45,7 @@ __all__ = [
     "constant_attention",
     "downsample_mask",
     "merge_heads",
+    "rel_pos_attention",
     "split_heads",
     "stores",
 ]
