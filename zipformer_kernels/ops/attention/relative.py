@@ -43,12 +43,13 @@ def rel_pos_attention(
 
     A mask says where **not** to attend, as in `torch.nn.MultiheadAttention`; a mask of bools of
     `torch.nn.functional.scaled_dot_product_attention` says the reverse: give ``~mask``. Masked scores are -1000, not
-    minus infinity: a target all of whose sources are masked gets the mean of all values, not NaN.
+    minus infinity, and other scores should lie well above that. A target all of whose sources are masked gets the mean
+    of all values, not NaN.
 
-    Memory beyond inputs and results is linear in T and S on ``triton`` and ``cuda``. On ``cpu`` it is so from 32 MB of
-    attention weights on; smaller ones are stored, which is faster. On ``eager``, the reference, which serves what
-    kernels cannot, it is a few times the T x S scores of all sequences and heads. A tensor as `attn_mask` has T x S
-    elements itself; a `ChunkMask` has none.
+    Memory beyond inputs and results is linear in T and S, but for attention weights that are small enough to be stored,
+    which is faster: less than 32 MB on ``cpu``, a small share of the device's memory at most on a GPU. On ``eager``,
+    the reference, which serves what kernels cannot, it is a few times the T x S scores of all sequences and heads. A
+    tensor as `attn_mask` has T x S elements itself; a `ChunkMask` has none.
 
     Under autocast, tensors in float32 and half precision are taken in the autocast dtype, as
     `scaled_dot_product_attention` takes them.
