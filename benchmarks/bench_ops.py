@@ -24,6 +24,7 @@ def timed(*benchmarks: str) -> Callable[..., None]:
 
 globals().update({f"test_{op}": timed(op) for op in op_jobs.names()})
 test_shared_attention = timed("shared-attention")
+test_rel_pos_attention = timed("rel-pos-attention")
 test_scaled_adam = timed("scaled_adam")
 test_encoder = timed(
     "conv-embed", "encoder-forward", "training-step", "streaming-chunk", "encoder-products", "conformer"

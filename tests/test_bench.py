@@ -30,6 +30,7 @@ from benchmarks.harness import (
     others,
     process,
     rates,
+    rel_pos_attention,
     results,
     shared_attention,
     statistics,
@@ -147,6 +148,11 @@ def test_all_uses_of_a_layers_weights_agree_whether_they_are_stored_or_not(monke
     assert (prepared.wrong, prepared.skipped) == ({}, {})
     assert set(prepared.runs) == {"upstream", "eager", "ours"}
     assert asked or backend.missing["cpu"] or torch.cuda.is_available()
+
+
+def test_a_plain_conformers_attention_agrees_with_ours():
+    prepared = rel_pos_attention.prepare(70, 2, 2, "both", torch.float32, ("plain", "ours"))
+    assert (prepared.wrong, prepared.unchecked, set(prepared.runs)) == ({}, {}, {"plain", "ours"})
 
 
 def test_an_optimizer_that_does_nothing_is_not_timed(monkeypatch):

@@ -16,6 +16,11 @@ RUNS = {
     "infer": ([RECORDING], r"demo-thanks\.wav: 5\.52 s, 136 embeddings of 256 channels"),
     "stream": ([RECORDING], r"16 chunks of 320 ms: 128 embeddings\n.*\n.* differs by [1-9]e-0[67] of its RMS"),
     "train": (["--steps", "12"], r"step  11: loss 0\.\d+\nvm-newuser\.wav, which it has not heard: [6-9]\d% of"),
+    "rel_pos_attention": (
+        ["--frames", "1700"],
+        r"plain: keeps 1\d\d\.\d MB .*\nrel_pos_attention: keeps [34]\d\.\d MB, .* has [34]\.\d MB\n"
+        r"forward differs by \de-0[67] of its RMS\n11 gradients differ by \de-0[56] of theirs",
+    ),
     "export": (["--checkpoint", "tiny.pt"], r"3 x 300 frames: onnxruntime differs by [1-9]e-0[67] of"),
 }
 

@@ -7,7 +7,7 @@ from zipformer_kernels.modules import *  # noqa: F403
 from zipformer_kernels.modules import __all__ as _modules
 from zipformer_kernels.modules.encoder import Zipformer, Zipformer2
 from zipformer_kernels.ops import explain
-from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask
+from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, rel_pos_attention
 from zipformer_kernels.ops.bias_norm import bias_norm
 from zipformer_kernels.ops.nonlin_attention import nonlin_attention
 from zipformer_kernels.ops.swoosh import swoosh_l, swoosh_r
@@ -33,6 +33,7 @@ __all__ = [
     "load_checkpoint",
     "load_encoder",
     "nonlin_attention",
+    "rel_pos_attention",
     "revert",
     "swoosh_l",
     "swoosh_linear",

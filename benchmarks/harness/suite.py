@@ -18,6 +18,7 @@ from benchmarks.harness import (
     optimizer,
     products,
     rates,
+    rel_pos_attention,
     results,
     shared_attention,
 )
@@ -29,6 +30,7 @@ ON_GPU = machine.DEVICE.type == "cuda"
 
 MODELS: dict[str, Callable[[bool], Iterator[Job]]] = {
     "shared-attention": shared_attention.jobs,
+    "rel-pos-attention": rel_pos_attention.jobs,
     "scaled_adam": optimizer.jobs,
     "conv-embed": model_jobs.conv_embed,
     "encoder-forward": model_jobs.encoder_forward,

@@ -14,6 +14,10 @@ namespace zk::ZK_ISA {
 
 namespace {
 
+// Position channels from which the gradients of position queries are a product with rows of positions, which have to be
+// packed, rather than one dot product each.
+constexpr int64_t wide_positions = 16;
+
 constexpr int64_t least_items = 16;  // parts of all sequences and heads: enough for many threads to share evenly
 
 template <class T>
@@ -30,11 +34,13 @@ class Backward {
         channels_(channels_of(args.uses)),
         wants_scores_(args.dq.data || args.dk.data || args.dp.data || args.de.data),
         query_pitch_(whole_lanes<W>(depth_)),
+        position_pitch_(positions_ < wide_positions ? positions_ : whole_lanes<W>(positions_)),
         pitch_(scores_.pitch),
         parts_(parts()),
         items_(scores_.pairs * parts_),
         key_rows_(args.dq.data ? scores_.pairs * weights_.sources * query_pitch_ : 0),
         value_columns_(wants_scores_ ? scores_.pairs * channels_ * pitch_ : 0),
+        offset_rows_(args.dp.data && wide() ? scores_.offset_sets * scores_.offset_pitch * position_pitch_ : 0),
         dkeys_(args.dk.data ? items_ * depth_ * pitch_ : 0),
         dvalues_(args.dv.data ? items_ * channels_ * pitch_ : 0),
         doffsets_(args.de.data ? items_ * positions_ * scores_.offset_pitch : 0) {}
@@ -46,6 +52,9 @@ class Backward {
       parallel_for(pairs, 1, scores_.threads_for(pairs * sources * depth_), [&](int64_t begin, int64_t end) {
         for (int64_t pair = begin; pair < end; ++pair) pack(pair);
       });
+    }
+    if (args_.dp.data && wide()) {
+      for (int64_t set = 0; set < scores_.offset_sets; ++set) pack_offsets(set);
     }
     for_each_item<W>(items_, scores_.threads_for(pairs * weights_.targets * sources), Memory::size(*this),
                      [&](int64_t item, W* scratch) {
@@ -67,7 +76,7 @@ class Backward {
       g = take(tile_rows * b.channels_);
       out = take(tile_rows * b.channels_);
       dq = take(tile_rows * b.query_pitch_);
-      dp = take(tile_rows * b.positions_);
+      dp = take(tile_rows * b.position_pitch_);
       delta = take(tile_rows);
       w = take(tile_size);
       ds = take(tile_size);
@@ -76,8 +85,8 @@ class Backward {
     }
 
     static int64_t size(const Backward& b) {
-      int64_t rows = b.depth_ + 2 * b.positions_ + 2 * b.channels_ + b.query_pitch_ + 1 + 2 * tile_columns;
-      return tile_rows * rows + 2 * tile_size;
+      int64_t rows = b.depth_ + b.positions_ + 2 * b.channels_ + b.query_pitch_ + b.position_pitch_;
+      return tile_rows * (rows + 1 + 2 * tile_columns) + 2 * tile_size;
     }
 
     W *q, *p, *g, *out, *dq, *dp, *delta;
@@ -107,6 +116,20 @@ class Backward {
     load_rows<T>(weights_.k, 0, sources, b, h, depth_, key_rows_ + pair * sources * query_pitch_, query_pitch_);
   }
 
+  bool wide() const { return positions_ >= wide_positions; }
+
+  // Position projections as rows, of the offsets that `Scores` has packed as columns.
+  void pack_offsets(int64_t set) {
+    int64_t pitch = scores_.offset_pitch, first = -scores_.first_offset();
+    int64_t count = weights_.targets + weights_.sources - 1;
+    bool own = weights_.e.sequence != 0;
+    int64_t sequence = own ? scores_.sequence_of(set) : 0, head = own ? scores_.head_of(set) : set;
+    W* to = offset_rows_ + set * pitch * position_pitch_;
+    clear(to, first * position_pitch_);
+    load_rows<T>(weights_.e, 0, count, sequence, head, positions_, to + first * position_pitch_, position_pitch_);
+    clear(to + (first + count) * position_pitch_, (pitch - first - count) * position_pitch_);
+  }
+
   static void clear(W* from, int64_t size) {
     for (int64_t n = 0; n < size; ++n) from[n] = 0;
   }
@@ -127,7 +150,7 @@ class Backward {
         spread(item, pair, block, source, columns, memory);
       }
       if (args_.dq.data) store(memory.dq, query_pitch_, depth_, pair, block, args_.dq);
-      if (args_.dp.data) store(memory.dp, positions_, positions_, pair, block, args_.dp);
+      if (args_.dp.data) store(memory.dp, position_pitch_, positions_, pair, block, args_.dp);
     }
   }
 
@@ -137,7 +160,7 @@ class Backward {
     load_rows<T>(weights_.q, first, rows, b, h, depth_, m.q, depth_);
     if (positions_) load_rows<T>(weights_.p, first, rows, b, h, positions_, m.p, positions_);
     clear(m.dq, rows * query_pitch_);
-    clear(m.dp, rows * positions_);
+    clear(m.dp, rows * position_pitch_);
     int64_t channel = 0;
     for (const AttentionUse& use : args_.uses) {
       for (int64_t i = 0; i < rows; ++i) {
@@ -255,7 +278,10 @@ class Backward {
       gemm<true>(rows, query_pitch_, columns, ds, tile_step, 1, k, query_pitch_, m.dq, query_pitch_);
     }
     int64_t offset = scores_.offset_of(block, source), pitch = scores_.offset_pitch, reach = scores_.reach(width);
-    if (args_.dp.data) {
+    if (args_.dp.data && wide()) {
+      const W* e = offset_rows_ + (scores_.offset_set(pair) * pitch + offset) * position_pitch_;
+      gemm<true>(rows, position_pitch_, reach, m.ds, tile_pitch, 1, e, position_pitch_, m.dp, position_pitch_);
+    } else if (args_.dp.data) {
       gemm_dots(rows, positions_, reach, m.ds, tile_pitch, scores_.offsets(pair) + offset, pitch, m.dp, positions_);
     }
     if (args_.de.data) {
@@ -316,8 +342,8 @@ class Backward {
   const Scores<T> scores_;
   const int64_t depth_, positions_, channels_;
   const bool wants_scores_;
-  const int64_t query_pitch_, pitch_, parts_, items_;
-  Buffer<W> key_rows_, value_columns_, dkeys_, dvalues_, doffsets_;
+  const int64_t query_pitch_, position_pitch_, pitch_, parts_, items_;
+  Buffer<W> key_rows_, value_columns_, offset_rows_, dkeys_, dvalues_, doffsets_;
 };
 
 }  // namespace

@@ -16,6 +16,8 @@ With either, uses leave what the gradients of q, k, p and e need to one backward
 with stored.py and recomputed.py). A backend that offers no parts of the op (launchers.py) runs the op for every use,
 and the gradients of the uses add; so does every backend under torch.compile.
 
+`rel_pos_attention` (relative.py) is one use of such weights as a function of its own, for other models' layers.
+
 Source: section 3.2 of the Zipformer paper (arXiv:2310.11230); ``RelPositionMultiheadAttentionWeights`` and
 ``SelfAttention`` in upstream's ``zipformer.py``.
 """
@@ -27,6 +29,7 @@ from zipformer_kernels.ops.attention.cpu import average
 from zipformer_kernels.ops.attention.held import RecomputedWeights, StoredWeights
 from zipformer_kernels.ops.attention.masks import ChunkMask, downsample_mask
 from zipformer_kernels.ops.attention.op import _op as _op
+from zipformer_kernels.ops.attention.relative import rel_pos_attention
 from zipformer_kernels.ops.attention.weights import (
     AttentionWeights,
     aggregate,
@@ -46,6 +49,7 @@ __all__ = [
     "constant_attention",
     "downsample_mask",
     "merge_heads",
+    "rel_pos_attention",
     "split_heads",
     "stores",
 ]

@@ -65,8 +65,8 @@ def checked(
         "e": (
             e,
             (
-                (targets + sources - 1, heads, 0 if p is None else p.shape[-1]),
-                (batch, targets + sources - 1, heads, 0 if p is None else p.shape[-1]),
+                (max(targets + sources - 1, 0), heads, 0 if p is None else p.shape[-1]),
+                (batch, max(targets + sources - 1, 0), heads, 0 if p is None else p.shape[-1]),
             ),
         ),
         "key_padding_mask": (key_padding_mask, ((batch, sources),)),

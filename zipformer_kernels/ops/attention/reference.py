@@ -53,7 +53,7 @@ def select_relative(by_offset: Tensor) -> Tensor:
         index = relative_index(targets, offsets - targets + 1, by_offset.device)
         return by_offset.gather(-1, index.expand(*others, -1, -1))
     if targets <= 1:
-        return by_offset
+        return by_offset.reshape(*others, targets, offsets - targets + 1)
     rows = by_offset.flatten(-2).narrow(-1, targets - 1, targets * (offsets - 1))
     return rows.view(*others, targets, offsets - 1)[..., : offsets - targets + 1]
 
