@@ -13,7 +13,7 @@ from zipformer_kernels.ops.nonlin_attention import cuda as gates
 
 LANE = Lane("cuda")
 HALF = torch.bfloat16, torch.float16
-every_dtype = pytest.mark.parametrize("dtype", (*HALF, torch.float32), ids=str)
+every_dtype = pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
 
 
 @pytest.fixture(autouse=True)

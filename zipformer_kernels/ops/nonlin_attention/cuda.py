@@ -8,19 +8,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.core.launch import DTYPE_CODES, call_cuda
-from zipformer_kernels.ops.attention.cuda import gated_average
-from zipformer_kernels.ops.attention.scores import grouped
+from zipformer_kernels.core.launch import DTYPE_CODES, as_empty_like, call_cuda
+from zipformer_kernels.core.op import Launchers
+from zipformer_kernels.ops.attention.cuda import gated_average, unsupported, worthwhile
+from zipformer_kernels.ops.attention.cuda_gradients import scores_gradients, values_gradient
+from zipformer_kernels.ops.attention.scores import Use, grouped
 from zipformer_kernels.ops.nonlin_attention.cpu import NO_ROWS, rows
 
 
-def forward(*args: Tensor | int | None) -> tuple[Tensor, Tensor]:
-    """Launchers' forward."""
+def _forward(*args: Tensor | int | None) -> tuple[Tensor, Tensor]:
     scores, (gate, x, y, softmax), masks, _ = grouped(4, args)
-    heads = x.shape[2:]
-    values = open_(gate.flatten(2), x.flatten(2)).unflatten(2, heads)
+    values = open_(gate.flatten(2), x.flatten(2)).view(x.shape)
     inner, out = gated_average(scores, softmax, masks, values, y)
     return out, inner
+
+
+def _backward(
+    needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | None
+) -> tuple[Tensor | None, ...]:
+    scores, (gate, x, y, softmax), masks, penalty = grouped(4, args)
+    (inner,), grad = saved, grads[0].to(x.dtype)
+    flat = [t.flatten(2) for t in (gate, x, y)]
+    dinner, dy = (t.view(x.shape) for t in close_backward(grad.flatten(2), inner.flatten(2), flat[2]))
+    use = Use(slice(None), open_(*flat[:2]).view(x.shape), inner, dinner)
+    dscores = scores_gradients(needs[:4], scores, softmax, masks, penalty, [use])
+    dgate = dx = None
+    if needs[4] or needs[5]:
+        dv = values_gradient(scores, softmax, masks, dinner)
+        dgate, dx = (t.view(x.shape) for t in open_backward(dv.flatten(2), *flat[:2]))
+    return *dscores, *(None if t is None else as_empty_like(t, x) for t in (dgate, dx, dy)), None, None, None
 
 
 def open_(s: Tensor, x: Tensor) -> Tensor:
@@ -52,3 +68,6 @@ def _map(name: str, count: int, *inputs: Tensor) -> tuple[Tensor, ...]:
         given, written = [*map(rows, inputs), NO_ROWS][:3], [*map(rows, results), NO_ROWS][:2]
         call_cuda(f"nonlin_attention_{name}", x, *given, *written, *x.shape, DTYPE_CODES[x.dtype])
     return results
+
+
+launchers = Launchers(unsupported, _forward, _backward, worthwhile)
