@@ -94,10 +94,9 @@ __global__ void __launch_bounds__(attention_threads) by_targets(const AttentionS
     TileLoader<T, D, 8> keys(head_of<T>(w.k, b, h) + begin * w.k.frame, w.k.frame, int(w.query_channels));
     TileLoader<T, 32, 8> values_loader(values + int64_t(begin) * channels, channels, channels);
     // The first row of a window is that of the offset before the lowest.
-    WindowLoader<T, Stage::window_rows> window(positions ? head_of<T>(w.e, 0, h) : nullptr, w.e.frame,
-                                               targets + sources - 1,
-                                               targets - 1 - (first_target + attention_step - 1) + begin - 1,
-                                               attention_step);
+    WindowLoader<T, Stage::window_rows> window(
+        positions ? head_of<T>(w.e, 0, h) : nullptr, w.e.frame, targets + sources - 1,
+        targets - 1 - (first_target + attention_step - 1) + begin - 1, attention_step);
     ChannelBlocks<T> channel_blocks(reinterpret_cast<T*>(memory + Memory::channels),
                                     grads + int64_t(first_target) * channels, targets - first_target,
                                     values + int64_t(begin) * channels, sources - begin, channels, steps);

@@ -1,12 +1,11 @@
 // Attention on the GPU: dv = W^T g, the gradient of the values of one use, weights computed again from their softmax
-// rows. A block has sources, and goes over the targets; see cuda_sources.h. Wide values are taken in blocks of channels,
-// and each computes the weights again.
+// rows. A block has sources, and goes over the targets; see cuda_sources.h. Wide values are taken in blocks of
+// channels, and each computes the weights again.
 #include "attention/cuda_sources.h"
 
 namespace zk {
 
 namespace {
-
 
 // N eights of channels; a block of four warps, each of 16 MT sources.
 template <class T, int D, bool positions, int MT, int N>
@@ -46,9 +45,8 @@ __global__ void __launch_bounds__(attention_threads) values_gradient(const Atten
   }
 
   TargetLoader<T, D, positions, MT, false> loader(w, nullptr, b, h, first_source, begin);
-  TileLoader<T, channels, copied> grads(
-      head_of<T>(args.grad, b, h) + begin * args.grad.frame + first_channel, args.grad.frame,
-      int(args.channels) - first_channel);
+  TileLoader<T, channels, copied> grads(head_of<T>(args.grad, b, h) + begin * args.grad.frame + first_channel,
+                                        args.grad.frame, int(args.channels) - first_channel);
   for (int n = 0; n < 2; ++n) loader.clear(stage_of(n));
   __syncthreads();
 

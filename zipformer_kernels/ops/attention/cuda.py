@@ -1,4 +1,7 @@
-"""Shared-weight attention on NVIDIA GPUs: ``csrc/attention/cuda*.cu``. Weights are computed again by every use."""
+"""Shared-weight attention on NVIDIA GPUs: ``csrc/attention/cuda_*.cu``. Every use computes the weights again.
+
+Here are the launchers of the op and what they do forward; its gradients are in cuda_gradients.py.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from zipformer_kernels.core.launch import GPU_DTYPES, call_cuda, pointer, unsupported_dtype
+from zipformer_kernels.core.launch import GPU_DTYPES, as_empty_like, call_cuda, pointer, unsupported_dtype
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention.aligned import GROUP, aligned_scores, aligned_values
 from zipformer_kernels.ops.attention.arguments import Arguments, rows
@@ -90,8 +93,9 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def worthwhile(q: Tensor, *rest: object) -> bool:
-    """Whether ``auto`` should choose these kernels: in float32 they have no matrix instruction, and Triton's are as
-    fast."""
+    """Whether ``auto`` should choose these kernels, which in float32 have no matrix instruction: there Triton's are as
+    fast.
+    """
     return q.dtype != torch.float32
 
 
@@ -109,7 +113,7 @@ def _backward(
     if any(needs[:4]):
         use = Use(slice(None), v, saved[0], grad)
         dscores = scores_gradients(needs[:4], scores, softmax, masks, penalty, [use])
-    dv = values_gradient(scores, softmax, masks, grad) if needs[4] else None
+    dv = as_empty_like(values_gradient(scores, softmax, masks, grad), v) if needs[4] else None
     return *dscores, dv, None, None, None
 
 
