@@ -94,6 +94,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const Pair<T> (&a)[4], Pair<T
             "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1)));
   } else {
     int lane = lane_of_warp(), row = lane & ~3, column = lane % 4 * 8;  // lanes that hold the row, and both columns
+    float sums[4] = {};  // first: added to c one by one they would be rounded as often
 #pragma unroll
     for (int high = 0; high < 2; ++high) {
       Pair<T> b = high ? b1 : b0;
@@ -102,9 +103,11 @@ __device__ __forceinline__ void mma(float (&c)[4], const Pair<T> (&a)[4], Pair<T
         auto element = [&](Pair<T> pair, int from) { return __shfl_sync(~0u, k % 2 ? pair.upper : pair.lower, from); };
         float top = element(a[2 * high], row + k / 2), bottom = element(a[2 * high + 1], row + k / 2);
         float left = element(b, column + k / 2), right = element(b, column + 4 + k / 2);
-        c[0] += top * left, c[1] += top * right, c[2] += bottom * left, c[3] += bottom * right;
+        sums[0] += top * left, sums[1] += top * right, sums[2] += bottom * left, sums[3] += bottom * right;
       }
     }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += sums[i];
   }
 }
 
@@ -192,11 +195,13 @@ void mma(float (&c)[4], const Pair<T> (&a)[4], Pair<T> b0, Pair<T> b1) {
     for (int i = 0; i < 2; ++i) columns[i][k] = of((lane % 4 * 2 + i) * 4 + k);
   }
   for (int i = 0; i < 4; ++i) {
+    float sum = 0.0f;  // first, as on a device
     for (int k = 0; k < 16; ++k) {
       float x = element_of(rows[k % 8 / 2]->a[k / 8 * 2 + i / 2], k % 2, T{});
       float y = element_of(columns[i % 2][k % 8 / 2]->b[k / 8], k % 2, T{});
-      c[i] += x * y;
+      sum += x * y;
     }
+    c[i] += sum;
   }
 }
 
