@@ -88,21 +88,6 @@ def test_a_target_that_sees_nothing_averages_everything(lane, stored):
     assert (dk[:, 1] == 0).all()
 
 
-@pytest.mark.parametrize("lane", lanes(OP, "eager", "cpu"))
-def test_kernels_read_positions_where_the_handle_has_laid_them_out(lane):
-    from zipformer_kernels.ops.attention.triton import weights_of
-
-    shapes = (9, 2, 4, 8), (9, 2, 4, 8), (9, 2, 4, 2), (17, 4, 2)
-    leaves = [torch.randn(shape, device=lane.device, requires_grad=True) for shape in shapes]
-    with lane.active():
-        weights = AttentionWeights(*leaves)
-    assert torch.equal(weights.held.scores.e, leaves[3])
-    for held in (weights.held, weights[0:1].held, weights[1:3].held):
-        read = weights_of(held.scores, held.softmax, held.masks).e
-        assert read.shape == (held.shape[0], 2, 17)
-        assert read.data_ptr() == held.scores.e.data_ptr()  # no use copies them
-
-
 @both_ways
 @pytest.mark.parametrize("positions", [False, True])
 @pytest.mark.parametrize("lane", lanes(OP))

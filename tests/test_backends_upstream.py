@@ -9,6 +9,7 @@ import upstream
 from draws import seed_all, set_batch_count
 from lanes import Lane
 from parity import build_pair, run
+from test_attention import both_ways, storing
 from tolerances import relative_error
 
 from zipformer_kernels.core import backend
@@ -34,10 +35,11 @@ CAUSAL = {"causal": True, "chunk_size": (8,), "left_context_frames": (16,)}
 TOLERANCE, GRADIENT_TOLERANCE = 2e-5, 5e-4
 
 
+@both_ways
 @pytest.mark.parametrize("mode", ["eval", "train"])
 @pytest.mark.parametrize("options", [{}, CAUSAL], ids=["offline", "chunks"])
 @pytest.mark.parametrize("lane", list(map(Lane, backend.BACKENDS)), ids=lambda lane: lane.backend)
-def test_encoder(lane, options, mode):
+def test_encoder(lane, options, mode, stored):
     ours, theirs = build_pair(Zipformer, upstream.zipformer.Zipformer, **CONFIG, **options, dtype=torch.float32)
     lengths = torch.tensor([21, 14], device=lane.device)
     padding = torch.arange(21, device=lane.device) >= lengths.unsqueeze(1)
@@ -48,7 +50,7 @@ def test_encoder(lane, options, mode):
         set_batch_count(model, 500)
     for seed in (1, 2):
         expected, their_draws = run(theirs, seed, [x, lengths, padding])
-        with lane.active():
+        with lane.active(), storing(stored):
             actual, our_draws = run(ours, seed, [x, lengths, padding])
         assert our_draws == their_draws
         valid = ~padding[:, ::2].t()

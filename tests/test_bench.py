@@ -143,7 +143,7 @@ def test_gradients_that_are_off_are_found_in_any_layout():
 @pytest.mark.parametrize("stored", [True, False])
 def test_all_uses_of_a_layers_weights_agree_whether_they_are_stored_or_not(monkeypatch, stored):
     asked = []
-    monkeypatch.setattr(held, "stores", lambda *shape: asked.append(shape) or stored)
+    monkeypatch.setattr(held, "fits", lambda *given: asked.append(given) or stored)
     prepared = shared_attention.prepare(100, 1, 2, 24, "both", torch.float32, ("upstream", "eager", "ours"))
     assert (prepared.wrong, prepared.skipped) == ({}, {})
     assert set(prepared.runs) == {"upstream", "eager", "ours"}

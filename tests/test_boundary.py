@@ -6,7 +6,7 @@ from zipformer_kernels.core import backend
 from zipformer_kernels.ops.attention import arguments as attention
 from zipformer_kernels.ops.conv_module.arguments import Shape
 from zipformer_kernels.ops.depthwise_conv2d import cpu as depthwise_conv2d
-from zipformer_kernels.ops.nonlin_attention import cpu as nonlin_attention
+from zipformer_kernels.ops.nonlin_attention import native as nonlin_attention
 
 pytestmark = pytest.mark.skipif(backend.missing["cpu"] is not None, reason=f"cpu: {backend.missing['cpu']}")
 
@@ -52,4 +52,4 @@ def test_wrong_arguments_are_refused_by_name():
     with pytest.raises(TypeError, match="integer"):
         bypass(0, 0, 0, None, **SIZES)
     with pytest.raises(TypeError, match="wanted a tuple of data, frame, sequence"):
-        backend.native.nonlin_attention_open_cpu(0, 0, (0, 0), 0, 0, 0, 1, 0, 1)
+        backend.native.nonlin_attention_open_cpu((0, 0, 0), (0, 0), 0, 0, 0, 0, 1, 0, 1)

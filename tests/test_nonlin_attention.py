@@ -5,6 +5,7 @@ import torch
 from contract import TOLERANCE, relative
 from draws import seed_all
 from lanes import lanes
+from test_attention import both_ways, storing
 from tolerances import assert_agrees, assert_rounded, rounding
 
 from zipformer_kernels.core.backend import missing
@@ -14,6 +15,7 @@ from zipformer_kernels.ops import nonlin_attention as package
 from zipformer_kernels.ops.attention import AttentionWeights
 from zipformer_kernels.ops.nonlin_attention import nonlin_attention
 from zipformer_kernels.ops.nonlin_attention.cases import CASES
+from zipformer_kernels.ops.nonlin_attention.gates import GatedLaunchers
 from zipformer_kernels.ops.nonlin_attention.infer import infer_nonlin_attention
 
 OP = package._op
@@ -76,6 +78,49 @@ def test_bad_input_is_named():
         nonlin_attention(longer, good, good, good)
 
 
+# ---- the gates alone ----
+
+GATED = [name for name, own in OP.backends.items() if isinstance(own, GatedLaunchers)]
+
+
+@pytest.mark.parametrize("channels", [1, 24, 37, 300])
+@pytest.mark.parametrize("lane", lanes(OP, *(name for name in OP.backends if name not in GATED)))
+def test_gates_of_any_layout(lane, channels):
+    """Results and gradients, which are written between what must stay as it is."""
+    gates = OP.backends[lane.backend].gates
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        base = (3 * torch.randn(3, 2, 3 * channels + 1, device=lane.device)).to(dtype)
+        layouts = base[..., 1:], base[..., :-1].contiguous(), base.transpose(0, 1)[..., :-1]
+        strided = torch.randn(3, 2, 6 * channels, device=lane.device).to(dtype)[..., ::2]
+        for projected in (*layouts, strided):
+            a, b, c = projected.chunk(3, dim=2)
+            room = torch.full((*a.shape[:2], 5 * channels), 7.0, device=lane.device, dtype=dtype)
+            ds, dx, dy = room.split(channels, dim=2)[1:4]
+            with lane.active():
+                actual = gates.open_(b, a), gates.close(a, b), gates.close_backward(a, b, c, dy)
+                gates.open_backward(a, b, c, ds, dx)
+            a, b, c = (x.double() for x in (a, b, c))
+            gate = b.tanh()
+            wanted = a * gate, a * b, a * c, a * b, a * c * (1 - gate**2), a * gate
+            assert all(x.is_contiguous() for x in actual[:2])
+            for i, (x, exact) in enumerate(zip((*actual, dy, ds, dx), wanted, strict=True)):
+                assert x.dtype == dtype
+                assert relative(x, exact) < TOLERANCE[dtype], i
+            assert (room[..., :channels] == 7).all()
+            assert (room[..., 4 * channels :] == 7).all()
+
+
+@pytest.mark.parametrize("lane", lanes(OP, *(name for name in OP.backends if name not in GATED)))
+def test_the_average_s_gradient_lies_as_the_average_does(lane):
+    """So that the product of stored weights with it copies nothing."""
+    grad, y, dy = (torch.randn(5, 2, 8, device=lane.device) for _ in range(3))
+    average = torch.randn(2, 5, 8, device=lane.device).transpose(0, 1)
+    with lane.active():
+        inner = OP.backends[lane.backend].gates.close_backward(grad, average, y, dy)
+    assert inner.stride() == average.stride()
+
+
 # ---- in inference, with weights that are stored ----
 
 
@@ -124,7 +169,7 @@ def test_infer_names_bad_input():
         infer_nonlin_attention(projected, bias[1:], weights)
 
 
-# ---- in training, with weights of one head that are stored ----
+# ---- in training, as one use that leaves its part of the weights' gradient ----
 
 
 def needs_cpu():
@@ -158,14 +203,17 @@ def assert_gates_match_float64(args, grad=None):
         assert relative(actual, other, floor=0.1) < 3 * TOLERANCE[out.dtype], name
 
 
+@both_ways
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_stored_weights_match_float64(dtype):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_one_use_matches_float64(dtype, stored):
     for frames, batch, channels in ((1, 1, 1), (13, 2, 7), (33, 3, 144), (70, 1, 37)):
-        assert_gates_match_float64(stored_arguments(frames, batch, channels, dtype))
+        with storing(stored):
+            assert_gates_match_float64(stored_arguments(frames, batch, channels, dtype))
 
 
-def test_stored_weights_take_gradients_of_any_strides():
+@both_ways
+def test_gradients_of_any_strides(stored):
     needs_cpu()
     shape = 13, 2, 7
     grads = {
@@ -178,42 +226,49 @@ def test_stored_weights_take_gradients_of_any_strides():
     }
     for grad in grads.values():
         before = grad.clone()
-        assert_gates_match_float64(stored_arguments(), grad)
+        with storing(stored):
+            assert_gates_match_float64(stored_arguments(), grad)
         assert torch.equal(grad, before)
 
 
-def test_gradients_of_the_thirds_are_written_side_by_side():
+@both_ways
+def test_gradients_of_the_thirds_are_written_side_by_side(stored):
     needs_cpu()
     q, k, projected = stored_arguments()
     thirds = projected.detach().split([7] * 3, dim=2)
     thirds = [third.requires_grad_() for third in thirds]
-    out = nonlin_attention(AttentionWeights(q, k, backend="cpu")[0:1], *thirds)
+    with storing(stored):
+        out = nonlin_attention(AttentionWeights(q, k, backend="cpu")[0:1], *thirds)
     assert side_by_side(*torch.autograd.grad(out.sum(), thirds)) is not None
 
 
-def test_when_stored_weights_serve():
+@both_ways
+def test_when_one_function_serves(stored):
     needs_cpu()
     q, k, projected = stored_arguments(dtype=torch.float32)
     thirds = split(projected, [7] * 3)
-    weights = AttentionWeights(q, k, backend="cpu")
-    first = weights[0:1].held.pieces()
-    assert package.stored.serves(first, *thirds)
-    assert not package.stored.serves(weights.held.pieces(), *thirds)
-    assert not package.stored.serves(weights[0:1].constant().held.pieces(), *thirds)
-    assert not package.stored.serves(first, *thirds[::-1])
-    assert not package.stored.serves(first, *(third.double() for third in thirds))
-    assert not package.stored.serves(AttentionWeights(q, k, backend="eager")[0:1].held.pieces(), *thirds)
-    with torch.no_grad():
-        assert not package.stored.serves(first, *thirds)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert not package.stored.serves(first, *thirds)
-    q, k, projected = stored_arguments(dtype=torch.bfloat16)
-    pieces = AttentionWeights(q, k, backend="cpu")[0:1].held.pieces()
-    assert not package.stored.serves(pieces, *split(projected, [7] * 3))
+    serves = package.deferred.serves
+    with storing(stored):
+        weights = AttentionWeights(q, k, backend="cpu")
+        first = weights[0:1].held.pieces()
+        assert serves(first, *thirds)
+        assert serves(first, *thirds[::-1])
+        assert serves(weights.held.pieces(), *thirds) is not stored  # stored, the first head lies apart
+        assert serves(weights[0:1].constant().held.pieces(), *thirds)
+        assert not serves(first, *(third.double() for third in thirds))
+        assert not serves(AttentionWeights(q, k, backend="eager")[0:1].held.pieces(), *thirds)
+        with torch.no_grad():
+            assert serves(first, *thirds)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not serves(first, *thirds)
+        q, k, projected = stored_arguments(dtype=torch.bfloat16)
+        pieces = AttentionWeights(q, k, backend="cpu")[0:1].held.pieces()
+        assert serves(pieces, *split(projected, [7] * 3))
 
 
 @pytest.mark.parametrize("frozen", [(0, 1), (2,), (3,), (4,), (2, 3), (2, 3, 4)], ids=str)
-def test_stored_weights_with_frozen_inputs(frozen):
+@both_ways
+def test_frozen_inputs(frozen, stored):
     """Of q, k and the thirds."""
     needs_cpu()
     q, k, projected = stored_arguments()
@@ -221,17 +276,20 @@ def test_stored_weights_with_frozen_inputs(frozen):
     results = []
     for backend in ("cpu", "eager"):
         leaves = [x.detach().requires_grad_(i not in frozen) for i, x in enumerate(parts)]
-        out = nonlin_attention(AttentionWeights(*leaves[:2], backend=backend)[0:1], *leaves[2:])
+        with storing(stored):
+            out = nonlin_attention(AttentionWeights(*leaves[:2], backend=backend)[0:1], *leaves[2:])
         results.append(torch.autograd.grad(out.square().sum(), [x for x in leaves if x.requires_grad]))
     for actual, expected in zip(*results, strict=True):
         assert relative(actual, expected) < 3 * TOLERANCE[torch.float64]
 
 
-def test_stored_weights_have_gradients_of_gradients():
+@both_ways
+def test_gradients_of_gradients(stored):
     needs_cpu()
     args = stored_arguments(frames=4, batch=2, channels=2)
-    assert torch.autograd.gradcheck(gate, args)
-    assert torch.autograd.gradgradcheck(gate, args)
+    with storing(stored):
+        assert torch.autograd.gradcheck(gate, args)
+        assert torch.autograd.gradgradcheck(gate, args)
 
 
 @pytest.mark.parametrize("name", ["tanh", "identity1"])
@@ -241,8 +299,8 @@ def test_hooks_between_the_projections_are_called(name, monkeypatch):
     module, src = NonlinAttention(6, 4).double(), torch.randn(9, 2, 6, dtype=torch.float64)
     q, k, _ = stored_arguments(9)
     calls, kernels = [], []
-    gated_average = package.stored.gated_average
-    monkeypatch.setattr(package.stored, "gated_average", lambda *args: kernels.append(args) or gated_average(*args))
+    gated_average = package.deferred.gated_average
+    monkeypatch.setattr(package.deferred, "gated_average", lambda *args: kernels.append(args) or gated_average(*args))
     results = []
     for hooked in (False, True):
         if hooked:

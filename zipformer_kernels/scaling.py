@@ -23,7 +23,7 @@ from zipformer_kernels.modules import (
     SwooshR,
 )
 from zipformer_kernels.modules.encoder import convert_num_channels
-from zipformer_kernels.ops.attention.held import softmax
+from zipformer_kernels.ops.attention.dense import softmax
 from zipformer_kernels.training import (
     Balancer,
     Dropout2,

@@ -18,6 +18,19 @@ struct AttentionRows {
   ZK_FIELDS(data, frame, sequence, head)
 };
 
+// A target's weights are exp(s - largest) scale.
+template <class W>
+struct SoftmaxRow {
+  W largest, scale;
+};
+
+// What masked scores are set to. Where the largest score lies above `visible_limit`, their weights vanish in every
+// dtype.
+template <class W>
+constexpr W masked_score = W(-1000);
+template <class W>
+constexpr W visible_limit = W(-200);
+
 // The weights: queries against keys, with relative positions and masks. Of position projections there are
 // targets + sources - 1 "frames"; their sequence stride is 0 where all sequences share them.
 struct AttentionWeights {
@@ -62,7 +75,15 @@ struct AttentionForward {
   ZK_FIELDS(weights, v, out, channels)
 };
 
-// One use of the weights, out = W v, and the gradient of its result.
+// Also gated = out y, contiguous; not where y is without data.
+struct AttentionGated : AttentionForward {
+  AttentionRows y;
+  void* gated;
+
+  ZK_FIELDS(weights, v, out, channels, y, gated)
+};
+
+// One use of the weights, out = W v, and the gradient of its result. For dv alone v and out are not read.
 struct AttentionUse {
   AttentionRows v, out, grad;
   int64_t channels;
@@ -84,9 +105,67 @@ struct AttentionBackward {
   ZK_FIELDS(weights, w, dw, uses, dq, dk, dp, de, dv, penalty, limit)
 };
 
+// dv = W^T grad, the gradient of the values of one use.
+struct AttentionValuesGradient {
+  AttentionWeights weights;
+  AttentionRows grad, dv;
+  int64_t channels;
+
+  ZK_FIELDS(weights, grad, dv, channels)
+};
+
+// The gradients of q, k, p and e of all uses at once; without data where not wanted. `values` (heads, sequences,
+// sources, channels) and `grads`, of targets, are those of all uses side by side, contiguous, a multiple of 32
+// channels; `delta` (heads, sequences, targets), float, is the sum of grad out over these channels. `offsets` (heads,
+// sequences, parts, offset_rows, 8), float, begins as zeros, and takes what each of `parts` shares of the targets adds
+// to de.
+struct AttentionScoresGradients {
+  AttentionWeights weights;
+  const void *values, *grads, *delta;
+  int64_t channels;
+  AttentionRows dq, dk, dp;
+  void* offsets;
+  int64_t parts, offset_rows;
+  double penalty, limit;
+
+  ZK_FIELDS(weights, values, grads, delta, channels, dq, dk, dp, offsets, parts, offset_rows, penalty, limit)
+};
+
+// Brings one use's share of `values`, `grads` and `delta` there: channels `first` to `end`, zeros behind the use's own.
+struct AttentionPack {
+  AttentionUse use;
+  void *values, *grads, *delta;
+  int64_t targets, sources, sequences, heads, first, end, width;
+  bool add;  // to delta
+  DType dtype;
+
+  ZK_FIELDS(use, values, grads, delta, targets, sources, sequences, heads, first, end, width, add, dtype)
+};
+
+// de from `offsets`: sums over sequences and parts.
+struct AttentionOffsets {
+  const void* offsets;
+  AttentionRows de;
+  int64_t projections, heads, parts, offset_rows;  // parts of all sequences
+  DType dtype;
+
+  ZK_FIELDS(offsets, de, projections, heads, parts, offset_rows, dtype)
+};
+
 ZK_DECLARE_CPU(attention_softmax, AttentionSoftmax)
 ZK_DECLARE_CPU(attention_weights_forward, AttentionDense)
 ZK_DECLARE_CPU(attention_forward, AttentionForward)
 ZK_DECLARE_CPU(attention_backward, AttentionBackward)
+
+// `stream` is a cudaStream_t. Rows of q and k are aligned to 16 bytes, those of p, e and v to 4 elements; up to 32
+// query channels, a multiple of 8, and 4 position channels; e for all sequences; no float64.
+void attention_softmax_cuda(const AttentionSoftmax& args, void* stream);
+void attention_forward_cuda(const AttentionForward& args, void* stream);
+void attention_gated_forward_cuda(const AttentionGated& args, void* stream);
+void attention_values_gradient_cuda(const AttentionValuesGradient& args, void* stream);
+void attention_by_sources_cuda(const AttentionScoresGradients& args, void* stream);
+void attention_by_targets_cuda(const AttentionScoresGradients& args, void* stream);
+void attention_pack_cuda(const AttentionPack& args, void* stream);
+void attention_offsets_cuda(const AttentionOffsets& args, void* stream);
 
 }  // namespace zk

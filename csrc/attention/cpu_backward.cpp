@@ -32,23 +32,27 @@ class Backward {
         depth_(weights_.query_channels),
         positions_(weights_.p.data ? weights_.position_channels : 0),
         channels_(channels_of(args.uses)),
+        wants_scores_(args.dq.data || args.dk.data || args.dp.data || args.de.data),
         query_pitch_(whole_lanes<W>(depth_)),
         position_pitch_(positions_ < wide_positions ? positions_ : whole_lanes<W>(positions_)),
         pitch_(scores_.pitch),
         parts_(parts()),
         items_(scores_.pairs * parts_),
         key_rows_(args.dq.data ? scores_.pairs * weights_.sources * query_pitch_ : 0),
-        value_columns_(scores_.pairs * channels_ * pitch_),
+        value_columns_(wants_scores_ ? scores_.pairs * channels_ * pitch_ : 0),
         offset_rows_(args.dp.data && wide() ? scores_.offset_sets * scores_.offset_pitch * position_pitch_ : 0),
         dkeys_(args.dk.data ? items_ * depth_ * pitch_ : 0),
         dvalues_(args.dv.data ? items_ * channels_ * pitch_ : 0),
         doffsets_(args.de.data ? items_ * positions_ * scores_.offset_pitch : 0) {}
 
   void run() {
+    if (!wants_scores_ && !args_.dv.data) return;
     int64_t pairs = scores_.pairs, sources = weights_.sources;
-    parallel_for(pairs, 1, scores_.threads_for(pairs * sources * depth_), [&](int64_t begin, int64_t end) {
-      for (int64_t pair = begin; pair < end; ++pair) pack(pair);
-    });
+    if (wants_scores_) {
+      parallel_for(pairs, 1, scores_.threads_for(pairs * sources * depth_), [&](int64_t begin, int64_t end) {
+        for (int64_t pair = begin; pair < end; ++pair) pack(pair);
+      });
+    }
     if (args_.dp.data && wide()) {
       for (int64_t set = 0; set < scores_.offset_sets; ++set) pack_offsets(set);
     }
@@ -160,17 +164,17 @@ class Backward {
     int64_t channel = 0;
     for (const AttentionUse& use : args_.uses) {
       for (int64_t i = 0; i < rows; ++i) {
-        const T *g = row_of<T>(use.grad, first + i, b, h), *out = row_of<T>(use.out, first + i, b, h);
+        const T* g = row_of<T>(use.grad, first + i, b, h);
         // All that is made of weights has g as a factor: the scale that exponentials lack goes there.
         W scale = args_.w ? W(1) : scores_.softmax(pair)[first + i].scale;
-        for (int64_t c = 0; c < use.channels; ++c) {
-          m.g[i * channels_ + channel + c] = widen(g[c]) * scale;
-          m.out[i * channels_ + channel + c] = widen(out[c]);
-        }
+        for (int64_t c = 0; c < use.channels; ++c) m.g[i * channels_ + channel + c] = widen(g[c]) * scale;
+        if (!wants_scores_) continue;
+        const T* out = row_of<T>(use.out, first + i, b, h);
+        for (int64_t c = 0; c < use.channels; ++c) m.out[i * channels_ + channel + c] = widen(out[c]);
       }
       channel += use.channels;
     }
-    for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t i = 0; wants_scores_ && i < rows; ++i) {
       m.delta[i] = dot(m.g + i * channels_, m.out + i * channels_, channels_);
       if (!args_.dw) continue;
       m.delta[i] += dot(dense(args_.w, pair, first + i), dense(args_.dw, pair, first + i), weights_.sources);
@@ -220,17 +224,18 @@ class Backward {
     clear(row + columns, (end < tile_columns ? end : tile_columns) - columns);
   }
 
-  // Weights and the scores' gradient of one tile.
+  // Weights and, if any gradient is made from it, the scores' gradient of one tile.
   void fill(int64_t pair, int64_t block, int64_t source, int64_t columns, const Memory& m) const {
     int64_t rows = scores_.rows_of(block), width = whole_lanes<W>(columns);
     scores_.fill(pair, block, source, columns, m.q, m.p, m.w);
-    multiply(pair, block, source, width, m);
+    if (wants_scores_) multiply(pair, block, source, width, m);
     for (int64_t i = 0; i < rows; ++i) {
       int64_t target = block * tile_rows + i;
       W* w = m.w + tile_skew + i * tile_step;
       W* ds = m.ds + tile_skew + i * tile_step;
       if (args_.penalty != 0) penalize(w, columns, m.extra + i * tile_columns);
       scores_.exponentiate(pair, target, source, columns, w);
+      if (!wants_scores_) continue;
       differentiate(w, m.dw + i * tile_columns, m.delta[i], width, ds);
       if (!scores_.sees(pair, target)) scores_.mask(pair, target, source, columns, 0, ds);
       if (args_.penalty != 0) add(m.extra + i * tile_columns, columns, ds);
@@ -335,7 +340,9 @@ class Backward {
   const AttentionBackward& args_;
   const AttentionWeights& weights_;
   const Scores<T> scores_;
-  const int64_t depth_, positions_, channels_, query_pitch_, position_pitch_, pitch_, parts_, items_;
+  const int64_t depth_, positions_, channels_;
+  const bool wants_scores_;
+  const int64_t query_pitch_, position_pitch_, pitch_, parts_, items_;
   Buffer<W> key_rows_, value_columns_, offset_rows_, dkeys_, dvalues_, doffsets_;
 };
 

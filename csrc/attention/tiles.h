@@ -32,19 +32,6 @@ constexpr int64_t tile_skew = tile_rows - 1;   // where the first row begins
 constexpr int64_t tile_step = tile_pitch - 1;  // from row to row
 constexpr int64_t tile_size = tile_rows * tile_pitch;
 
-// A target's weights are exp(s - largest) scale.
-template <class W>
-struct SoftmaxRow {
-  W largest, scale;
-};
-
-// What masked scores are set to. Where the largest score lies above `visible_limit`, their weights vanish in every
-// dtype.
-template <class W>
-constexpr W masked_score = W(-1000);
-template <class W>
-constexpr W visible_limit = W(-200);
-
 // Below this, exp is taken for zero: subnormal weights would slow down everything behind them.
 template <class W>
 constexpr W exp_limit = sizeof(W) == 4 ? W(-87) : W(-700);

@@ -49,6 +49,14 @@ void block_barrier();
 uint64_t warp_exchange(unsigned mask, uint64_t mine, int source);
 int lane();
 
+// Hands in up to 64 bytes, and waits until all lanes of the warp have done so ...
+void publish(const void* mine, size_t bytes);
+// ... what a lane has handed in, readable until the next call of `publish` or of an exchange returns.
+const void* published(int lane);
+
+// Ends the run with an error.
+[[noreturn]] void fail(const char* what);
+
 template <class T>
 T shuffle(unsigned mask, T value, int source) {
   static_assert(sizeof(T) <= 8 && std::is_trivially_copyable<T>::value, "shuffles carry up to 8 bytes");
@@ -77,6 +85,15 @@ template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
   int source = emulator::lane() + int(delta);
   return emulator::shuffle(mask, value, source < 32 ? source : emulator::lane());
+}
+
+inline unsigned __ballot_sync(unsigned, int predicate) {
+  emulator::publish(&predicate, sizeof(predicate));
+  unsigned bits = 0;
+  for (int lane = 0; lane < 32; ++lane) {
+    bits |= unsigned(*static_cast<const int*>(emulator::published(lane)) != 0) << lane;
+  }
+  return bits;
 }
 
 template <class T>

@@ -24,9 +24,9 @@ struct Fibre {
   std::unique_ptr<char[]> stack{new char[stack_bytes]};
   State state;
   dim3 index;
-  unsigned mask;      // of the warp exchange it waits at
-  int phase;          // counts its warp exchanges; two alternate, so that no lane overwrites what another still reads
-  uint64_t slots[2];  // what it handed in
+  unsigned mask;  // of the warp exchange it waits at
+  int phase;      // counts its warp exchanges; two alternate, so that no lane overwrites what another still reads
+  alignas(16) unsigned char slots[2][64];  // what it handed in
 };
 
 std::vector<std::unique_ptr<Fibre>> fibres;
@@ -41,12 +41,6 @@ void start() {
   (*body)();
   fibres[current]->state = State::done;
   swapcontext(&fibres[current]->context, &scheduler);
-}
-
-[[noreturn]] void fail(const char* what) {
-  failure = what;
-  swapcontext(&fibres[current]->context, &scheduler);
-  __builtin_unreachable();
 }
 
 void wait(State state) {
@@ -144,15 +138,33 @@ void block_barrier() { wait(State::at_block_barrier); }
 
 int lane() { return current % warp_size; }
 
-uint64_t warp_exchange(unsigned mask, uint64_t mine, int source) {
+void fail(const char* what) {
+  failure = what;
+  swapcontext(&fibres[current]->context, &scheduler);
+  __builtin_unreachable();
+}
+
+static void hand_in(unsigned mask, const void* mine, size_t bytes) {
   Fibre& fibre = *fibres[current];
-  int warp = current / warp_size * warp_size;
-  int slot = fibre.phase++ % 2;
-  fibre.slots[slot] = mine;
+  if (bytes > sizeof(fibre.slots[0])) fail("emulator: a lane hands in too much");
+  std::memcpy(fibre.slots[fibre.phase++ % 2], mine, bytes);
   fibre.mask = mask;
   wait(State::at_warp_exchange);
-  if (warp + source >= live) fail("emulator: a shuffle reads from a lane that does not exist");
-  return fibres[warp + source]->slots[slot];
+}
+
+void publish(const void* mine, size_t bytes) { hand_in(~0u, mine, bytes); }
+
+const void* published(int lane) {
+  int from = current / warp_size * warp_size + lane;
+  if (from >= live) fail("emulator: a warp reads from a lane that does not exist");
+  return fibres[from]->slots[(fibres[current]->phase - 1) % 2];
+}
+
+uint64_t warp_exchange(unsigned mask, uint64_t mine, int source) {
+  hand_in(mask, &mine, sizeof(mine));
+  uint64_t word;
+  std::memcpy(&word, published(source), sizeof(word));
+  return word;
 }
 
 }  // namespace emulator

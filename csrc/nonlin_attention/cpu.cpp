@@ -10,31 +10,29 @@ namespace {
 constexpr int64_t grain = 1 << 13;  // elements
 
 template <class W>
-void open_row(const W* __restrict projected, const W* __restrict bias, int64_t channels, W* __restrict to) {
-  const W *s = projected, *x = projected + channels;
+void open_row(const W* __restrict s, const W* __restrict x, const W* __restrict bias, int64_t channels,
+              W* __restrict values) {
 #pragma omp simd
   for (int64_t c = 0; c < channels; ++c) {
-    to[c] = (x[c] + (bias ? bias[channels + c] : W(0))) * tanh_of(s[c] + (bias ? bias[c] : W(0)));
+    values[c] = (x[c] + (bias ? bias[channels + c] : W(0))) * tanh_of(s[c] + (bias ? bias[c] : W(0)));
   }
 }
 
 template <class W>
 void close_row(const W* __restrict average, const W* __restrict y, const W* __restrict bias, int64_t channels,
-               W* __restrict to) {
+               W* __restrict out) {
 #pragma omp simd
-  for (int64_t c = 0; c < channels; ++c) to[c] = average[c] * (y[c] + (bias ? bias[c] : W(0)));
+  for (int64_t c = 0; c < channels; ++c) out[c] = average[c] * (y[c] + (bias ? bias[c] : W(0)));
 }
 
 template <class W>
-void open_row_backward(const W* __restrict projected, const W* __restrict dvalues, int64_t channels,
-                       W* __restrict gradients) {
-  const W *s = projected, *x = projected + channels;
-  W *ds = gradients, *dx = gradients + channels;
+void open_row_backward(const W* __restrict grad, const W* __restrict s, const W* __restrict x, int64_t channels,
+                       W* __restrict ds, W* __restrict dx) {
 #pragma omp simd
   for (int64_t c = 0; c < channels; ++c) {
     W gate = tanh_of(s[c]);
-    ds[c] = dvalues[c] * x[c] * (W(1) - gate * gate);
-    dx[c] = dvalues[c] * gate;
+    ds[c] = grad[c] * x[c] * (W(1) - gate * gate);
+    dx[c] = grad[c] * gate;
   }
 }
 
@@ -62,62 +60,54 @@ W* at(const NonlinRows& x, int64_t t, int64_t b) {
 }
 
 template <class W>
-void open(const NonlinGates& args) {
-  auto projected = static_cast<const W*>(args.projected), bias = static_cast<const W*>(args.bias);
-  auto out = static_cast<W*>(args.out);
-  int64_t channels = args.channels;
-  each_row(args, [&](int64_t row, int64_t, int64_t) {
-    open_row(projected + row * 3 * channels, bias, channels, out + row * channels);
+void open(const NonlinOpen& args) {
+  auto bias = static_cast<const W*>(args.bias);
+  auto values = static_cast<W*>(args.values);
+  each_row(args, [&](int64_t row, int64_t t, int64_t b) {
+    open_row(at<W>(args.s, t, b), at<W>(args.x, t, b), bias, args.channels, values + row * args.channels);
   });
 }
 
 template <class W>
-void close(const NonlinGates& args) {
-  int64_t channels = args.channels;
-  auto y = static_cast<const W*>(args.projected) + 2 * channels;
-  auto bias = args.bias ? static_cast<const W*>(args.bias) + 2 * channels : nullptr;
+void close(const NonlinClose& args) {
+  auto bias = static_cast<const W*>(args.bias);
   auto out = static_cast<W*>(args.out);
   each_row(args, [&](int64_t row, int64_t t, int64_t b) {
-    close_row<W>(at<W>(args.average, t, b), y + row * 3 * channels, bias, channels, out + row * channels);
+    close_row(at<W>(args.average, t, b), at<W>(args.y, t, b), bias, args.channels, out + row * args.channels);
   });
 }
 
 template <class W>
-void open_backward(const NonlinGatesBackward& args) {
-  auto projected = static_cast<const W*>(args.projected);
-  auto gradients = static_cast<W*>(args.dprojected);
-  int64_t width = 3 * args.channels;
-  each_row(args, [&](int64_t row, int64_t t, int64_t b) {
-    open_row_backward(projected + row * width, at<W>(args.grad, t, b), args.channels, gradients + row * width);
+void open_backward(const NonlinOpenBackward& args) {
+  each_row(args, [&](int64_t, int64_t t, int64_t b) {
+    open_row_backward(at<W>(args.grad, t, b), at<W>(args.s, t, b), at<W>(args.x, t, b), args.channels,
+                      at<W>(args.ds, t, b), at<W>(args.dx, t, b));
   });
 }
 
 template <class W>
-void close_backward(const NonlinGatesBackward& args) {
-  int64_t width = 3 * args.channels;
-  auto y = static_cast<const W*>(args.projected) + 2 * args.channels;
-  auto dy = static_cast<W*>(args.dprojected) + 2 * args.channels;
-  each_row(args, [&](int64_t row, int64_t t, int64_t b) {
-    close_row_backward(at<W>(args.grad, t, b), at<W>(args.average, t, b), y + row * width, args.channels,
-                       at<W>(args.inner, t, b), dy + row * width);
+void close_backward(const NonlinCloseBackward& args) {
+  each_row(args, [&](int64_t, int64_t t, int64_t b) {
+    close_row_backward(at<W>(args.grad, t, b), at<W>(args.average, t, b), at<W>(args.y, t, b), args.channels,
+                       at<W>(args.inner, t, b), at<W>(args.dy, t, b));
   });
 }
 
 }  // namespace
 
-void nonlin_attention_open_backward(const NonlinGatesBackward& args) {
+void nonlin_attention_open_backward(const NonlinOpenBackward& args) {
   args.dtype == DType::f64 ? open_backward<double>(args) : open_backward<float>(args);
 }
 
-void nonlin_attention_close_backward(const NonlinGatesBackward& args) {
+void nonlin_attention_close_backward(const NonlinCloseBackward& args) {
   args.dtype == DType::f64 ? close_backward<double>(args) : close_backward<float>(args);
 }
 
-void nonlin_attention_open(const NonlinGates& args) {
+void nonlin_attention_open(const NonlinOpen& args) {
   args.dtype == DType::f64 ? open<double>(args) : open<float>(args);
 }
 
-void nonlin_attention_close(const NonlinGates& args) {
+void nonlin_attention_close(const NonlinClose& args) {
   args.dtype == DType::f64 ? close<double>(args) : close<float>(args);
 }
 

@@ -43,14 +43,14 @@ def reference_gradients(
     Args:
         reference: ``(*inputs)`` -> what the Function returned.
         inputs: as it saved them.
-        needs: which gradients are wanted; None stands for the others.
+        needs: which gradients are wanted; None stands for the others, and for those of inputs that are not read.
         grad: of what it returned.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         out = reference(*inputs)
     wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
-    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph))
+    found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph, allow_unused=True))
     return [next(found) if need else None for need in needs]
 
 

@@ -130,8 +130,24 @@ _ON_CPU = [
 ]  # fmt: skip
 
 _ON_GPU = [
+    Entry(
+        "attention.stored_share", 16, "thousandths of the device's memory",
+        "of one layer's attention weights, below which they are stored; 0: never",
+        GPU, "reasoned: at 80 GB all layers of preset L store theirs for 30 x 30 s, 2 GB; no layer takes more than 1.3",
+        least=0,
+    ),
+    Entry("attention.cuda_blocks", 8, "blocks a multiprocessor", "that sum gradients of position projections", GPU,
+          _PER_MULTIPROCESSOR),
     Entry("bias_norm.cuda_blocks", 4, "blocks a multiprocessor", "at most in backward", GPU, _PER_MULTIPROCESSOR),
     Entry("conv_module.cuda_blocks", 2, "blocks a multiprocessor", "that sum gradients", GPU, _PER_MULTIPROCESSOR),
+    Entry(
+        "attention.triton_scratch_bytes", 256 << 20, "bytes",
+        "of the scores' gradient that backward stores at most at a time, or 128 targets",
+        GPU, "reasoned: so many targets that there are programs for all multiprocessors", least=0,
+    ),
+    _tile("nonlin_attention.triton_tile", 2048, "elements", "of a program that gates"),
+    _tile("nonlin_attention.triton_channels", 256, "channels", "of such a tile at most"),
+    _warps("nonlin_attention.triton_warps"),
     _tile("swoosh.triton_block", 1024, "elements", "of a program"),
     _warps("swoosh.triton_warps"),
     _tile("swoosh_linear.triton_forward", 4096, "elements", "of a program, forward"),
@@ -165,24 +181,24 @@ _ON_GPU = [
 
 _ATTENTION_TILES = {  # by bytes of an element
     2: {
-        "softmax": (64, 32, 4, 16, 3),
-        "masked_softmax": (64, 16, 4, 16, 3),
-        "aggregate": (64, 32, 4, 64, 3),
-        "query": (64, 16, 4, 64, 3),
-        "key": (16, 64, 4, 64, 3),
-        "value": (16, 64, 4, 64, 3),
-        "position": (16, 32, 4, 32, 3),
-        "delta": (32, 0, 4, 32, 3),
+        "softmax": (64, 64, 4, 16, 1),
+        "weights": (64, 64, 4, 16, 1),
+        "aggregate": (64, 64, 4, 192, 1),
+        "value": (64, 64, 4, 192, 1),
+        "score": (64, 32, 4, 64, 1),
+        "key": (64, 64, 4, 16, 2),
+        "position": (64, 64, 4, 16, 1),
+        "pack": (64, 0, 4, 64, 1),
     },
     4: {
-        "softmax": (32, 32, 4, 16, 3),
-        "masked_softmax": (32, 32, 4, 16, 3),
+        "softmax": (32, 32, 4, 16, 1),
+        "weights": (32, 32, 4, 16, 1),
         "aggregate": (32, 32, 4, 32, 1),
-        "query": (32, 16, 4, 32, 1),
-        "key": (16, 32, 4, 32, 2),
-        "value": (16, 32, 4, 32, 2),
-        "position": (16, 32, 4, 32, 2),
-        "delta": (32, 0, 4, 32, 3),
+        "value": (16, 32, 4, 32, 1),
+        "score": (32, 32, 4, 32, 1),
+        "key": (16, 32, 4, 16, 1),
+        "position": (32, 32, 4, 16, 1),
+        "pack": (32, 0, 4, 32, 1),
     },
 }
 

@@ -59,7 +59,13 @@ class RelPositionMultiheadAttentionWeights(Module):
         pos_head_dim: channels of p, per head.
         dropout: dropout on the weights.
         pos_emb_skip_rate: how often, in training, a call leaves out the positional term.
+
+    Attributes:
+        stored_bytes: below how many bytes the weights are stored, as of `AttentionWeights`; None, unless it is set: as
+            tuned.
     """
+
+    stored_bytes: int | None = None  # of the class: upstream's modules have none
 
     def __init__(
         self,
@@ -200,7 +206,7 @@ class RelPositionMultiheadAttentionWeights(Module):
             (heads, batch, T, L + T), and the next `cached_key`; or None where they are too large to be stored.
         """
         frames, batch, _ = x.shape
-        if not stores(self.num_heads, batch, frames, left_context_len + frames, x.dtype):
+        if not stores(self.num_heads, batch, frames, left_context_len + frames, x.dtype, self.stored_bytes):
             return None
         q, k, p = self._split(F.linear(x, self.in_proj.weight, self.in_proj.bias))
         if cached_key is not None:
@@ -245,14 +251,15 @@ class RelPositionMultiheadAttentionWeights(Module):
     ) -> AttentionWeights:
         """The handle over flat q, k, p, (frames, batch, heads * channels); None for `pos_emb` leaves positions out."""
         q, k, p = (split_last(x, self.num_heads) for x in (q, k, p))
+        rest = key_padding_mask, attn_mask, penalty, limit
         if pos_emb is None:
-            return AttentionWeights(q, k, None, None, key_padding_mask, attn_mask, penalty, limit)
+            return AttentionWeights(q, k, None, None, *rest, stored_bytes=self.stored_bytes)
         self._check_positions(pos_emb, q.shape[0], k.shape[0])
         if pos_emb.shape[0] == 1 and being_traced():  # to flatten 1 x n rows ties torch.export to some lengths
             pos_emb = pos_emb[0]
         e = split_last(self.linear_pos(pos_emb), self.num_heads)
         e = e[0] if e.ndim == 4 and e.shape[0] == 1 else e
-        return AttentionWeights(q, k, p, e, key_padding_mask, attn_mask, penalty, limit)
+        return AttentionWeights(q, k, p, e, *rest, stored_bytes=self.stored_bytes)
 
 
 @made_of({"whiten": Whiten}, in_proj=nn.Linear, out_proj=nn.Linear)

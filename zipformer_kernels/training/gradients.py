@@ -7,7 +7,7 @@ from torch import Tensor
 
 from zipformer_kernels.core.autograd import gradient_hook
 from zipformer_kernels.core.module import Module
-from zipformer_kernels.ops.attention.held import penalized
+from zipformer_kernels.ops.attention.dense import penalized
 from zipformer_kernels.training.randomness import happens, logging_draw
 
 

@@ -8,10 +8,13 @@ With T targets, S sources, and for each sequence b and head h::
 
 An `AttentionWeights` (weights.py) is the handle of W. What it holds (held.py) is one of two:
 
+- `StoredWeights`: W itself, on backend ``eager``, and on ``cpu`` and ``triton`` as long as W is small (budget.py).
 - `RecomputedWeights`: q, k, p, e, the masks, and for each target the two numbers that make weights of scores,
-  exp(s - largest) scale. Every use runs one fused kernel, and the gradients of the uses add.
-- `StoredWeights`: W itself, on backend ``eager``, and on ``cpu`` as long as W is small. There uses leave what the
-  gradients of q, k, p and e need to one kernel (stored.py).
+  exp(s - largest) scale. Every use computes the weights again.
+
+With either, uses leave what the gradients of q, k, p and e need to one backward, which serves them all (deferred.py,
+with stored.py and recomputed.py). A backend that offers no parts of the op (launchers.py) runs the op for every use,
+and the gradients of the uses add; so does every backend under torch.compile.
 
 `rel_pos_attention` (relative.py) is one use of such weights as a function of its own, for other models' layers.
 
@@ -21,7 +24,8 @@ Source: section 3.2 of the Zipformer paper (arXiv:2310.11230); ``RelPositionMult
 
 from __future__ import annotations
 
-from zipformer_kernels.ops.attention.cpu import average, stores
+from zipformer_kernels.ops.attention.budget import stores
+from zipformer_kernels.ops.attention.cpu import average
 from zipformer_kernels.ops.attention.held import RecomputedWeights, StoredWeights
 from zipformer_kernels.ops.attention.masks import ChunkMask, downsample_mask
 from zipformer_kernels.ops.attention.op import _op as _op

@@ -23,13 +23,14 @@ from zipformer_kernels.core.launch import (
 )
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention.arguments import NO_ROWS, Arguments, Rows, Use, projections, rows, unit_stride
+from zipformer_kernels.ops.attention.launchers import AttentionLaunchers
 from zipformer_kernels.ops.attention.reference import empty_rows
-from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, grouped
+from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, by_heads, grouped
+from zipformer_kernels.ops.attention.scores import Use as Left
 
 LEAST_SCORES = tuning.entry("attention.least_scores")
 LEAST_SCORES_FLOAT64 = tuning.entry("attention.least_scores_float64")
 LEAST_WEIGHTS_BFLOAT16 = tuning.entry("attention.least_weights_bfloat16")
-STORED_BYTES = tuning.entry("attention.stored_bytes")
 
 
 def _softmax(*args: Tensor | int | None) -> tuple[Tensor]:
@@ -44,12 +45,7 @@ def _softmax(*args: Tensor | int | None) -> tuple[Tensor]:
 def forward(*args: Tensor | int | float | None) -> tuple[Tensor]:
     """Launchers' forward."""
     scores, (v, softmax), masks, _ = grouped(2, args)
-    out = v.new_empty(scores.q.shape[0], *v.shape[1:])
-    if out.numel() > 0:
-        weights = Arguments(scores, softmax, masks)
-        v = unit_stride(v)
-        call_cpu("attention_forward", v, weights.struct(), rows(v), pointer(out), v.shape[3])
-    return (out,)
+    return (average_values(scores, softmax, masks, v),)
 
 
 def backward(
@@ -61,11 +57,43 @@ def backward(
     wanted = needs[0], needs[1], needs[2] or needs[3], needs[2] or needs[3], needs[4]
     gradients, written = _room((*scores, v), wanted, out.numel() > 0)
     if out.numel() > 0:
-        weights = Arguments(scores, softmax, masks)
-        v, out, grad = (unit_stride(x) for x in (v, out, grad.to(v.dtype)))
-        use = Use(rows(v), rows(out), rows(grad), v.shape[3])
-        call_cpu("attention_backward", v, weights.struct(), 0, 0, [use], *_all_rows(written), *penalty)
+        uses = [(v, out, grad.to(v.dtype))]
+        _launch_backward(scores, softmax, None, None, masks, uses, _all_rows(written), penalty)
     return *_filled(gradients, written), None, None, None
+
+
+def average_values(scores: Scores, softmax: Tensor, masks: Masks, values: Tensor) -> Tensor:
+    """W V, (T, B, H, C), with weights made of the scores and the softmax rows."""
+    out = values.new_empty(scores.q.shape[0], *values.shape[1:])
+    if out.numel() > 0:
+        weights, values = Arguments(scores, softmax, masks), unit_stride(values)
+        call_cpu("attention_forward", values, weights.struct(), rows(values), pointer(out), values.shape[3])
+    return out
+
+
+def values_gradient(scores: Scores, softmax: Tensor, masks: Masks, grad: Tensor) -> Tensor:
+    """W^T G, (S, B, H, C), with weights made of the scores and the softmax rows."""
+    dv = grad.new_empty(scores.k.shape[0], *grad.shape[1:])
+    if grad.numel() == 0:
+        return dv.zero_()
+    if dv.numel() > 0:
+        none = [NO_ROWS] * 4
+        _launch_backward(scores, softmax, None, None, masks, [(None, None, grad)], [*none, rows(dv)], Penalty())
+    return dv
+
+
+def scores_gradients(
+    needs: tuple[bool, ...], scores: Scores, softmax: Tensor, masks: Masks, penalty: Penalty, uses: Sequence[Left]
+) -> list[Tensor | None]:
+    """The gradients of q, k, p and e from all uses of weights made of the scores and the softmax rows.
+
+    Args:
+        needs: which are wanted; those of p and e are computed together.
+        scores, softmax, masks, penalty: of all heads.
+        uses: of any heads each.
+    """
+    pieces = [(heads, None, None, own) for heads, own in by_heads(scores.q.shape[2], uses)]
+    return _gradients(needs, pieces, scores, softmax, masks, penalty)
 
 
 def make_weights(*args: Tensor | int | float | None) -> tuple[Tensor]:
@@ -94,17 +122,44 @@ def weights_gradients(
             average and its gradient G, (T, B, H, C).
         scores, masks, penalty: of all heads.
     """
+    return _gradients(needs, pieces, scores, None, masks, penalty)
+
+
+def _gradients(
+    needs: tuple[bool, ...],
+    pieces: Sequence[tuple[slice, Tensor | None, Tensor | None, Sequence[tuple[Tensor, Tensor, Tensor]]]],
+    scores: Scores,
+    softmax: Tensor | None,
+    masks: Masks,
+    penalty: Penalty,
+) -> list[Tensor | None]:
+    """As `weights_gradients`; where there is no W, from the softmax rows."""
     wanted = needs[0], needs[1], needs[2] or needs[3], needs[2] or needs[3]
     filled = scores.q.numel() > 0 and scores.k.numel() > 0
     gradients, written = _room(scores, wanted, filled)
     for heads, w, dw, uses in pieces if filled else ():
-        weights, w = Arguments(scores.of_heads(heads), None, masks), w.contiguous()
-        dw = None if dw is None else dw.to(w.dtype).contiguous()
-        uses = [tuple(unit_stride(x.to(w.dtype)) for x in use) for use in uses]
-        given = [Use(*map(rows, use), use[0].shape[3]) for use in uses]
         results = *_all_rows(Scores(*written).of_heads(heads)), NO_ROWS
-        call_cpu("attention_backward", w, weights.struct(), pointer(w), pointer(dw), given, *results, *penalty)
+        own = None if softmax is None else softmax[heads]
+        _launch_backward(scores.of_heads(heads), own, w, dw, masks, uses, results, penalty)
     return _filled(gradients, written)
+
+
+def _launch_backward(
+    scores: Scores,
+    softmax: Tensor | None,
+    w: Tensor | None,
+    dw: Tensor | None,
+    masks: Masks,
+    uses: Sequence[tuple[Tensor | None, Tensor | None, Tensor]],
+    results: Sequence[Rows],
+    penalty: Penalty,
+) -> None:
+    """Calls the kernel; V and O of a use may be None for the gradient of the values alone."""
+    dtype, weights = scores.q.dtype, Arguments(scores, softmax, masks)  # holds copies until the call is over
+    w, dw = [None if x is None else x.to(dtype).contiguous() for x in (w, dw)]
+    uses = [[None if x is None else unit_stride(x.to(dtype)) for x in use] for use in uses]
+    given = [Use(*map(rows, use), use[2].shape[3]) for use in uses]
+    call_cpu("attention_backward", scores.q, weights.struct(), pointer(w), pointer(dw), given, *results, *penalty)
 
 
 def _weights_backward(
@@ -176,11 +231,6 @@ def average(weights: Tensor, values: Tensor) -> Tensor:
     return (weights @ by_head).permute(2, 1, 0, 3).flatten(2)
 
 
-def stores(heads: int, batch: int, targets: int, sources: int, dtype: torch.dtype) -> bool:
-    """Whether weights of this shape are small enough to be stored whole on the CPU."""
-    return heads * batch * targets * sources * dtype.itemsize < STORED_BYTES.value
-
-
 def _stream(*args: Any) -> tuple[Tensor, Tensor]:
     *tensors, gated = args
     src, in_weight, in_bias, context, weights, *after = contiguous(*tensors)
@@ -210,11 +260,16 @@ def _stream(*args: Any) -> tuple[Tensor, Tensor]:
     return y, joined
 
 
-launchers = Launchers(
+launchers = AttentionLaunchers(
     unsupported,
     forward,
     backward,
     worthwhile,
+    average_values=average_values,
+    values_gradient=values_gradient,
+    scores_gradients=scores_gradients,
+    make_weights=make_weights,
+    weights_gradients=weights_gradients,
     variants={
         "softmax": Launchers(unsupported, _softmax, None, worthwhile),
         "weights": Launchers(unsupported, make_weights, _weights_backward),

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from zipformer_kernels.core import backend as backends
-from zipformer_kernels.core.autograd import gradient_hook
-from zipformer_kernels.core.call import autocast_dtype, barred, watcher
-from zipformer_kernels.ops.attention import reference, stored
-from zipformer_kernels.ops.attention.cpu import stores
+from zipformer_kernels.core.call import barred, watcher, without_autocast
+from zipformer_kernels.ops.attention import deferred, recomputed, stored
+from zipformer_kernels.ops.attention.budget import fits, stores
+from zipformer_kernels.ops.attention.deferred import Piece
+from zipformer_kernels.ops.attention.dense import dense, masked_mean
+from zipformer_kernels.ops.attention.launchers import AttentionLaunchers
 from zipformer_kernels.ops.attention.op import _op
 from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores
-from zipformer_kernels.ops.attention.stored import Piece
 
 
 class Place(NamedTuple):
@@ -40,11 +42,14 @@ class Place(NamedTuple):
         return reason is not None
 
 
-class Use(Protocol):
-    """A use of weights, such as to average values, in two ways; iterating over it gives its tensors."""
+class Task(Protocol):
+    """What weights are used for, such as to average values; iterating over it gives its tensors."""
 
-    def of_stored(self, pieces: tuple[Piece, ...]) -> Tensor:
-        """The result, from the weights themselves."""
+    def deferred(self, pieces: Sequence[Piece], backend: str) -> Tensor | None:
+        """The result of weights in pieces by head, which leaves its part of the gradient; None where it cannot."""
+
+    def of_tensors(self, weights: Sequence[Tensor]) -> Tensor:
+        """The result by torch's operations, of weights in tensors by head."""
 
     def of_scores(self, weights: RecomputedWeights) -> Tensor:
         """The result by an op that computes the weights again."""
@@ -67,7 +72,7 @@ class Weights(Protocol):
     def constant(self) -> Weights:
         """Weights that are equal for every source with W > 0, without a gradient."""
 
-    def use(self, use: Use) -> Tensor:
+    def use(self, task: Task) -> Tensor:
         """The result of a use."""
 
     def materialize(self) -> Tensor:
@@ -79,7 +84,7 @@ class StoredWeights:
 
     Args:
         scores, masks, penalty: what they are made from.
-        place: where uses run: ``eager``, or ``cpu`` while the weights are small.
+        place: where uses run: ``eager``, or a backend that can store weights, while they are small.
     """
 
     def __init__(self, scores: Scores, masks: Masks, penalty: Penalty, place: Place) -> None:
@@ -93,39 +98,48 @@ class StoredWeights:
 
     def constant(self) -> Weights:
         """A masked mean of the sources that have any weight."""
-        return _Given(tuple(Piece(masked_mean(piece.w)) for piece in self.pieces()), self)
+        constants = (masked_mean(stored.tensor(piece)).detach() for piece in self.pieces())
+        return _Given(tuple(stored.given(w, deferred.Uses()) for w in constants), self)
 
-    def use(self, use: Use) -> Tensor:
+    def use(self, task: Task) -> Tensor:
         """The result of a use of W. Raises `BackendError` where the backend asked for cannot serve it."""
-        self.place.must_fall_back(*use)  # for what it raises: what serves no kernel multiplies with the tensor
-        return use.of_stored(self.pieces())
+        self.place.must_fall_back(*task)  # for what it raises: what serves no kernel multiplies with the tensor
+        pieces = self.pieces()
+        result = None if self.place.backend == "eager" else task.deferred(pieces, self.place.backend)
+        return task.of_tensors([stored.tensor(piece) for piece in pieces]) if result is None else result
 
     def materialize(self) -> Tensor:
         """W in one piece."""
-        pieces = [piece.w for piece in self.pieces()]
+        pieces = [stored.tensor(piece) for piece in self.pieces()]
         # An alias, for the gradient of the piece itself lacks what uses leave.
         return torch.cat(pieces) if len(pieces) > 1 else torch.ops.aten.alias(pieces[0])
 
     def pieces(self) -> tuple[Piece, ...]:
-        """W in pieces by head. On ``cpu`` the first head, which nonlin_attention takes, may lie apart."""
+        """W in pieces by head."""
         trained = wants_gradients(self.scores)
-        if self._made and (self._made[0].w.requires_grad or not trained):
+        if self._made and (self._made[0].trained or not trained):
             return self._made
         if self.place.must_fall_back():
-            return (Piece(dense(self.scores, self.masks, self.penalty)),)
+            return (stored.given(dense(self.scores, self.masks, self.penalty)),)
         self._made = self._make(trained)
         return self._made
 
     def _make(self, trained: bool) -> tuple[Piece, ...]:
-        if self.place.backend == "eager":
-            return (Piece(dense(self.scores, self.masks, self.penalty)),)
-        # A slice's gradient is as large as its base; and together all heads may be too large to be stored.
-        apart = torch.is_grad_enabled() or not stores(*self.shape, self.scores.q.dtype)
-        groups = (slice(0, 1), slice(1, None)) if apart and self.shape[0] > 1 else (slice(None),)
-        if trained and watcher() is None:
-            return stored.make(groups, self.scores, self.masks, self.penalty)
-        weights, rest = _op.variants["weights"], (*self.masks, *self.penalty)
-        return tuple(Piece(weights(*self.scores.of_heads(g), *rest, backend=self.place.backend)) for g in groups)
+        backend, heads = self.place.backend, self.shape[0]
+        if backend == "eager":
+            return (stored.given(dense(self.scores, self.masks, self.penalty)),)
+        # Each piece is small enough for memory that the CPU's allocator keeps; on a GPU one product serves all heads.
+        apart = backend == "cpu" and heads > 1
+        apart = apart and (torch.is_grad_enabled() or not stores(*self.shape, self.scores.q.dtype))
+        groups = (slice(0, 1), slice(1, heads)) if apart else (slice(0, heads),)
+        launchers, rest = _op.backends[backend], (*self.masks, *self.penalty)
+        if watcher() is None:
+            if trained:
+                return stored.make(launchers, groups, self.scores, self.masks, self.penalty)
+            made = [without_autocast(launchers.make_weights, *self.scores.of_heads(g), *rest)[0] for g in groups]
+            return tuple(stored.given(w, deferred.Uses()) for w in made)
+        weights = _op.variants["weights"]
+        return tuple(stored.given(weights(*self.scores.of_heads(g), *rest, backend=backend)) for g in groups)
 
 
 class _HeadsOfStored(StoredWeights):
@@ -136,7 +150,7 @@ class _HeadsOfStored(StoredWeights):
         self.place, self._whole, self._heads = whole.place, whole, heads
 
     def pieces(self) -> tuple[Piece, ...]:
-        return stored.of_heads(self._whole.pieces(), self._heads)
+        return deferred.of_heads(self._whole.pieces(), self._heads)
 
 
 class _Given(StoredWeights):
@@ -162,18 +176,14 @@ class RecomputedWeights:
 
     def __init__(self, scores: Scores, masks: Masks, penalty: Penalty, place: Place) -> None:
         self.shape = shape_of(scores)
-        if place.backend == "triton" and scores.e is not None:
-            scores = scores._replace(e=_offsets_last(scores.e))
         self.scores, self.masks, self.penalty, self.place = scores, masks, penalty, place
         self.softmax = _op.variants["softmax"](*without_gradients(scores), *masks, backend=place.backend)
+        self._made: tuple[Piece, ...] = ()
+        self.pieces()  # here, so that a use that checkpointing runs again finds what it found before
 
     def of_heads(self, heads: slice) -> Weights:
         """The weights of some heads, with what the whole has computed."""
-        part = object.__new__(RecomputedWeights)
-        part.shape = len(range(self.shape[0])[heads]), *self.shape[1:]
-        part.scores, part.softmax = self.scores.of_heads(heads), self.softmax[heads]
-        part.masks, part.penalty, part.place = self.masks, Penalty(), self.place  # the whole's uses bring the penalty
-        return part
+        return _HeadsOfRecomputed(self, heads)
 
     def constant(self) -> Weights:
         """The weights of zeros, positions included: the same compiled kernels serve them.
@@ -181,17 +191,31 @@ class RecomputedWeights:
         They count every source that is not masked, also one whose weight would underflow to zero.
         """
         zeros = self.scores.each(lambda x: torch.zeros_like(x, requires_grad=False))
-        return held_in(self.place, zeros, self.masks, Penalty())
+        return RecomputedWeights(zeros, self.masks, Penalty(), self.place)
 
-    def use(self, use: Use) -> Tensor:
-        """The result by an op; of W by torch's operations where no kernel may serve the use."""
-        if self.place.must_fall_back(*use):
-            return use.of_stored((Piece(self.materialize()),))
-        return use.of_scores(self)
+    def use(self, task: Task) -> Tensor:
+        """The result by kernels; of W by torch's operations where none may serve the use."""
+        if self.place.must_fall_back(*task):
+            return task.of_tensors([self.materialize()])
+        pieces = self.pieces()
+        result = task.deferred(pieces, self.place.backend) if pieces else None
+        if result is None:
+            return task.of_scores(self)
+        self.leave_penalty()
+        return result
 
     def materialize(self) -> Tensor:
         """W by torch's operations, made anew by each call."""
         return dense(self.scores, self.masks, self.take_penalty())
+
+    def pieces(self) -> tuple[Piece, ...]:
+        """The weights for uses that leave their part of the gradient; none where uses cannot."""
+        if self._made and (self._made[0].trained or not wants_gradients(self.scores)):
+            return self._made
+        launchers = _op.backends[self.place.backend]
+        if torch.is_grad_enabled() and isinstance(launchers, AttentionLaunchers) and watcher() is None:
+            self._made = (recomputed.make(launchers, self.scores, self.softmax, self.masks),)
+        return self._made
 
     def take_penalty(self) -> Penalty:
         """The penalty, for the first use that has gradients, which brings it for all; none for those that follow."""
@@ -200,18 +224,35 @@ class RecomputedWeights:
             self.penalty = Penalty()
         return penalty
 
+    def leave_penalty(self) -> None:
+        """Has the backward of the weights bring the penalty, if none has taken it."""
+        if self.penalty.weight != 0.0:
+            self._made[0].uses.penalty = self.take_penalty()
 
-def hold(scores: Scores, masks: Masks, penalty: Penalty, backend: str | None) -> Weights:
+
+class _HeadsOfRecomputed(RecomputedWeights):
+    """Some heads of weights that are computed again; the whole brings the penalty."""
+
+    def __init__(self, whole: RecomputedWeights, heads: slice) -> None:
+        self.shape = len(range(whole.shape[0])[heads]), *whole.shape[1:]
+        self.scores, self.softmax = whole.scores.of_heads(heads), whole.softmax[heads]
+        self.masks, self.penalty, self.place = whole.masks, Penalty(), whole.place
+        self._whole, self._heads = whole, heads
+
+    def pieces(self) -> tuple[Piece, ...]:
+        return deferred.of_heads(self._whole.pieces(), self._heads)
+
+    def leave_penalty(self) -> None:
+        self._whole.leave_penalty()
+
+
+def hold(
+    scores: Scores, masks: Masks, penalty: Penalty, backend: str | None, stored_bytes: int | None = None
+) -> Weights:
     """The weights, held as suits the backend that they get and their size. Raises `BackendError`."""
     name = _op.variants["softmax"].select(backend, *without_gradients(scores), *masks)
-    return held_in(Place(name, backends.requested(backend) != "auto"), scores, masks, penalty)
-
-
-def held_in(place: Place, scores: Scores, masks: Masks, penalty: Penalty) -> Weights:
-    """The weights, held as suits their size in a place."""
-    heads, *others = shape_of(scores)
-    small = place.backend == "cpu" and stores(max(heads - 1, 1), *others, scores.q.dtype)  # the first may lie apart
-    kind = StoredWeights if place.backend == "eager" or small else RecomputedWeights
+    place = Place(name, backends.requested(backend) != "auto")
+    kind = StoredWeights if name == "eager" or fits(name, scores, stored_bytes) else RecomputedWeights
     return kind(scores, masks, penalty, place)
 
 
@@ -229,35 +270,3 @@ def wants_gradients(scores: Scores) -> bool:
 def without_gradients(scores: Scores) -> Scores:
     """The same scores, constants."""
     return scores.each(lambda x: x.detach()) if torch.is_grad_enabled() else scores
-
-
-def dense(scores: Scores, masks: Masks, penalty: Penalty) -> Tensor:
-    """W by torch's operations, differentiable; under autocast in the autocast dtype, as upstream stores it."""
-    raw = reference.scores(*scores)
-    if penalty.weight != 0.0:
-        raw = penalized(raw, *penalty)
-    mask = reference.forbidden(raw.shape[1:], masks, scores.q.device)
-    return softmax(raw if mask is None else reference.masked(raw, mask), dim=-1)
-
-
-def masked_mean(weights: Tensor) -> Tensor:
-    """The same weight for every source that has any."""
-    seen = (weights > 0.0).to(weights.dtype)
-    return seen * (1.0 / seen.sum(dim=-1, keepdim=True))
-
-
-def penalized(scores: Tensor, penalty: float, limit: float) -> Tensor:
-    """Returns the scores; their gradient gains that of the loss ``penalty * relu(abs(scores) - limit).sum()``."""
-    over = (scores > limit).to(torch.int8) - (scores < -limit).to(torch.int8)
-    return gradient_hook(scores, lambda grad, over: torch.add(grad, over, alpha=penalty), over)
-
-
-def softmax(x: Tensor, dim: int) -> Tensor:
-    """The softmax along a dimension; under autocast in the autocast dtype, as upstream's."""
-    y = x.softmax(dim)
-    return y.to(autocast_dtype(x) or y.dtype)
-
-
-def _offsets_last(e: Tensor) -> Tensor:
-    """e, (offsets, H, P), with the offsets side by side in memory, as GPU kernels read it; copied once for all uses."""
-    return e.permute(1, 2, 0).contiguous().permute(2, 0, 1)

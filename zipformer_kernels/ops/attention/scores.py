@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -72,6 +73,29 @@ class Use(NamedTuple):
     values: Tensor
     out: Tensor
     grad: Tensor
+
+
+def by_heads(heads: int, uses: Sequence[Use]) -> list[tuple[slice, list[tuple[Tensor, Tensor, Tensor]]]]:
+    """Cuts weights into runs of heads with the same uses.
+
+    Args:
+        heads: how many the weights have.
+        uses: of any of these heads each.
+    Returns:
+        For each run its heads, and values, result and gradient of every use, of these heads.
+    """
+    ranges = [range(heads)[use.heads] for use in uses]
+    cuts = sorted({0, heads, *[r.start for r in ranges], *[r.stop for r in ranges]})
+    runs = []
+    for first, last in pairwise(cuts):
+        own = []
+        for (_, values, out, grad), r in zip(uses, ranges, strict=True):
+            if r.start <= first and last <= r.stop:
+                wanted = slice(first - r.start, last - r.start)
+                whole = len(r) == last - first
+                own.append((values, out, grad) if whole else tuple(x[:, :, wanted] for x in (values, out, grad)))
+        runs.append((slice(first, last), own))
+    return runs
 
 
 def grouped(count: int, args: Sequence[Any]) -> tuple[Scores, Sequence[Any], Masks, Penalty]:

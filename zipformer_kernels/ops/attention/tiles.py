@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from zipformer_kernels.core import tuning
-from zipformer_kernels.core.launch import next_power_of_2
+from zipformer_kernels.core.launch import cdiv, next_power_of_2
 
 
 class Tile(NamedTuple):
@@ -26,13 +26,24 @@ class Tile(NamedTuple):
     channels: int
     stages: int = 3
 
+    def shares(self, channels: int) -> tuple[int, dict[str, int]]:
+        """How many programs share out value channels, and the constants of one: BC + REST channels of at most `channels`.
+
+        Both are powers of two of 16 or more, or REST is 0: of 144 channels 128 and 16.
+        """
+        programs = cdiv(channels, self.channels)
+        own = cdiv(cdiv(channels, programs), 16) * 16
+        block = next_power_of_2(own + 1) // 2
+        rest = own - block
+        return programs, {"BC": block, "REST": next_power_of_2(rest) if rest else 0}
+
     def block(self, channels: int) -> int:
         """Value channels per tile: all of a narrow head, at least the 16 of a matrix instruction."""
         return min(max(16, next_power_of_2(channels)), self.channels)
 
-    def blocks(self, channels: int) -> dict[str, int | bool]:
-        """The constants of a kernel that goes over all value channels."""
-        return {"BC": self.block(channels), "ONE_BLOCK": channels <= self.channels}
+    def blocks(self) -> dict[str, int]:
+        """The constants of a kernel that are rows and columns of a tile."""
+        return {"BM": self.targets, "BN": self.sources}
 
     def options(self) -> dict[str, int]:
         """The options of a launch."""
@@ -41,14 +52,12 @@ class Tile(NamedTuple):
 
 TILES = {
     (kernel, size): tuning.entry(f"attention.triton_{kernel}_{size}_bytes")
-    for kernel in ("softmax", "masked_softmax", "aggregate", "query", "key", "value", "position", "delta")
+    for kernel in ("softmax", "weights", "aggregate", "value", "score", "key", "position", "pack")
     for size in (2, 4)
 }
 """Their entries by kernel and bytes of an element, read at every launch.
 
-With a mask given as a tensor the kernel `softmax` has tiles of its own: in those without one it would spill. The kernel
-`position` owns offsets, as many as it takes targets at a time, and needs twice as many sources. Chosen from
-machine code for sm_90 (docs/kernels.md): none spills, and programs of 4 warps share a multiprocessor.
+Chosen from machine code for sm_90 (docs/kernels.md): none spills, and at least two programs share a multiprocessor.
 """
 
 

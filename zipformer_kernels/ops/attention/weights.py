@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from zipformer_kernels.ops.attention.held import RecomputedWeights, Use, Weights, hold, masked_mean
+from zipformer_kernels.ops.attention import deferred, stored
+from zipformer_kernels.ops.attention.deferred import Piece
+from zipformer_kernels.ops.attention.dense import masked_mean
+from zipformer_kernels.ops.attention.held import RecomputedWeights, Task, Weights, hold
 from zipformer_kernels.ops.attention.masks import ChunkMask, checked
 from zipformer_kernels.ops.attention.op import _op
 from zipformer_kernels.ops.attention.scores import Penalty
-from zipformer_kernels.ops.attention.stored import Piece, average
 from zipformer_kernels.ops.sizes import compact, merge_heads, split_heads, split_last
 
 
@@ -23,7 +26,7 @@ class AttentionWeights:
     themselves; only what would change W in place is refused.
 
     Attributes:
-        held: how they are held: `StoredWeights` on ``eager``, and on ``cpu`` while they are small; else
+        held: how they are held: `StoredWeights` on ``eager``, and on ``cpu`` and ``triton`` while they are small; else
             `RecomputedWeights`.
         backend: the backend that every use runs on; the reference where values are not plain tensors or a mode looks
             on, unless a backend was asked for by name, which then raises.
@@ -37,6 +40,9 @@ class AttentionWeights:
         attn_mask: bool (T, S) or (B, T, S), True where a target may not attend to a source, or a `ChunkMask`.
         penalty, limit: the gradient of the scores gains penalty sign(s) where abs(s) > limit, once for all uses.
         backend: which backend to use; see `zipformer_kernels.core.backend`.
+        stored_bytes: below how many bytes ``cpu`` (which does not count the first head) and ``triton`` store them, 0:
+            never; by default as tuned, ``attention.stored_bytes`` for tensors on the CPU, and on a GPU a share of its
+            memory, ``attention.stored_share``. Results agree up to rounding whatever it is.
     Raises:
         ValueError: a shape does not fit the others.
         TypeError: key_padding_mask is neither of bools nor of integers, or attn_mask not of bools.
@@ -54,9 +60,11 @@ class AttentionWeights:
         penalty: float = 0.0,
         limit: float = 0.0,
         backend: str | None = None,
+        stored_bytes: int | None = None,
     ) -> None:
         scores, masks = checked(q, k, p, e, key_padding_mask, attn_mask)
-        self._hold(hold(scores, masks, Penalty(penalty, limit), backend), q.dtype, q.device)
+        held = hold(scores, masks, Penalty(penalty, limit), backend, stored_bytes)
+        self._hold(held, q.dtype, q.device)
 
     def _hold(self, held: Weights, dtype: torch.dtype, device: torch.device) -> AttentionWeights:
         self.held, self.shape, self.backend = held, held.shape, held.place.backend
@@ -77,9 +85,9 @@ class AttentionWeights:
         """Weights that are equal for every source with W > 0: a masked mean. They carry no gradient."""
         return self._with(self.held.constant())
 
-    def use(self, use: Use) -> Tensor:
+    def use(self, task: Task) -> Tensor:
         """The result of a use of the weights, on their backend."""
-        return self.held.use(use)
+        return self.held.use(task)
 
     def aggregate(self, values: Tensor) -> Tensor:
         """The average of the values with the weights, for each head.
@@ -133,9 +141,15 @@ class Average(NamedTuple):
 
     values: Tensor
 
-    def of_stored(self, pieces: tuple[Piece, ...]) -> Tensor:
+    def deferred(self, pieces: Sequence[Piece], backend: str) -> Tensor | None:
+        """W V by the backend's parts."""
+        if all(piece.serves(self.values) for piece in pieces):
+            return deferred.average(pieces, self.values)
+        return None
+
+    def of_tensors(self, weights: Sequence[Tensor]) -> Tensor:
         """W V by the products of torch."""
-        return average(pieces, self.values)
+        return stored.dense_average(weights, self.values)
 
     def of_scores(self, weights: RecomputedWeights) -> Tensor:
         """W V by the op."""

@@ -12,6 +12,7 @@ Source: section 3.1 of the Zipformer paper (arXiv:2310.11230); ``NonlinAttention
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,8 +20,10 @@ from torch import Tensor
 
 from zipformer_kernels.core.op import Op, triton_launchers
 from zipformer_kernels.ops.attention import AttentionWeights, RecomputedWeights
-from zipformer_kernels.ops.attention.stored import Piece, average
-from zipformer_kernels.ops.nonlin_attention import cpu, eager, reference, stored
+from zipformer_kernels.ops.attention.deferred import Piece, average
+from zipformer_kernels.ops.attention.stored import dense_average
+from zipformer_kernels.ops.nonlin_attention import cpu, cuda, deferred, eager, reference
+from zipformer_kernels.ops.nonlin_attention.gates import BY_TORCH, GatedLaunchers
 from zipformer_kernels.ops.sizes import split_last
 
 _op = Op(
@@ -28,7 +31,12 @@ _op = Op(
     "Tensor q, Tensor k, Tensor? p, Tensor? e, Tensor gate, Tensor x, Tensor y, Tensor softmax, "
     "Tensor? key_padding_mask, Tensor? attn_mask, int chunk, int left_chunks",
     reference=reference.nonlin_attention,
-    backends={"eager": eager.launchers, "cpu": cpu.launchers, **triton_launchers(__name__)},
+    backends={
+        "eager": eager.launchers,
+        "cpu": cpu.launchers,
+        **triton_launchers(__name__),
+        "cuda": cuda.launchers,
+    },
     saves=("q", "k", "p", "e", "gate", "x", "y", "softmax", "key_padding_mask", "attn_mask"),
     extras=1,
     fake=lambda q, k, p, e, gate, x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
@@ -74,18 +82,29 @@ class _Gated(NamedTuple):
     x: Tensor
     y: Tensor
 
-    def of_stored(self, pieces: tuple[Piece, ...]) -> Tensor:
-        """In one function where one head is stored and the three lie side by side, else by parts."""
-        if stored.serves(pieces, *self):
-            return stored.gated_average(*pieces, *self)
-        values = split_last(self.x * torch.tanh(self.gate), sum(piece.w.shape[0] for piece in pieces))
-        return self.y * average(pieces, values).flatten(2)
+    def deferred(self, pieces: Sequence[Piece], backend: str) -> Tensor | None:
+        """In one function where one piece is to be read, else by parts."""
+        if deferred.serves(pieces, *self):
+            launchers = _op.backends[backend]
+            gates = launchers.gates if isinstance(launchers, GatedLaunchers) else BY_TORCH
+            return deferred.gated_average(gates, *pieces, *self)
+        values = self._values(sum(map(len, pieces)))
+        if all(piece.serves(values) for piece in pieces):
+            return self.y * average(pieces, values).flatten(2)
+        return None
+
+    def of_tensors(self, weights: Sequence[Tensor]) -> Tensor:
+        """By the operations of torch."""
+        return self.y * dense_average(weights, self._values(sum(w.shape[0] for w in weights))).flatten(2)
 
     def of_scores(self, weights: RecomputedWeights) -> Tensor:
         """By the op."""
         split = (split_last(t, weights.shape[0]) for t in self)
         args = *weights.scores, *split, weights.softmax, *weights.masks
         return _op(*args, backend=weights.place.backend).flatten(2)
+
+    def _values(self, heads: int) -> Tensor:
+        return split_last(self.x * torch.tanh(self.gate), heads)
 
 
 __all__ = ["nonlin_attention"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -17,23 +15,10 @@ from zipformer_kernels.core.launch import (
 )
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention import cpu as attention
+from zipformer_kernels.ops.attention.arguments import unit_stride
 from zipformer_kernels.ops.attention.scores import grouped
-
-
-class Rows(NamedTuple):
-    """`NonlinRows` of ``csrc/nonlin_attention/nonlin_attention.h``."""
-
-    data: int
-    frame: int
-    sequence: int
-
-
-NO_ROWS = Rows(0, 0, 0)
-
-
-def rows(x: Tensor) -> Rows:
-    """A tensor (T, batch, channels) with channels of stride 1, for kernels."""
-    return Rows(pointer(x), *x.stride()[:2])
+from zipformer_kernels.ops.nonlin_attention.gates import BY_TORCH, GatedLaunchers, Gates
+from zipformer_kernels.ops.nonlin_attention.native import rows
 
 
 def _forward(*args: Tensor | int | None) -> tuple[Tensor, Tensor]:
@@ -61,34 +46,64 @@ def _infer(projected: Tensor, bias: Tensor | None, weights: Tensor) -> tuple[Ten
     if projected.numel() == 0:
         return (projected.new_empty(frames, batch, width // 3),)
     projected, bias = contiguous(projected, bias)
-    return (close(projected, bias, attention.average(weights, open_(projected, bias))),)
+    s, x, y = projected.chunk(3, dim=2)
+    average = attention.average(weights, _opened(s, x, bias))
+    return (_closed(average, y, None if bias is None else bias[2 * width // 3 :]),)
 
 
-def open_(projected: Tensor, bias: Tensor | None) -> Tensor:
-    """x tanh(s) by the compiled kernel; arguments contiguous, as of `infer_nonlin_attention`."""
-    values, *sizes = _result(projected)
-    call_cpu("nonlin_attention_open", projected, *map(pointer, (projected, bias)), NO_ROWS, pointer(values), *sizes)
+def _opened(s: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+    """x tanh(s), each with its part of the bias added before; both with channels of stride 1."""
+    values = x.new_empty(x.shape)
+    _call("open", s, *map(rows, (s, x)), pointer(bias), pointer(values))
     return values
 
 
-def close(projected: Tensor, bias: Tensor | None, average: Tensor) -> Tensor:
-    """average y by the compiled kernel; `average`, (T, batch, channels), with channels of stride 1."""
-    out, *sizes = _result(projected)
-    inputs = *map(pointer, (projected, bias)), rows(average)
-    call_cpu("nonlin_attention_close", projected, *inputs, pointer(out), *sizes)
+def _closed(average: Tensor, y: Tensor, bias: Tensor | None) -> Tensor:
+    """average y, with the bias of y added before; both with channels of stride 1."""
+    out = y.new_empty(y.shape)
+    _call("close", y, *map(rows, (average, y)), pointer(bias), pointer(out))
     return out
 
 
-def _result(projected: Tensor) -> tuple[Tensor, int, int, int, int]:
-    """What a gate fills in, and its sizes and dtype."""
-    frames, batch, channels = projected.shape[0], projected.shape[1], projected.shape[2] // 3
-    return projected.new_empty(frames, batch, channels), frames, batch, channels, DTYPE_CODES[projected.dtype]
+def _open(s: Tensor, x: Tensor) -> Tensor:
+    if s.dtype not in INFERENCE_DTYPES:
+        return BY_TORCH.open_(s, x)
+    return _opened(unit_stride(s), unit_stride(x), None)
 
 
-launchers = Launchers(
+def _close(average: Tensor, y: Tensor) -> Tensor:
+    if y.dtype not in INFERENCE_DTYPES:
+        return BY_TORCH.close(average, y)
+    return _closed(unit_stride(average), unit_stride(y), None)
+
+
+def _close_backward(grad: Tensor, average: Tensor, y: Tensor, dy: Tensor) -> Tensor:
+    if y.dtype not in INFERENCE_DTYPES:
+        return BY_TORCH.close_backward(grad, average, y, dy)
+    grad, average, y = map(unit_stride, (grad, average, y))
+    inner = torch.empty_like(average)
+    _call("close_backward", y, *map(rows, (grad, average, y, inner, dy)))
+    return inner
+
+
+def _open_backward(dvalues: Tensor, s: Tensor, x: Tensor, ds: Tensor, dx: Tensor) -> None:
+    if s.dtype not in INFERENCE_DTYPES:
+        return BY_TORCH.open_backward(dvalues, s, x, ds, dx)
+    dvalues, s, x = map(unit_stride, (dvalues, s, x))
+    return _call("open_backward", s, *map(rows, (dvalues, s, x, ds, dx)))
+
+
+def _call(name: str, x: Tensor, *args: Rows | int) -> None:
+    """Calls a kernel with the sizes and the dtype of x, if there is anything to do."""
+    if x.numel() > 0:
+        call_cpu(f"nonlin_attention_{name}", x, *args, *x.shape, DTYPE_CODES[x.dtype])
+
+
+launchers = GatedLaunchers(
     attention.unsupported,
     _forward,
     _backward,
     attention.worthwhile,
+    gates=Gates(_open, _close, _close_backward, _open_backward),
     variants={"infer": Launchers(lambda *args: unsupported_dtypes(args, INFERENCE_DTYPES), _infer, None)},
 )

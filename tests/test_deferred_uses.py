@@ -1,10 +1,10 @@
-"""Uses of weights that are stored on the CPU: gradients against float64, pass by pass, what backward allocates."""
+"""Uses that leave their part to one backward of the weights, on the CPU: against float64, pass by pass, memory."""
 
 import itertools
 
 import pytest
 import torch
-from test_attention import TOLERANCE, relative
+from test_attention import TOLERANCE, relative, storing
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
@@ -12,7 +12,13 @@ from unseen import unseen
 
 from zipformer_kernels.core import backend
 from zipformer_kernels.core.joint import side_by_side, split
-from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, StoredWeights, stored
+from zipformer_kernels.ops.attention import (
+    AttentionWeights,
+    ChunkMask,
+    RecomputedWeights,
+    StoredWeights,
+    deferred,
+)
 from zipformer_kernels.ops.attention.cases import padding, weights_inputs
 from zipformer_kernels.ops.nonlin_attention import nonlin_attention
 
@@ -30,10 +36,15 @@ def values(frames=45, dtype=torch.float64, heads=HEADS, batch=BATCH, channels=CH
     return torch.randn(frames, batch, heads * channels, dtype=dtype, requires_grad=True)
 
 
-def stored_weights(leaves, *args):
-    weights = AttentionWeights(*leaves, *args, backend="cpu")
-    assert isinstance(weights.held, StoredWeights)
-    return weights
+@pytest.fixture(autouse=True, params=[StoredWeights, RecomputedWeights], ids=["stored", "recomputed"])
+def kind(request):
+    """How weights are held, in every test."""
+    with storing(request.param is StoredWeights):
+        yield request.param
+
+
+def cpu_weights(leaves, *args):
+    return AttentionWeights(*leaves, *args, backend="cpu")
 
 
 def gradients(outs, leaves, **kwargs):
@@ -51,7 +62,7 @@ def wide(x):
 def check(function, score_leaves, args=(), others=()):
     """`function(weights, *others)`, a list of outputs, and all gradients on the CPU against float64 on eager."""
     leaves = [x for x in (*score_leaves, *others) if x is not None]
-    outs = function(stored_weights(score_leaves, *args), *others)
+    outs = function(cpu_weights(score_leaves, *args), *others)
     grads = gradients(outs, leaves, allow_unused=True)
     mine, theirs = ([wide(x) for x in tensors] for tensors in (score_leaves, others))
     expected = function(AttentionWeights(*mine, *args, backend="eager"), *theirs)
@@ -156,13 +167,13 @@ def test_uses_of_strided_values_and_expanded_gradients():
         assert relative(actual, expected, floor=0.1) < TOLERANCE[torch.float64]
 
 
-def test_uses_under_autocast_and_outside_add_up():
+def test_uses_under_autocast_and_outside_add_up(kind):
     leaves, v = scores(dtype=torch.float32), values(dtype=torch.float32)
-    weights = stored_weights(leaves)
+    weights = cpu_weights(leaves)
     outside = weights.aggregate(v)
     with torch.autocast("cpu", torch.bfloat16):
         inside = weights.aggregate(v)
-    assert inside.dtype == torch.bfloat16
+    assert inside.dtype == (torch.bfloat16 if kind is StoredWeights else torch.float32)  # kernels have their own dtype
     exact = [wide(x) for x in (*leaves, v)]
     out = AttentionWeights(*exact[:4], backend="eager").aggregate(exact[4])
     wanted = gradients([out, out], exact)
@@ -176,16 +187,18 @@ def test_uses_under_autocast_and_outside_add_up():
 def layer(leaves, others=None, penalty=0.0):
     """Outputs of all uses on stored weights, and all leaves."""
     others = others or all_values()
-    weights = stored_weights(leaves, padding(BATCH, 45, "cpu"), None, penalty, 1.0)
+    weights = cpu_weights(leaves, padding(BATCH, 45, "cpu"), None, penalty, 1.0)
     return as_a_layer(weights, *others), [*leaves, *others]
 
 
-def test_uses_leave_their_factors():
+def test_uses_leave_their_factors(kind):
     """What the tests below are about."""
-    (first, second, gated, _), _ = layer(scores())
+    assert type(cpu_weights(scores()).held) is kind
+    (first, second, gated, apart), _ = layer(scores())
     assert type(first.grad_fn.next_functions[0][0]).__name__ == "_AverageBackward"
     assert type(second.grad_fn.next_functions[0][0]).__name__ == "_AverageBackward"
     assert type(gated.grad_fn).__name__ == "_GatedAverageBackward"
+    assert type(apart.grad_fn).__name__ == "_GatedAverageBackward"
 
 
 def test_passes_over_a_graph_repeat_bit_for_bit():
@@ -209,7 +222,7 @@ def test_a_pass_over_a_part_of_the_graph_adds_nothing_to_the_next(wanted):
 
 def test_a_pass_that_fails_adds_nothing_to_the_next():
     leaves, v = scores(), values()
-    weights = stored_weights(leaves)
+    weights = cpu_weights(leaves)
     weights.held.pieces()  # made before the values are cut by head, whose gradient then comes first
     doubled = weights.aggregate(v) * 2
     expected = gradients([doubled], leaves, retain_graph=True)
@@ -235,7 +248,7 @@ def test_passes_from_two_losses_add_up():
 def test_a_pass_inside_another():
     """A hook that runs a backward pass of its own over the same weights, between a use and the weights."""
     leaves, v, other = scores(), values(), values()
-    weights = stored_weights(leaves)
+    weights = cpu_weights(leaves)
     weights.held.pieces()  # as above
     out, inner = weights.aggregate(v), weights.aggregate(other).sum()
     expected = torch.autograd.grad(out.square().sum(), leaves, retain_graph=True)
@@ -252,7 +265,7 @@ def test_gradients_can_be_differentiated():
     others = [torch.randn(5, 1, width, dtype=torch.float64, requires_grad=True) for width in (4, 6)]
 
     def function(q, k, p, e, v, projected):
-        weights = stored_weights((q, k, p, e), torch.arange(5)[None] > 3, ChunkMask(2, 1))
+        weights = cpu_weights((q, k, p, e), torch.arange(5)[None] > 3, ChunkMask(2, 1))
         gated = nonlin_attention(weights[0:1], *projected.chunk(3, dim=2))
         return weights.aggregate(v), gated, weights.materialize()
 
@@ -260,8 +273,9 @@ def test_gradients_can_be_differentiated():
     assert torch.autograd.gradgradcheck(function, (*leaves, *others))
 
 
-def test_gradients_are_the_same_with_a_graph_of_them():
-    outs, leaves = layer(scores())
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+def test_gradients_are_the_same_with_a_graph_of_them(penalty):
+    outs, leaves = layer(scores(), penalty=penalty)
     plain, again = (gradients(outs, leaves, retain_graph=True, create_graph=graph) for graph in (False, True))
     last = gradients(outs, leaves)
     for a, b, c in zip(plain, again, last, strict=True):
@@ -280,11 +294,11 @@ def test_checkpointing_changes_no_gradient(around):
 
     masks = (padding(BATCH, 45, "cpu"),)
     if around == "uses alone":
-        weights = stored_weights(leaves, *masks)
+        weights = cpu_weights(leaves, *masks)
         weights.held.pieces()  # made outside
         outs = checkpoint(uses, weights, *others, use_reentrant=False)
     else:
-        function = lambda *args: uses(stored_weights(args[:4], *masks), *args[4:])  # noqa: E731
+        function = lambda *args: uses(cpu_weights(args[:4], *masks), *args[4:])  # noqa: E731
         outs = checkpoint(function, *leaves, *others, use_reentrant=False)
     assert all(map(torch.equal, gradients(outs, [*leaves, *others]), expected))
 
@@ -312,7 +326,7 @@ def test_frozen_values():
 def test_changes_in_place_are_noticed():
     leaves, v = scores(), values()
     for i in range(5):
-        out = stored_weights(leaves).aggregate(v)
+        out = cpu_weights(leaves).aggregate(v)
         with torch.no_grad():
             [*leaves, v][i].mul_(1)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -369,8 +383,8 @@ def uses_of(outs):
     found, nodes = [], [out.grad_fn for out in outs]
     while nodes:
         node = nodes.pop()
-        uses = getattr(node, "uses", None)
-        found += uses if isinstance(uses, list) else [uses] if isinstance(uses, stored.Uses) else []
+        uses = getattr(node, "uses", None)  # of the node that made the weights
+        found += uses if isinstance(uses, list) else [uses] if isinstance(uses, deferred.Uses) else []
         nodes += [following for following, _ in node.next_functions if following is not None]
     return found
 
@@ -379,7 +393,7 @@ def test_gradients_of_scores_do_not_depend_on_the_threads():
     """Those of one forward pass, whose products are torch's."""
     leaves, others = scores(400, dtype=torch.float32, batch=1), [values(400, torch.float32, batch=1)]
     others.append(values(400, torch.float32, heads=1, batch=1, channels=15))
-    weights = stored_weights(leaves, None, None, 0.3, 1.0)
+    weights = cpu_weights(leaves, None, None, 0.3, 1.0)
     outs = [weights.aggregate(others[0]), nonlin_attention(weights[0:1], *split(others[1], [CHANNELS] * 3))]
     threads, runs = torch.get_num_threads(), []
     try:

@@ -1,0 +1,255 @@
+// Attention on the GPU: the gradients of queries, position queries and position projections, of all uses at once. A
+// block has 64 targets at a time, and goes over the sources; see cuda_targets.h. As in cuda_by_sources.cu,
+// dS = W (G V^T - delta); then dq = dS k, and by offsets n, dp[i] = sum_n dS[i, n] e[n], de[n] = sum_i dS[i, n] p[i].
+//
+// A block takes several times 64 targets of one sequence and head in turn. What they add to de it adds up in memory of
+// its own, always by the same thread; another kernel sums over blocks and sequences. So the order of sums is fixed.
+#include "attention/cuda_channels.h"
+#include "attention/cuda_targets.h"
+
+namespace zk {
+
+namespace {
+
+template <class T, int D, bool positions, bool wide>
+struct Layout {
+  using Stage = SourceStage<T, D, positions, !wide>;
+  static constexpr int diagonals = 2 * Stage::bytes;
+  static constexpr int channels = diagonals + (positions ? Diagonals<T>::bytes : 0);
+  static constexpr int bytes = channels + (wide ? ChannelBlocks<T>::bytes : 0);
+};
+
+// Bits of 64 sources from `first` on, which padding hides.
+class PaddingBits {
+ public:
+  __device__ PaddingBits(const AttentionWeights& w, int b)
+      : padding_(w.padding ? w.padding + int64_t(b) * w.sources : nullptr), sources_(int(w.sources)) {}
+
+  __device__ __forceinline__ void load(int first) {
+    int j = first + lane_of_warp();
+    low_ = padding_ && j < sources_ && padding_[j];
+    high_ = padding_ && j + 32 < sources_ && padding_[j + 32];
+  }
+
+  __device__ __forceinline__ void vote() {
+    if (!padding_) return;
+    bits_[0] = __ballot_sync(~0u, low_);
+    bits_[1] = __ballot_sync(~0u, high_);
+  }
+
+  __device__ __forceinline__ bool any() const { return (bits_[0] | bits_[1]) != 0; }
+  __device__ __forceinline__ bool has(int source) const { return bits_[source / 32] >> source % 32 & 1; }
+
+ private:
+  const uint8_t* padding_;
+  int sources_;
+  bool low_ = false, high_ = false;
+  unsigned bits_[2] = {0, 0};
+};
+
+template <class T, int D, bool positions, bool wide>
+__global__ void __launch_bounds__(attention_threads) by_targets(const AttentionScoresGradients args) {
+  using Memory = Layout<T, D, positions, wide>;
+  using Stage = typename Memory::Stage;
+  const AttentionWeights& w = args.weights;
+  const int targets = int(w.targets), sources = int(w.sources), sequences = int(w.sequences);
+  const int parts = int(args.parts), part = int(blockIdx.x % parts), item = int(blockIdx.x / parts);
+  const int b = item % sequences, h = item / sequences;
+  const int warp = threadIdx.x / 32, lane = lane_of_warp(), g = lane / 4, t = lane % 4;
+  const float penalty = float(args.penalty), limit = float(args.limit);
+  const int channels = int(args.channels);
+
+  unsigned char* memory = dynamic_shared<unsigned char>();
+  auto stage_of = [&](int n) { return Stage{reinterpret_cast<T*>(memory + n % 2 * Stage::bytes)}; };
+  struct Nothing {
+    __device__ explicit Nothing(T*) {}
+  };
+  std::conditional_t<positions, Diagonals<T>, Nothing> diagonals(reinterpret_cast<T*>(memory + Memory::diagonals));
+  // Each thread's place in a row of sums over diagonals: of the lower 16 offsets of a warp.
+  float* offsets = nullptr;
+  if (positions && args.offsets) {
+    int64_t rows = args.offset_rows;
+    offsets = static_cast<float*>(args.offsets) + ((int64_t(item) * parts + part) * rows + 16 * warp + g) * 8 + 2 * t;
+  }
+
+  const int64_t pair = h * int64_t(sequences) + b;
+  const T* values = static_cast<const T*>(args.values) + pair * sources * channels;
+  const T* grads = static_cast<const T*>(args.grads) + pair * targets * channels;
+  const float* deltas = static_cast<const float*>(args.delta) + pair * targets;
+  auto* rows = static_cast<const SoftmaxRow<float>*>(w.softmax) + pair * targets;
+
+  const int blocks = (targets + attention_step - 1) / attention_step;
+  const int last_block = int(int64_t(blocks) * (part + 1) / parts);
+  for (int block = int(int64_t(blocks) * part / parts); block < last_block; ++block) {
+    const int first_target = block * attention_step, own = first_target + 16 * warp;
+    const int last_target = (first_target + attention_step < targets ? first_target + attention_step : targets) - 1;
+    // Where a target does not see a source, only the penalty adds to the gradient.
+    int begin = 0, end = sources;
+    if (penalty == 0.0f) {
+      begin = seen_by(w, first_target).begin / attention_step * attention_step;
+      end = seen_by(w, last_target).end;
+    }
+    const int steps = end > begin ? (end - begin + attention_step - 1) / attention_step : 0;
+
+    TileLoader<T, D, 8> keys(head_of<T>(w.k, b, h) + begin * w.k.frame, w.k.frame, int(w.query_channels));
+    TileLoader<T, 32, 8> values_loader(values + int64_t(begin) * channels, channels, channels);
+    // The first row of a window is that of the offset before the lowest.
+    WindowLoader<T, Stage::window_rows> window(positions ? head_of<T>(w.e, 0, h) : nullptr, w.e.frame,
+                                               targets + sources - 1,
+                                               targets - 1 - (first_target + attention_step - 1) + begin - 1,
+                                               attention_step);
+    ChannelBlocks<T> channel_blocks(reinterpret_cast<T*>(memory + Memory::channels),
+                                    grads + int64_t(first_target) * channels, targets - first_target,
+                                    values + int64_t(begin) * channels, sources - begin, channels, steps);
+    PaddingBits padding(w, b);
+    auto load = [&](int n) {
+      int left = sources - (begin + n * attention_step);
+      keys.load(stage_of(n).key_tile(), left);
+      if constexpr (positions) window.load(stage_of(n).window_tile());
+      if constexpr (!wide) values_loader.load(stage_of(n).value_tile(), left);
+      padding.load(begin + n * attention_step);
+    };
+    __syncthreads();
+    if (steps > 0) {
+      load(0);
+      if constexpr (wide) channel_blocks.load();
+      commit_copies();
+    }
+
+    TargetScores<T, D, positions> scores(w, b, h, own);
+    Pair<T> own_grads[1][2][4], p[4][2];
+    if constexpr (!wide) load_operands<T, 32, 1>(own_grads, grads, channels, own, targets, channels);
+    if constexpr (positions) diagonals.load_positions(p, w, b, h, first_target);
+    Shift<T> shifts[2];
+    float negative[2];
+    ChunkRange seen[2];
+#pragma unroll
+    for (int high = 0; high < 2; ++high) {
+      int i = own + g + 8 * high;
+      SoftmaxRow<float> row = i < targets ? rows[i] : SoftmaxRow<float>{};
+      shifts[high] = i < targets ? Shift<T>::of(row.largest, row.scale) : Shift<T>::outside();
+      negative[high] = i < targets ? -deltas[i] : 0.0f;
+      seen[high] = seen_by(w, i);
+    }
+    const ChunkRange all_see = {seen_by(w, own + 15).begin, seen_by(w, own).end};
+
+    float dq[1][D / 8][4] = {}, dp[4] = {}, de[2][4] = {};
+    for (int n = 0; n < steps; ++n) {
+      float dw_all[wide ? 4 : 1][1][2][4] = {};
+      if constexpr (wide) {
+        channel_blocks.multiply(dw_all, 16 * warp, [&] {
+          padding.vote();
+          if (n + 1 < steps) load(n + 1);
+        });
+      } else {
+        wait_for_copies<0>();
+        __syncthreads();
+        padding.vote();
+        if (n + 1 < steps) {
+          load(n + 1);
+          commit_copies();
+        }
+      }
+      const Stage stage = stage_of(n);
+      const int first = begin + n * attention_step;
+      // Sums over diagonals that this step ends begin with those of targets before.
+      float* sums = offsets + (int64_t(targets) - first_target + first) * 8;
+      float before[4];
+      if (positions && offsets) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) before[i] = sums[i / 2 * 64 + i % 2];
+      }
+      const bool free = penalty == 0.0f && !w.mask && !padding.any() && first >= all_see.begin &&
+                        first + attention_step <= all_see.end;
+      scores.begin(stage);
+#pragma unroll(wide ? 4 : unrolled<T>)
+      for (int y = 0; y < attention_step / 16; ++y) {
+        float s[1][2][4], dw[1][2][4];
+        scores.pair(stage, y, s);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            dw[0][half][i] = wide ? dw_all[wide ? y : 0][0][half][i] + negative[i / 2] : negative[i / 2];
+          }
+        }
+        if constexpr (!wide) multiply<32, 1, T>(stage.value_tile(), own_grads, y, dw);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) dw[0][half][i] *= shifts[i / 2].weight(s[0][half][i]);
+          if (!free) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              int source = 16 * y + 8 * half + 2 * t + i % 2, target = own + g + i / 2 * 8;
+              bool exists = first + source < sources && target < targets;
+              bool seen_ = exists && !padding.has(source) && seen[i / 2].has(first + source) &&
+                           !hidden(w, b, target, first + source);
+              if (!seen_) dw[0][half][i] = 0.0f;
+              if (exists && penalty != 0.0f) dw[0][half][i] += penalty_of(s[0][half][i], penalty, limit);
+            }
+          }
+        }
+        Pair<T> a[1][4];
+        to_operand<T>(dw[0], a[0]);
+        if constexpr (positions) diagonals.store(a[0], y);
+        multiply_rows<T, D, D / 8, 1>(stage.key_tile(), a, y, dq);
+      }
+      if constexpr (positions) {
+        __syncwarp();
+        diagonals.multiply_window(stage.window_tile(), dp);
+        __syncthreads();
+        if (offsets) {
+          diagonals.multiply_positions(p, 16 * warp, de[0]);
+          diagonals.multiply_positions(p, 16 * warp + attention_step, de[1]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            sums[i / 2 * 64 + i % 2] = before[i] + de[0][i];
+            de[0][i] = de[1][i];
+            de[1][i] = 0.0f;
+          }
+        }
+      }
+    }
+
+    if (args.dq.data) {
+      store_rows<T, 1, D / 8>(head_to<T>(args.dq, b, h), args.dq.frame, own, targets, int(w.query_channels), dq);
+    }
+    if constexpr (positions) {
+      if (offsets && steps > 0) {
+        float* sums = offsets + (int64_t(targets) - first_target + begin + steps * attention_step) * 8;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sums[i / 2 * 64 + i % 2] += de[0][i];
+      }
+#pragma unroll
+      for (int high = 0; high < 2; ++high) {
+        int64_t i = own + g + 8 * high;
+        if (!args.dp.data || t / 2 != g % 2 || i >= targets) continue;
+        T* to = head_to<T>(args.dp, b, h) + i * args.dp.frame + t % 2 * 2;
+        store_pair(to, make_pair<T>(dp[2 * high], dp[2 * high + 1]));
+      }
+    }
+  }
+}
+
+template <class T, int D, bool positions, bool wide>
+void run(const AttentionScoresGradients& args, void* stream) {
+  using Memory = Layout<T, D, positions, wide>;
+  const AttentionWeights& w = args.weights;
+  launch("attention_by_targets", by_targets<T, D, positions, wide>, dim3(grid_size(args.parts * w.sequences * w.heads)),
+         dim3(attention_threads), Memory::bytes, stream, args);
+}
+
+}  // namespace
+
+void attention_by_targets_cuda(const AttentionScoresGradients& given, void* stream) {
+  AttentionScoresGradients args = given;
+  args.weights = for_kernels(given.weights);
+  dispatch_attention(args.weights, [&](auto element, auto depth, auto positions) {
+    using T = decltype(element);
+    if (args.channels > 32) return run<T, depth, positions, true>(args, stream);
+    run<T, depth, positions, false>(args, stream);
+  });
+}
+
+}  // namespace zk

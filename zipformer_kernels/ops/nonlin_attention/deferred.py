@@ -1,0 +1,86 @@
+"""NonlinAttention between its projections in training, as one use of weights that leaves its part of their gradient.
+
+With s, x, y the thirds of a projection, V = x tanh(s) and O = W V::
+
+    out = O y;   G = dout y,  dy = dout O,  dV = W^T G,  ds = dV x (1 - tanh(s)^2),  dx = dV tanh(s)
+
+V, O and G are what the use leaves to backward of the weights, see `zipformer_kernels.ops.attention.deferred`. V is
+computed again in backward, and the gradients of the thirds are written side by side where the thirds lie so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zipformer_kernels.core.autograd import reference_gradients, store, stored_tensors
+from zipformer_kernels.core.call import plain, without_autocast
+from zipformer_kernels.core.joint import empty_beside
+from zipformer_kernels.ops.attention.deferred import Part, Piece, Tensors, nodes_of
+from zipformer_kernels.ops.attention.scores import Use
+from zipformer_kernels.ops.nonlin_attention.gates import Gates
+
+
+class _GatedAverage(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gates: Gates, part: Part, s: Tensor, x: Tensor, y: Tensor, *tensors: Tensor | None) -> Tensor:
+        average, out = without_autocast(_forward, gates, part, s, x, y, tensors)
+        ctx.gates, ctx.part = gates, part
+        store(ctx, s, x, y, average, *tensors)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        s, x, y, average, *tensors = stored = stored_tensors(ctx)
+        if torch.is_grad_enabled() or not plain(grad, *stored):  # what is left could not be differentiated
+            dense = lambda s, x, y, *tensors: (  # noqa: E731
+                ctx.part.reader.dense_average(tensors, _by_head(x * torch.tanh(s), ctx.part)).flatten(2) * y
+            )
+            gradients = reference_gradients(dense, (s, x, y, *tensors), ctx.needs_input_grad[2:], grad)
+            return None, None, *gradients
+        thirds = without_autocast(_backward, ctx, grad.to(x.dtype), s, x, y, average, tensors)
+        return None, None, *thirds, *(None for _ in tensors)
+
+
+def serves(pieces: Sequence[Piece], s: Tensor, x: Tensor, y: Tensor) -> bool:
+    """Whether `gated_average` can take these weights and thirds."""
+    return len(pieces) == 1 and pieces[0].serves(s, x, y)
+
+
+def gated_average(gates: Gates, piece: Piece, s: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """(W (x tanh(s))) y, (T, B, H * C)."""
+    part = Part(piece.reader, piece.uses, len(piece.tensors))
+    if not torch.is_grad_enabled():
+        return without_autocast(_forward, gates, part, s, x, y, piece.tensors)[1]
+    return _GatedAverage.apply(gates, part, s, x, y, *piece.tensors)
+
+
+def _forward(gates: Gates, part: Part, s: Tensor, x: Tensor, y: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """The average before the second gate, (T, B, H * C), and the result."""
+    average = part.reader.average(tensors, _by_head(gates.open_(s, x), part)).flatten(2)
+    return average, gates.close(average, y)
+
+
+def _backward(
+    ctx: Any, grad: Tensor, s: Tensor, x: Tensor, y: Tensor, average: Tensor, tensors: Tensors
+) -> list[Tensor | None]:
+    """The gradients of s, x and y; leaves what backward of the weights needs."""
+    gates, part = ctx.gates, ctx.part
+    ds, dx, dy = (d if d.stride(2) == 1 else d.new_empty(d.shape) for d in empty_beside(s, x, y))
+    inner = gates.close_backward(grad, average, y, dy)
+    if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+        dvalues = part.reader.values_gradient(tensors, _by_head(inner, part)).flatten(2)
+        gates.open_backward(dvalues, s, x, ds, dx)
+    weights = nodes_of(ctx, tensors, 3)[0]
+    if weights is not None:
+        left = (_by_head(t, part) for t in (gates.open_(s, x), average, inner))
+        part.uses.leave(weights, Use(part.reader.heads, *left))
+    return [d if need else None for d, need in zip((ds, dx, dy), ctx.needs_input_grad[2:5], strict=True)]
+
+
+def _by_head(x: Tensor, part: Part) -> Tensor:
+    """(T, B, H * C) as (T, B, H, C)."""
+    return x.unflatten(2, (part.reader.heads.stop - part.reader.heads.start, -1))
