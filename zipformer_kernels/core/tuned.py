@@ -182,6 +182,7 @@ _ON_GPU = [
 _ATTENTION_TILES = {  # by bytes of an element
     2: {
         "softmax": (64, 64, 4, 16, 1),
+        "masked_softmax": (64, 32, 4, 16, 1),
         "weights": (64, 64, 4, 16, 1),
         "aggregate": (64, 64, 4, 192, 1),
         "value": (64, 64, 4, 192, 1),
@@ -192,6 +193,7 @@ _ATTENTION_TILES = {  # by bytes of an element
     },
     4: {
         "softmax": (32, 32, 4, 16, 1),
+        "masked_softmax": (32, 32, 4, 16, 1),
         "weights": (32, 32, 4, 16, 1),
         "aggregate": (32, 32, 4, 32, 1),
         "value": (16, 32, 4, 32, 1),

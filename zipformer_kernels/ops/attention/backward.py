@@ -96,8 +96,8 @@ def _of_part(
     ds = q.new_empty(planes * block * width + margin)
     ds[-margin:].zero_()  # behind the last row, where diagonals lead
     dk = torch.zeros_like(written.k, dtype=torch.float32) if several else written.k
-    packed = pack(part, weights)
     stored, dense = _padded(part.w, q.dtype), _padded(part.dw, q.dtype)
+    packed = pack(part.uses, stored, dense, weights)
     sizes = weights.targets, weights.sources, weights.sequences, weights.heads
     of_queries = {name: size for name, size in weights.constants().items() if name in ("D", "D_TILE")}
     dp = written.q if written.p is None else written.p
@@ -160,10 +160,12 @@ def _add_positions(
         )
 
 
-def pack(part: Part, weights: Weights) -> Packed:
-    """The uses' channels side by side, and delta."""
+def pack(
+    uses: Sequence[tuple[Tensor, Tensor, Tensor]], w: Tensor | None, dw: Tensor | None, weights: Weights
+) -> Packed:
+    """The uses' channels side by side, and delta; `w` and `dw`, if given, with rows that are padded."""
     planes = weights.heads, weights.sequences
-    uses = [[unit_stride(x) for x in use] for use in part.uses]
+    uses = [[unit_stride(x) for x in use] for use in uses]
     dtype = reduce(torch.promote_types, (x.dtype for use in uses for x in use), weights.q.dtype)
     width = max(16, cdiv(sum(use[0].shape[3] for use in uses), 16) * 16)
     empty = torch.empty if uses else torch.zeros
@@ -178,9 +180,9 @@ def pack(part: Part, weights: Weights) -> Packed:
         _pack(v, v, values[..., at:], delta, wide, DELTA=False)
         _pack(g, out, grad[..., at:], delta, wide, DELTA=True)
         at += channels
-    if part.dw is not None:
-        by_row = (x.permute(2, 1, 0, 3) for x in (part.dw, part.w))
-        _pack(*by_row, grad, delta, part.w.shape[3], PACK=False, DELTA=True)
+    if dw is not None:
+        by_row = (x.permute(2, 1, 0, 3) for x in (dw, w))
+        _pack(*by_row, grad, delta, dw.shape[3], PACK=False, DELTA=True)
     return Packed(values, grad, delta)
 
 

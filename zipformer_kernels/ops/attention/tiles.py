@@ -52,12 +52,13 @@ class Tile(NamedTuple):
 
 TILES = {
     (kernel, size): tuning.entry(f"attention.triton_{kernel}_{size}_bytes")
-    for kernel in ("softmax", "weights", "aggregate", "value", "score", "key", "position", "pack")
+    for kernel in ("softmax", "masked_softmax", "weights", "aggregate", "value", "score", "key", "position", "pack")
     for size in (2, 4)
 }
 """Their entries by kernel and bytes of an element, read at every launch.
 
-Chosen from machine code for sm_90 (docs/kernels.md): none spills, and at least two programs share a multiprocessor.
+With a mask given as a tensor the kernel `softmax` has tiles of its own: in those without one it would spill. Chosen
+from machine code for sm_90 (docs/kernels.md): none spills, and at least two programs share a multiprocessor.
 """
 
 

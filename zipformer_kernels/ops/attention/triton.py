@@ -115,7 +115,7 @@ def weights_gradients(
 
 def _fill_rows(weights: Weights) -> None:
     """Fills in the softmax rows."""
-    tile = _tile_of("softmax", weights)
+    tile = _tile_of("softmax" if weights.masks.attn_mask is None else "masked_softmax", weights)
     with on_device(weights.q):
         kernels.softmax_kernel[(weights.programs(weights.targets, tile.targets),)](
             *weights.arguments(), **weights.constants(), **tile.blocks(), **tile.options()
