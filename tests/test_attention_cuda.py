@@ -12,7 +12,7 @@ from zipformer_kernels.ops.attention.scores import Masks, Scores
 
 LANE = Lane("cuda")
 HALF = torch.bfloat16, torch.float16
-every_dtype = pytest.mark.parametrize("dtype", (*HALF, torch.float32), ids=str)
+every_dtype = pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
 
 
 @pytest.fixture(autouse=True)

@@ -134,7 +134,7 @@ void attention_gated_forward_cuda(const AttentionGated& given, void* stream) {
   dispatch_scores<1>(args.weights, [&](auto shape) {
     using Shape = decltype(shape);
     if constexpr (sizeof(typename Shape::Element) == 4) {
-      run<Shape, 6>(args, stream);
+      run<Shape, 4>(args, stream);
     } else if (cost(args.channels, 18) < cost(args.channels, 24)) {
       run<Shape, 18>(args, stream);
     } else {

@@ -20,21 +20,23 @@ struct RunningSum {
     largest = to;
   }
 
-  // Adds the scores of row g + 8 `half`. With the largest score apart the difference is exact where it is small.
+  // Adds the scores of row g + 8 `half`. What float asks for is done `apart`: a score less the largest, which is exact
+  // where they are close, before the factor of base 2; and the sum of these few exponentials before that of all.
   template <int columns>
   __device__ __forceinline__ void add(const float (&s)[columns][4], int half, bool apart) {
     float to = largest;
 #pragma unroll
     for (int x = 0; x < columns; ++x) to = fmaxf(to, fmaxf(s[x][2 * half], s[x][2 * half + 1]));
     raise(to);
-    float base = to * log2_of_e;
+    float base = to * log2_of_e, part = apart ? 0.0f : sum;
 #pragma unroll
     for (int x = 0; x < columns; ++x) {
 #pragma unroll
       for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        sum += exp2_of(apart ? (s[x][i] - to) * log2_of_e : s[x][i] * log2_of_e - base);
+        part += exp2_of(apart ? (s[x][i] - to) * log2_of_e : s[x][i] * log2_of_e - base);
       }
     }
+    sum = apart ? sum + part : part;
   }
 
   __device__ __forceinline__ void add(const RunningSum& other) {

@@ -184,13 +184,17 @@ void mma(float (&c)[4], const Pair<T> (&a)[4], Pair<T> b0, Pair<T> b1) {
     Pair<T> a[4], b[2];
   } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   emulator::publish(&mine, sizeof(mine));
-  auto of = [](int lane) -> const Operands& { return *static_cast<const Operands*>(emulator::published(lane)); };
+  auto of = [](int lane) { return static_cast<const Operands*>(emulator::published(lane)); };
   int lane = emulator::lane();
+  const Operands *rows[4], *columns[2][4];  // those of the lanes that hold this lane's rows and columns
+  for (int k = 0; k < 4; ++k) {
+    rows[k] = of(lane / 4 * 4 + k);
+    for (int i = 0; i < 2; ++i) columns[i][k] = of((lane % 4 * 2 + i) * 4 + k);
+  }
   for (int i = 0; i < 4; ++i) {
-    int row = lane / 4, column = lane % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {
-      float x = element_of(of(row * 4 + k % 8 / 2).a[k / 8 * 2 + i / 2], k % 2, T{});
-      float y = element_of(of(column * 4 + k % 8 / 2).b[k / 8], k % 2, T{});
+      float x = element_of(rows[k % 8 / 2]->a[k / 8 * 2 + i / 2], k % 2, T{});
+      float y = element_of(columns[i % 2][k % 8 / 2]->b[k / 8], k % 2, T{});
       c[i] += x * y;
     }
   }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.core.launch import DTYPE_CODES, call_cuda
+from zipformer_kernels.core.launch import DTYPE_CODES, as_empty_like, call_cuda
 from zipformer_kernels.ops.attention.arguments import unit_stride
 from zipformer_kernels.ops.attention.cuda import gated_average, unsupported, worthwhile
 from zipformer_kernels.ops.attention.cuda_gradients import scores_gradients, values_gradient
@@ -17,8 +17,7 @@ from zipformer_kernels.ops.nonlin_attention.gates import GatedLaunchers, Gates
 from zipformer_kernels.ops.nonlin_attention.native import NO_ROWS, rows
 
 
-def forward(*args: Tensor | int | None) -> tuple[Tensor, Tensor]:
-    """Launchers' forward."""
+def _forward(*args: Tensor | int | None) -> tuple[Tensor, Tensor]:
     scores, (gate, x, y, softmax), masks, _ = grouped(4, args)
     heads = x.shape[2:]
     values = open_(gate.flatten(2), x.flatten(2)).unflatten(2, heads)
@@ -26,10 +25,9 @@ def forward(*args: Tensor | int | None) -> tuple[Tensor, Tensor]:
     return out, inner
 
 
-def backward(
+def _backward(
     needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | None
 ) -> tuple[Tensor | None, ...]:
-    """Launchers' backward."""
     scores, (gate, x, y, softmax), masks, penalty = grouped(4, args)
     (inner,), grad = saved, grads[0].to(x.dtype)
     dgate, dx, dy = (x.new_empty(x.shape) for _ in range(3))
@@ -42,7 +40,7 @@ def backward(
     if needs[4] or needs[5]:
         dvalues = values_gradient(scores, softmax, masks, dinner)
         open_backward(*(t.flatten(2) for t in (dvalues, gate, x, dgate, dx)))
-    return *dscores, dgate, dx, dy, None, None, None
+    return *dscores, *(as_empty_like(d, x) for d in (dgate, dx, dy)), None, None, None
 
 
 def open_(s: Tensor, x: Tensor) -> Tensor:
@@ -78,8 +76,8 @@ def _map(name: str, inputs: tuple[Tensor, ...], *results: Tensor) -> Tensor:
 
 launchers = GatedLaunchers(
     unsupported,
-    forward,
-    backward,
+    _forward,
+    _backward,
     worthwhile,
     gates=Gates(open_, close, close_backward, open_backward),
 )
