@@ -1,7 +1,6 @@
 // Attention on the GPU: dk = dS^T q, the gradient of the keys, of all uses at once. A block has sources, and goes over
 // the targets; see cuda_sources.h. With V and G the values and gradients of all uses, channels side by side:
-// dS = W (G V^T - delta), zero where masked, and what the penalty adds. Beyond 32 channels V and G come in blocks
-// of 32.
+// dS = W (G V^T - delta), zero where masked, and what the penalty adds. Beyond 32 channels V and G come in blocks of 32.
 #include "attention/cuda_channels.h"
 #include "attention/cuda_sources.h"
 
@@ -14,18 +13,19 @@ struct Layout {
   static constexpr int MT = wide || sizeof(T) == 4 ? 1 : 2;
   using Stage = TargetStage<T, D, positions, MT>;
   static constexpr int stage = Stage::bytes + (wide ? 0 : Tile<T, 32>::template bytes<attention_step>);
-  static constexpr int bytes = 2 * stage + (wide ? ChannelBlocks<T>::bytes : 0);
+  static constexpr int ranges = 2 * stage, channels = ranges + Stage::sources * int(sizeof(FrameRange));
+  static constexpr int bytes = channels + (wide ? ChannelBlocks<T>::bytes : 0);
 };
 
 template <class T, int D, bool positions, bool wide>
-__global__ void __launch_bounds__(attention_threads) by_sources(const AttentionScoresGradients args, int blocks) {
+__global__ void __launch_bounds__(attention_threads, 2)
+    by_sources(const AttentionScoresGradients args, int blocks) {
   using Memory = Layout<T, D, positions, wide>;
   using Stage = typename Memory::Stage;
   constexpr int MT = Memory::MT;
   const AttentionWeights& w = args.weights;
   const int targets = int(w.targets), sources = int(w.sources), sequences = int(w.sequences);
-  const int block = int(blockIdx.x % blocks), item = int(blockIdx.x / blocks), b = item % sequences,
-            h = item / sequences;
+  const int block = int(blockIdx.x % blocks), item = int(blockIdx.x / blocks), b = item % sequences, h = item / sequences;
   const int warp = threadIdx.x / 32, lane = lane_of_warp(), t = lane % 4;
   const int first_source = block * Stage::sources, own = first_source + 16 * MT * warp;
   const float penalty = float(args.penalty), limit = float(args.limit);
@@ -34,12 +34,17 @@ __global__ void __launch_bounds__(attention_threads) by_sources(const AttentionS
   auto stage_of = [&](int n) { return Stage{reinterpret_cast<T*>(memory + n % 2 * Memory::stage)}; };
   auto grads_of = [&](int n) { return reinterpret_cast<T*>(memory + n % 2 * Memory::stage + Stage::bytes); };
 
+  auto* ranges = reinterpret_cast<FrameRange*>(memory + Memory::ranges);
+  const SourceMasks<MT> masks(w, b, first_source, ranges);
+  const bool seen = any_of_block(int(threadIdx.x) < Stage::sources && ranges[threadIdx.x].end > 0,
+                                 reinterpret_cast<unsigned*>(memory));
+
   // Where a target does not see a source, only the penalty adds to the gradient.
   int begin = 0, end = targets;
   if (penalty == 0.0f) {
     int last = first_source + Stage::sources < sources ? first_source + Stage::sources : sources;
     begin = seeing(w, first_source).begin / attention_step * attention_step;
-    end = seeing(w, last - 1).end;
+    end = seen ? seeing(w, last - 1).end : begin;
   }
   const int steps = end > begin ? (end - begin + attention_step - 1) / attention_step : 0;
 
@@ -50,9 +55,8 @@ __global__ void __launch_bounds__(attention_threads) by_sources(const AttentionS
 
   TargetLoader<T, D, positions, MT, true> loader(w, static_cast<const float*>(args.delta), b, h, first_source, begin);
   TileLoader<T, 32, 8> grads_loader(grads, channels, channels);
-  ChannelBlocks<T> channel_blocks(reinterpret_cast<T*>(memory + 2 * Memory::stage),
-                                  values + int64_t(first_source) * channels, sources - first_source, grads,
-                                  targets - begin, channels, steps);
+  ChannelBlocks<T> channel_blocks(reinterpret_cast<T*>(memory + Memory::channels), values + int64_t(first_source) * channels,
+                                  sources - first_source, grads, targets - begin, channels, steps);
   for (int n = 0; n < 2; ++n) loader.clear(stage_of(n));
   __syncthreads();
   auto load = [&](int n) {
@@ -69,7 +73,6 @@ __global__ void __launch_bounds__(attention_threads) by_sources(const AttentionS
   SourceScores<T, D, positions, MT> scores(w, b, h, own);
   Pair<T> own_values[MT][2][4];
   if constexpr (!wide) load_operands<T, 32, MT>(own_values, values, channels, own, sources, channels);
-  const SourceMasks<MT> masks(w, b, own);
 
   float acc[MT][D / 8][4] = {};
   for (int n = 0; n < steps; ++n) {
@@ -89,8 +92,8 @@ __global__ void __launch_bounds__(attention_threads) by_sources(const AttentionS
     const Stage stage = stage_of(n);
     const int first = begin + n * attention_step;
     // Rows of padded sources come to nothing in the end, unless there is a penalty.
-    const bool free = penalty == 0.0f && masks.all_see(first);
-    scores.begin(stage);
+    const bool free = penalty == 0.0f && masks.all_see(w, first);
+    if (n == 0) scores.begin(stage);
 #pragma unroll(wide ? 4 : unrolled<T>)
     for (int y = 0; y < attention_step / 16; ++y) {
       float s[MT][2][4], dw[MT][2][4];
@@ -118,13 +121,15 @@ __global__ void __launch_bounds__(attention_threads) by_sources(const AttentionS
         for (int m = 0; m < MT; ++m) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) dw[m][half][i] *= shifts[i % 2].weight(s[m][half][i]);
-          if (!free) {
+        }
+      }
+      if (!free) {
+        unsigned hidden = masks.hidden(w, b, first + 16 * y);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              if (masks.hide(2 * m + i / 2, first + 16 * y + 8 * half + 2 * t + i % 2)) dw[m][half][i] = 0.0f;
-              if (penalty != 0.0f) dw[m][half][i] += penalty_of(s[m][half][i], penalty, limit);
-            }
-          }
+        for (int n = 0; n < 8 * MT; ++n) {
+          float& sum = dw[n / 8][n / 4 % 2][n % 4];
+          if (hidden >> n & 1) sum = 0.0f;
+          if (penalty != 0.0f) sum += penalty_of(s[n / 8][n / 4 % 2][n % 4], penalty, limit);
         }
       }
 #pragma unroll
@@ -134,12 +139,12 @@ __global__ void __launch_bounds__(attention_threads) by_sources(const AttentionS
     if (n + 1 < steps) loader.finish(stage_of(n + 1));
   }
 
-  if (penalty == 0.0f && masks.padding) {
+  if (penalty == 0.0f && masks.any_empty) {
 #pragma unroll
     for (int r = 0; r < 2 * MT; ++r) {
 #pragma unroll
       for (int c = 0; c < D / 8; ++c) {
-        if (masks.padded(r)) acc[r / 2][c][r % 2 * 2] = acc[r / 2][c][r % 2 * 2 + 1] = 0.0f;
+        if (masks.empty(8 * r + lane / 4)) acc[r / 2][c][r % 2 * 2] = acc[r / 2][c][r % 2 * 2 + 1] = 0.0f;
       }
     }
   }

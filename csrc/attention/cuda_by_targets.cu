@@ -15,40 +15,14 @@ template <class T, int D, bool positions, bool wide>
 struct Layout {
   using Stage = SourceStage<T, D, positions, !wide>;
   static constexpr int diagonals = 2 * Stage::bytes;
-  static constexpr int channels = diagonals + (positions ? Diagonals<T>::bytes : 0);
+  static constexpr int ranges = diagonals + (positions ? Diagonals<T>::bytes : 0);
+  static constexpr int channels = ranges + attention_step * int(sizeof(FrameRange));
   static constexpr int bytes = channels + (wide ? ChannelBlocks<T>::bytes : 0);
 };
 
-// Bits of 64 sources from `first` on, which padding hides.
-class PaddingBits {
- public:
-  __device__ PaddingBits(const AttentionWeights& w, int b)
-      : padding_(w.padding ? w.padding + int64_t(b) * w.sources : nullptr), sources_(int(w.sources)) {}
-
-  __device__ __forceinline__ void load(int first) {
-    int j = first + lane_of_warp();
-    low_ = padding_ && j < sources_ && padding_[j];
-    high_ = padding_ && j + 32 < sources_ && padding_[j + 32];
-  }
-
-  __device__ __forceinline__ void vote() {
-    if (!padding_) return;
-    bits_[0] = __ballot_sync(~0u, low_);
-    bits_[1] = __ballot_sync(~0u, high_);
-  }
-
-  __device__ __forceinline__ bool any() const { return (bits_[0] | bits_[1]) != 0; }
-  __device__ __forceinline__ bool has(int source) const { return bits_[source / 32] >> source % 32 & 1; }
-
- private:
-  const uint8_t* padding_;
-  int sources_;
-  bool low_ = false, high_ = false;
-  unsigned bits_[2] = {0, 0};
-};
-
 template <class T, int D, bool positions, bool wide>
-__global__ void __launch_bounds__(attention_threads) by_targets(const AttentionScoresGradients args) {
+__global__ void __launch_bounds__(attention_threads, sizeof(T) == 2 && !wide ? 3 : 2)
+    by_targets(const AttentionScoresGradients args) {
   using Memory = Layout<T, D, positions, wide>;
   using Stage = typename Memory::Stage;
   const AttentionWeights& w = args.weights;
@@ -78,6 +52,9 @@ __global__ void __launch_bounds__(attention_threads) by_targets(const AttentionS
   const float* deltas = static_cast<const float*>(args.delta) + pair * targets;
   auto* rows = static_cast<const SoftmaxRow<float>*>(w.softmax) + pair * targets;
 
+  auto* ranges = reinterpret_cast<FrameRange*>(memory + Memory::ranges);
+  const MaskEdges edges = mask_edges<ScoreShape<T, D, positions, 1>>(w, {0, b, h}, false);
+
   const int blocks = (targets + attention_step - 1) / attention_step;
   const int last_block = int(int64_t(blocks) * (part + 1) / parts);
   for (int block = int(int64_t(blocks) * part / parts); block < last_block; ++block) {
@@ -88,6 +65,7 @@ __global__ void __launch_bounds__(attention_threads) by_targets(const AttentionS
     if (penalty == 0.0f) {
       begin = seen_by(w, first_target).begin / attention_step * attention_step;
       end = seen_by(w, last_target).end;
+      end = end < edges.end_unpadded ? end : edges.end_unpadded;
     }
     const int steps = end > begin ? (end - begin + attention_step - 1) / attention_step : 0;
 
@@ -100,15 +78,14 @@ __global__ void __launch_bounds__(attention_threads) by_targets(const AttentionS
     ChannelBlocks<T> channel_blocks(reinterpret_cast<T*>(memory + Memory::channels),
                                     grads + int64_t(first_target) * channels, targets - first_target,
                                     values + int64_t(begin) * channels, sources - begin, channels, steps);
-    PaddingBits padding(w, b);
     auto load = [&](int n) {
       int left = sources - (begin + n * attention_step);
       keys.load(stage_of(n).key_tile(), left);
       if constexpr (positions) window.load(stage_of(n).window_tile());
       if constexpr (!wide) values_loader.load(stage_of(n).value_tile(), left);
-      padding.load(begin + n * attention_step);
     };
     __syncthreads();
+    if (threadIdx.x < attention_step) ranges[threadIdx.x] = seen_by(w, first_target + int(threadIdx.x));
     if (steps > 0) {
       load(0);
       if constexpr (wide) channel_blocks.load();
@@ -118,32 +95,30 @@ __global__ void __launch_bounds__(attention_threads) by_targets(const AttentionS
     TargetScores<T, D, positions> scores(w, b, h, own);
     Pair<T> own_grads[1][2][4], p[4][2];
     if constexpr (!wide) load_operands<T, 32, 1>(own_grads, grads, channels, own, targets, channels);
-    if constexpr (positions) diagonals.load_positions(p, w, b, h, first_target);
+    constexpr bool keeps = sizeof(T) == 2;  // for float that takes too many registers
+    if constexpr (positions && keeps) diagonals.load_positions(p, w, b, h, first_target);
     Shift<T> shifts[2];
     float negative[2];
-    ChunkRange seen[2];
 #pragma unroll
     for (int high = 0; high < 2; ++high) {
       int i = own + g + 8 * high;
       SoftmaxRow<float> row = i < targets ? rows[i] : SoftmaxRow<float>{};
       shifts[high] = i < targets ? Shift<T>::of(row.largest, row.scale) : Shift<T>::outside();
       negative[high] = i < targets ? -deltas[i] : 0.0f;
-      seen[high] = seen_by(w, i);
     }
-    const ChunkRange all_see = {seen_by(w, own + 15).begin, seen_by(w, own).end};
+    FrameRange all_seen = {seen_by(w, own + 15).begin, seen_by(w, own).end};
+    if (edges.first_padded < all_seen.end) all_seen.end = edges.first_padded;
 
     float dq[1][D / 8][4] = {}, dp[4] = {}, de[2][4] = {};
     for (int n = 0; n < steps; ++n) {
       float dw_all[wide ? 4 : 1][1][2][4] = {};
       if constexpr (wide) {
         channel_blocks.multiply(dw_all, 16 * warp, [&] {
-          padding.vote();
           if (n + 1 < steps) load(n + 1);
         });
       } else {
         wait_for_copies<0>();
         __syncthreads();
-        padding.vote();
         if (n + 1 < steps) {
           load(n + 1);
           commit_copies();
@@ -158,9 +133,9 @@ __global__ void __launch_bounds__(attention_threads) by_targets(const AttentionS
 #pragma unroll
         for (int i = 0; i < 4; ++i) before[i] = sums[i / 2 * 64 + i % 2];
       }
-      const bool free = penalty == 0.0f && !w.mask && !padding.any() && first >= all_see.begin &&
-                        first + attention_step <= all_see.end;
-      scores.begin(stage);
+      const bool free = penalty == 0.0f && !w.mask && first >= all_seen.begin &&
+                        first + attention_step <= all_seen.end;
+      if (n == 0) scores.begin(stage);
 #pragma unroll(wide ? 4 : unrolled<T>)
       for (int y = 0; y < attention_step / 16; ++y) {
         float s[1][2][4], dw[1][2][4];
@@ -177,16 +152,15 @@ __global__ void __launch_bounds__(attention_threads) by_targets(const AttentionS
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) dw[0][half][i] *= shifts[i / 2].weight(s[0][half][i]);
-          if (!free) {
+        }
+        if (!free) {
+          unsigned hidden = hidden_sums<1, true>(w, b, ranges + 16 * warp, own, first + 16 * y);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              int source = 16 * y + 8 * half + 2 * t + i % 2, target = own + g + i / 2 * 8;
-              bool exists = first + source < sources && target < targets;
-              bool seen_ = exists && !padding.has(source) && seen[i / 2].has(first + source) &&
-                           !hidden(w, b, target, first + source);
-              if (!seen_) dw[0][half][i] = 0.0f;
-              if (exists && penalty != 0.0f) dw[0][half][i] += penalty_of(s[0][half][i], penalty, limit);
-            }
+          for (int n = 0; n < 8; ++n) {
+            float& sum = dw[0][n / 4][n % 4];
+            if (hidden >> n & 1) sum = 0.0f;
+            bool exists = first + 16 * y + n / 4 * 8 + 2 * t + n % 2 < sources;
+            if (penalty != 0.0f && exists) sum += penalty_of(s[0][n / 4][n % 4], penalty, limit);
           }
         }
         Pair<T> a[1][4];
@@ -199,6 +173,7 @@ __global__ void __launch_bounds__(attention_threads) by_targets(const AttentionS
         diagonals.multiply_window(stage.window_tile(), dp);
         __syncthreads();
         if (offsets) {
+          if constexpr (!keeps) diagonals.load_positions(p, w, b, h, first_target);
           diagonals.multiply_positions(p, 16 * warp, de[0]);
           diagonals.multiply_positions(p, 16 * warp + attention_step, de[1]);
 #pragma unroll

@@ -156,7 +156,7 @@ class SourceScores {
     load_operands<T, D, MT>(keys_, head_of<T>(w.k, b, h), w.k.frame, first, int(w.sources), int(w.query_channels));
   }
 
-  // Before the first pair of a stage.
+  // Before the first pair of the first stage.
   __device__ __forceinline__ void begin(Stage stage) {
     if constexpr (positions) {
 #pragma unroll
@@ -164,7 +164,7 @@ class SourceScores {
     }
   }
 
-  // Scores of the pair of eights 2 y, 2 y + 1; pairs are taken in their order.
+  // Scores of the pair of eights 2 y, 2 y + 1 of a stage; pairs and stages are taken in their order.
   __device__ __forceinline__ void pair(Stage stage, int y, float (&s)[MT][2][4]) {
     int lane = lane_of_warp();
 #pragma unroll
@@ -211,47 +211,50 @@ class SourceScores {
   Pair<T> window_[positions ? 2 * MT + 1 : 1][4];
 };
 
-// Which targets do not see a warp's sources; row r = 2 m + high of a lane is its source 8 r + lane / 4.
+// Which targets see a block's sources; those that are padding have none.
 template <int MT>
 class SourceMasks {
  public:
-  __device__ SourceMasks(const AttentionWeights& w, int b, int first) : w_(w), b_(b), first_(first) {
-    const int last = int(w.sources) - 1, own = first + 16 * MT - 1;
-    bool any = false;
-#pragma unroll
-    for (int r = 0; r < 2 * MT; ++r) {
-      int j = source(r);
-      seeing_[r] = seeing(w, j <= last ? j : last);
-      padded_[r] = w.padding && j <= last && w.padding[int64_t(b) * w.sources + j] != 0;
-      any |= padded_[r];
+  static constexpr int sources = 64 * MT;
+
+  // `memory` is shared, for as many ranges as sources. All threads call, and wait at a barrier.
+  __device__ SourceMasks(const AttentionWeights& w, int b, int first_source, FrameRange* memory) : ranges_(memory) {
+    const int last = int(w.sources) - 1, warp = threadIdx.x / 32;
+    for (int row = threadIdx.x; row < sources; row += attention_threads) {
+      int j = first_source + row <= last ? first_source + row : last;
+      bool padded = w.padding && w.padding[int64_t(b) * w.sources + j] != 0;
+      memory[row] = padded ? FrameRange{0, 0} : seeing(w, j);
     }
-    padding = __ballot_sync(~0u, any) != 0;
-    all_see_ = {seeing(w, own <= last ? own : last).begin, seeing(w, first <= last ? first : last).end};
+    __syncthreads();
+    bool padded = false;
+    ranges_ += 16 * MT * warp;
+    for (int row = lane_of_warp(); row < 16 * MT; row += 32) padded |= empty(row);
+    own_ = first_source + 16 * MT * warp;
+    int lowest = own_ <= last ? own_ : last, highest = own_ + 16 * MT - 1 <= last ? own_ + 16 * MT - 1 : last;
+    all_see_ = {seeing(w, highest).begin, seeing(w, lowest).end};
+    if (all_see_.end == w.targets) all_see_.end += attention_step;
+    any_empty = __ballot_sync(~0u, padded) != 0;
   }
 
-  // Whether the targets of a step all see all the warp's sources, but for padding.
-  __device__ __forceinline__ bool all_see(int first_target) const {
-    bool end = first_target + attention_step <= all_see_.end || all_see_.end == w_.targets;
-    return !w_.mask && first_target >= all_see_.begin && end;
+  // Whether nobody sees a row of the warp.
+  __device__ __forceinline__ bool empty(int row) const { return ranges_[row].end <= ranges_[row].begin; }
+
+  // Whether the targets of a step all see all the warp's sources, but for those that are empty.
+  __device__ __forceinline__ bool all_see(const AttentionWeights& w, int target) const {
+    return !w.mask && target >= all_see_.begin && target + attention_step <= all_see_.end;
   }
 
-  __device__ __forceinline__ bool padded(int r) const { return padded_[r]; }
-
-  // Whether the target does not see the lane's source r; both exist.
-  __device__ __forceinline__ bool hide(int r, int target) const {
-    if (source(r) >= w_.sources || target >= w_.targets) return false;
-    return padded_[r] || !seeing_[r].has(target) || hidden(w_, b_, target, source(r));
+  // See `hidden_sums`; `target` is the pair's first.
+  __device__ __forceinline__ unsigned hidden(const AttentionWeights& w, int b, int target) const {
+    return hidden_sums<MT, false>(w, b, ranges_, own_, target);
   }
 
-  __device__ __forceinline__ int source(int r) const { return first_ + 8 * r + lane_of_warp() / 4; }
-
-  bool padding;  // of any of the warp's sources
+  bool any_empty;
 
  private:
-  const AttentionWeights& w_;
-  int b_, first_;
-  ChunkRange seeing_[2 * MT], all_see_;
-  bool padded_[2 * MT];
+  const FrameRange* ranges_;
+  FrameRange all_see_;
+  int own_;
 };
 
 // Rounds sums of 16 targets to the operand that multiplies rows of these targets.

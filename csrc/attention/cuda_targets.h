@@ -50,7 +50,7 @@ class TargetScores {
     }
   }
 
-  // Before the first pair of a stage.
+  // Before the first pair of the first stage.
   template <class Stage>
   __device__ __forceinline__ void begin(Stage stage) {
     if constexpr (positions) {
@@ -60,7 +60,7 @@ class TargetScores {
     }
   }
 
-  // Scores of the pair of eights 2 y, 2 y + 1; pairs are taken in their order.
+  // Scores of the pair of eights 2 y, 2 y + 1 of a stage; pairs and stages are taken in their order.
   template <class Stage>
   __device__ __forceinline__ void pair(Stage stage, int y, float (&s)[1][2][4]) {
 #pragma unroll

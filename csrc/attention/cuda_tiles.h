@@ -4,7 +4,7 @@
 
 #include <cmath>
 
-#include "attention/cuda_scores.h"
+#include "attention/cuda_masks.h"
 #include "common/launch.h"
 #include "common/mma.h"
 #include "common/vectors.h"
@@ -104,26 +104,37 @@ class WindowLoader {
  public:
   // `e` is a head's, of `offsets` rows; the first window begins at row `first`, each next one `step` later.
   __device__ WindowLoader(const T* e, int64_t stride, int offsets, int first, int step)
-      : from_(e + first * stride), stride_(stride), first_(first), step_(step), offsets_(offsets) {}
+      : n_(first + int(threadIdx.x + 1) / 2), offsets_(offsets), from_(e + n_ * stride), stride_(stride), step_(step) {}
 
   __device__ __forceinline__ void load(T* window) {
+    constexpr int pass = attention_threads / 2;
+    static_assert(rows % pass == 0, "all threads copy as much");
 #pragma unroll
-    for (int base = 0; base < rows; base += attention_threads) {
-      int row = base + int(threadIdx.x), n = first_ + row;
-      if (rows % attention_threads != 0 && row >= rows) break;
-      const T* from = from_ + row * stride_;
-      copy_elements<4>(window + row * 8, from, unsigned(n) < unsigned(offsets_));
-      copy_elements<4>(window + row * 8 + 4, from + stride_, unsigned(n + 1) < unsigned(offsets_));
+    for (int row = 0; row < rows; row += pass) {
+      bool inside = unsigned(n_ + row) < unsigned(offsets_);
+      copy_elements<4>(window + row * 8 + threadIdx.x * 4, from_ + row * stride_, inside);
     }
     from_ += step_ * stride_;
-    first_ += step_;
+    n_ += step_;
   }
 
  private:
+  int n_, offsets_;
   const T* from_;
   int64_t stride_;
-  int first_, step_, offsets_;
+  int step_;
 };
+
+// The logarithm to base 2, within 2^-22 on the device: for half precision.
+__device__ __forceinline__ float log2_of(float x) {
+#if defined(__CUDACC__)
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return std::log2(x);
+#endif
+}
 
 // A target's softmax row as weights are made of it: w = 2^(s log2(e) - shift) scale. In half precision the scale is
 // part of the shift; in float its rounding would show.
@@ -133,7 +144,7 @@ struct Shift {
 
   static __device__ __forceinline__ Shift of(float largest, float scale) {
     if constexpr (sizeof(T) == 2) {
-      return {largest * log2_of_e - log2f(scale), 1.0f};
+      return {largest * log2_of_e - log2_of(scale), 1.0f};
     } else {
       return {largest, scale};
     }
@@ -151,37 +162,60 @@ struct Shift {
   }
 };
 
-// Frames of the other kind that a frame's chunk goes together with: [begin, end).
-struct ChunkRange {
+// Frames of the other kind that see a frame, or that it sees: [begin, end).
+struct FrameRange {
   int begin, end;
 
   __device__ __forceinline__ bool has(int frame) const { return unsigned(frame - begin) < unsigned(end - begin); }
 };
 
-// The sources that a target sees.
-__device__ __forceinline__ ChunkRange seen_by(const AttentionWeights& w, int target) {
-  int sources = int(w.sources);
-  if (w.chunk <= 0) return {0, sources};
-  int64_t own = target / w.chunk, end = (own + 1) * w.chunk;
-  int64_t begin = w.left_chunks < 0 || w.left_chunks > own ? 0 : (own - w.left_chunks) * w.chunk;
-  begin = begin < sources ? begin : sources;
-  return {int(begin), int(end < sources ? end : sources)};
+// The sources that a target's chunk sees.
+__device__ __forceinline__ FrameRange seen_by(const AttentionWeights& w, int target) {
+  int sources = int(w.sources), chunk = int(w.chunk), left = int(w.left_chunks);
+  if (chunk <= 0) return {0, sources};
+  int own = target / chunk, begin = left < 0 || left > own ? 0 : (own - left) * chunk, end = (own + 1) * chunk;
+  return {begin < sources ? begin : sources, end < sources ? end : sources};
 }
 
-// The targets that see a source.
-__device__ __forceinline__ ChunkRange seeing(const AttentionWeights& w, int source) {
-  int targets = int(w.targets);
-  if (w.chunk <= 0) return {0, targets};
-  int64_t own = source / w.chunk, begin = own * w.chunk;
-  begin = begin < targets ? begin : targets;
-  int64_t chunks = targets / w.chunk + 1;  // no more are needed
-  int64_t end = w.left_chunks < 0 || w.left_chunks >= chunks ? targets : (own + w.left_chunks + 1) * w.chunk;
-  return {int(begin), int(end < targets ? end : targets)};
+// The targets whose chunks see a source.
+__device__ __forceinline__ FrameRange seeing(const AttentionWeights& w, int source) {
+  int targets = int(w.targets), chunk = int(w.chunk), left = int(w.left_chunks);
+  if (chunk <= 0) return {0, targets};
+  int own = source / chunk, begin = own * chunk;
+  int64_t end = left < 0 ? targets : (int64_t(own) + left + 1) * chunk;
+  return {begin < targets ? begin : targets, int(end < targets ? end : targets)};
 }
 
-// Whether attn_mask hides a source from a target; both exist.
-__device__ __forceinline__ bool hidden(const AttentionWeights& w, int64_t sequence, int64_t target, int64_t source) {
-  return w.mask && w.mask[sequence * w.mask_sequence + target * w.mask_frame + source] != 0;
+// Whether any thread of the block says so; `votes` is shared memory for one number a warp.
+__device__ __forceinline__ bool any_of_block(bool vote, unsigned* votes) {
+  unsigned mine = __ballot_sync(~0u, vote);
+  if (lane_of_warp() == 0) votes[threadIdx.x / 32] = mine;
+  __syncthreads();
+  bool any = (votes[0] | votes[1] | votes[2] | votes[3]) != 0;
+  __syncthreads();
+  return any;
+}
+
+// Which of a lane's sums of a pair of eights, m tiles of 16 rows, are of frames that do not see each other: sum i of
+// half `half` of tile m is bit 8 m + 4 half + i. Rows are sources, or targets. For tiles where not all see each other;
+// in a loop, so that it takes no registers from where they do.
+template <int m, bool rows_are_targets>
+__device__ __forceinline__ unsigned hidden_sums(const AttentionWeights& w, int b, const FrameRange* ranges, int row,
+                                                int column) {
+  int lane = lane_of_warp();
+  unsigned bits = 0;
+#pragma unroll 1
+  for (int n = 0; n < 8 * m; ++n) {
+    int r = n / 8 * 16 + n / 2 % 2 * 8 + lane / 4, c = column + n / 4 % 2 * 8 + lane % 4 * 2 + n % 2;
+    bool hides = !ranges[r].has(c);
+    int target = rows_are_targets ? row + r : c, source = rows_are_targets ? c : row + r;
+    if (target < w.targets && source < w.sources) {
+      if (rows_are_targets && w.padding) hides |= w.padding[int64_t(b) * w.sources + source] != 0;
+      if (w.mask) hides |= w.mask[b * w.mask_sequence + target * w.mask_frame + source] != 0;
+    }
+    bits |= unsigned(hides) << n;
+  }
+  return bits;
 }
 
 // What the penalty adds to the gradient of a score.

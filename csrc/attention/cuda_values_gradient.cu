@@ -9,7 +9,8 @@ namespace {
 
 // N eights of channels; a block of four warps, each of 16 MT sources.
 template <class T, int D, bool positions, int MT, int N>
-__global__ void __launch_bounds__(attention_threads) values_gradient(const AttentionValuesGradient args, int blocks) {
+__global__ void __launch_bounds__(attention_threads, N == 2 ? 3 : 2)
+    values_gradient(const AttentionValuesGradient args, int blocks) {
   using Stage = TargetStage<T, D, positions, MT>;
   constexpr int channels = 8 * N, copied = N == 2 ? 4 : 8;
   constexpr int stage_bytes = Stage::bytes + Tile<T, channels>::template bytes<attention_step>;
@@ -25,22 +26,21 @@ __global__ void __launch_bounds__(attention_threads) values_gradient(const Atten
   auto stage_of = [&](int n) { return Stage{reinterpret_cast<T*>(memory + n % 2 * stage_bytes)}; };
   auto grads_of = [&](int n) { return reinterpret_cast<T*>(memory + n % 2 * stage_bytes + Stage::bytes); };
 
+  auto* ranges = reinterpret_cast<FrameRange*>(memory + 2 * stage_bytes);
+  const SourceMasks<MT> masks(w, b, first_source, ranges);
+
   // Targets that see any of the sources; all, if some see nothing and so count all sources alike.
   int begin = 0, end = targets;
-  if (w.chunk > 0) {
+  auto* votes = reinterpret_cast<unsigned*>(memory);
+  const bool seen = any_of_block(int(threadIdx.x) < Stage::sources && ranges[threadIdx.x].end > 0, votes);
+  if (w.chunk > 0 || !seen) {
     auto* rows = static_cast<const SoftmaxRow<float>*>(w.softmax) + (h * int64_t(sequences) + b) * targets;
     bool blind = false;
     for (int i = threadIdx.x; i < targets; i += attention_threads) blind |= !(rows[i].largest > visible_limit<float>);
-    auto* votes = reinterpret_cast<unsigned*>(memory);
-    unsigned vote = __ballot_sync(~0u, blind);
-    if (lane == 0) votes[warp] = vote;
-    __syncthreads();
-    blind = (votes[0] | votes[1] | votes[2] | votes[3]) != 0;
-    __syncthreads();
-    if (!blind) {
+    if (!any_of_block(blind, votes)) {
       int last = first_source + Stage::sources < sources ? first_source + Stage::sources : sources;
       begin = seeing(w, first_source).begin / attention_step * attention_step;
-      end = seeing(w, last - 1).end;
+      end = seen ? seeing(w, last - 1).end : begin;
     }
   }
 
@@ -51,8 +51,6 @@ __global__ void __launch_bounds__(attention_threads) values_gradient(const Atten
   __syncthreads();
 
   SourceScores<T, D, positions, MT> scores(w, b, h, own);
-  const SourceMasks<MT> masks(w, b, own);
-
   float acc[MT][N][4] = {};
   const int steps = (end - begin + attention_step - 1) / attention_step;
   auto load = [&](int n) {
@@ -71,13 +69,20 @@ __global__ void __launch_bounds__(attention_threads) values_gradient(const Atten
     const Stage stage = stage_of(n);
     const T* grad_tile = grads_of(n);
     const int first = begin + n * attention_step;
-    const bool free = !masks.padding && masks.all_see(first);
-    scores.begin(stage);
+    const bool free = !masks.any_empty && masks.all_see(w, first);
+    if (n == 0) scores.begin(stage);
 #pragma unroll(unrolled<T>)
     for (int y = 0; y < attention_step / 16; ++y) {
       float s[MT][2][4];
       scores.pair(stage, y, s);
       Pair<T> a[MT][4];
+      if (!free) {
+        unsigned hidden = masks.hidden(w, b, first + 16 * y);
+#pragma unroll
+        for (int n = 0; n < 8 * MT; ++n) {
+          if (hidden >> n & 1) s[n / 8][n / 4 % 2][n % 4] = masked_score<float>;
+        }
+      }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         Shift<T> shifts[2];
@@ -88,13 +93,6 @@ __global__ void __launch_bounds__(attention_threads) values_gradient(const Atten
         }
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-          if (!free) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              int target = first + 16 * y + 8 * half + 2 * t + i % 2;
-              if (masks.hide(2 * m + i / 2, target)) s[m][half][i] = masked_score<float>;
-            }
-          }
 #pragma unroll
           for (int i = 0; i < 4; ++i) s[m][half][i] = shifts[i % 2].weight(s[m][half][i]);
         }
@@ -116,7 +114,7 @@ void run(const AttentionValuesGradient& args, void* stream) {
   const AttentionWeights& w = args.weights;
   int64_t blocks = ceil_div(w.sources, Stage::sources), parts = ceil_div(args.channels, 8 * N);
   dim3 grid(grid_size(blocks * w.sequences * w.heads), unsigned(parts));
-  size_t bytes = 2 * (Stage::bytes + Tile<T, 8 * N>::template bytes<attention_step>);
+  size_t bytes = 2 * (Stage::bytes + Tile<T, 8 * N>::template bytes<attention_step>) + Stage::sources * sizeof(FrameRange);
   launch("attention_values_gradient", values_gradient<T, D, positions, MT, N>, grid, dim3(attention_threads), bytes,
          stream, args, int(blocks));
 }

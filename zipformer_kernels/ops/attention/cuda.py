@@ -68,6 +68,22 @@ def gated_average(scores: Scores, softmax: Tensor, masks: Masks, values: Tensor,
     return out[..., :channels].contiguous(), gated[..., :channels].contiguous()
 
 
+def _forward(*args: Tensor | int | float | None) -> tuple[Tensor]:
+    scores, (v, softmax), masks, _ = grouped(2, args)
+    return (average_values(scores, softmax, masks, v),)
+
+
+def _backward(
+    needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | float | None
+) -> tuple[Tensor | None, ...]:
+    scores, (v, softmax), masks, penalty = grouped(2, args)
+    (out,), grad = saved, grads[0].to(v.dtype)
+    use = Use(slice(None), v, out, grad)
+    dscores = scores_gradients(needs[:4], scores, softmax, masks, penalty, [use])
+    dv = as_empty_like(values_gradient(scores, softmax, masks, grad), v) if needs[4] else None
+    return *dscores, dv, None, None, None
+
+
 def unsupported(
     q: Tensor, k: Tensor, p: Tensor | None, e: Tensor | None, *rest: Tensor | int | float | None
 ) -> str | None:
@@ -97,24 +113,6 @@ def worthwhile(q: Tensor, *rest: object) -> bool:
     fast.
     """
     return q.dtype != torch.float32
-
-
-def _forward(*args: Tensor | int | float | None) -> tuple[Tensor]:
-    scores, (v, softmax), masks, _ = grouped(2, args)
-    return (average_values(scores, softmax, masks, v),)
-
-
-def _backward(
-    needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | float | None
-) -> tuple[Tensor | None, ...]:
-    scores, (v, softmax), masks, penalty = grouped(2, args)
-    grad = grads[0].to(v.dtype)
-    dscores = [None] * 4
-    if any(needs[:4]):
-        use = Use(slice(None), v, saved[0], grad)
-        dscores = scores_gradients(needs[:4], scores, softmax, masks, penalty, [use])
-    dv = as_empty_like(values_gradient(scores, softmax, masks, grad), v) if needs[4] else None
-    return *dscores, dv, None, None, None
 
 
 launchers = AttentionLaunchers(

@@ -19,7 +19,8 @@ from zipformer_kernels.ops.nonlin_attention.native import NO_ROWS, rows
 
 def _forward(*args: Tensor | int | None) -> tuple[Tensor, Tensor]:
     scores, (gate, x, y, softmax), masks, _ = grouped(4, args)
-    values = open_(gate.flatten(2), x.flatten(2)).view(x.shape)
+    heads = x.shape[2:]
+    values = open_(gate.flatten(2), x.flatten(2)).unflatten(2, heads)
     inner, out = gated_average(scores, softmax, masks, values, y)
     return out, inner
 
@@ -29,7 +30,7 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     scores, (gate, x, y, softmax), masks, penalty = grouped(4, args)
     (inner,), grad = saved, grads[0].to(x.dtype)
-    dgate, dx, dy = (x.new_empty(x.shape) for _ in range(3))
+    dgate, dx, dy = None, None, x.new_empty(x.shape)
     dinner = close_backward(*(t.flatten(2) for t in (grad, inner, y, dy))).view(x.shape)
     dscores = [None] * 4
     if any(needs[:4]):
@@ -38,8 +39,9 @@ def _backward(
         dscores = scores_gradients(needs[:4], scores, softmax, masks, penalty, [use])
     if needs[4] or needs[5]:
         dvalues = values_gradient(scores, softmax, masks, dinner)
+        dgate, dx = x.new_empty(x.shape), x.new_empty(x.shape)
         open_backward(*(t.flatten(2) for t in (dvalues, gate, x, dgate, dx)))
-    return *dscores, *(as_empty_like(t, x) for t in (dgate, dx, dy)), None, None, None
+    return *dscores, *(d if d is None else as_empty_like(d, x) for d in (dgate, dx, dy)), None, None, None
 
 
 def open_(s: Tensor, x: Tensor) -> Tensor:

@@ -128,7 +128,7 @@ def _forward(*args):
 def _backward(needs, grads, saved, *args):
     scores, (gate, x, y, softmax), masks, penalty = grouped(4, args)
     (inner,), grad = saved, grads[0].to(x.dtype)
-    dgate, dx, dy = (x.new_empty(x.shape) for _ in range(3))
+    dgate, dx, dy = None, None, x.new_empty(x.shape)
     dinner = close_backward(*(t.flatten(2) for t in (grad, inner, y, dy))).view(x.shape)
     dscores = [None] * 4
     if any(needs[:4]):
@@ -137,6 +137,7 @@ def _backward(needs, grads, saved, *args):
         dscores = scores_gradients(needs[:4], scores, softmax, masks, penalty, [use])
     if needs[4] or needs[5]:
         dvalues = values_gradient(scores, softmax, masks, dinner)
+        dgate, dx = x.new_empty(x.shape), x.new_empty(x.shape)
         open_backward(*(t.flatten(2) for t in (dvalues, gate, x, dgate, dx)))
     return *dscores, dgate, dx, dy, None, None, None
 
