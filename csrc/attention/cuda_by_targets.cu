@@ -21,8 +21,7 @@ struct Layout {
 };
 
 template <class T, int D, bool positions, bool wide>
-__global__ void __launch_bounds__(attention_threads, sizeof(T) == 2 && !wide ? 3 : 2)
-    by_targets(const AttentionScoresGradients args) {
+__global__ void __launch_bounds__(attention_threads, 2) by_targets(const AttentionScoresGradients args) {
   using Memory = Layout<T, D, positions, wide>;
   using Stage = typename Memory::Stage;
   const AttentionWeights& w = args.weights;
@@ -72,10 +71,9 @@ __global__ void __launch_bounds__(attention_threads, sizeof(T) == 2 && !wide ? 3
     TileLoader<T, D, 8> keys(head_of<T>(w.k, b, h) + begin * w.k.frame, w.k.frame, int(w.query_channels));
     TileLoader<T, 32, 8> values_loader(values + int64_t(begin) * channels, channels, channels);
     // The first row of a window is that of the offset before the lowest.
-    WindowLoader<T, Stage::window_rows> window(positions ? head_of<T>(w.e, 0, h) : nullptr, w.e.frame,
-                                               targets + sources - 1,
-                                               targets - 1 - (first_target + attention_step - 1) + begin - 1,
-                                               attention_step);
+    WindowLoader<T, Stage::window_rows> window(
+        positions ? head_of<T>(w.e, 0, h) : nullptr, w.e.frame, targets + sources - 1,
+        targets - 1 - (first_target + attention_step - 1) + begin - 1, attention_step);
     ChannelBlocks<T> channel_blocks(reinterpret_cast<T*>(memory + Memory::channels),
                                     grads + int64_t(first_target) * channels, targets - first_target,
                                     values + int64_t(begin) * channels, sources - begin, channels, steps);
@@ -134,8 +132,7 @@ __global__ void __launch_bounds__(attention_threads, sizeof(T) == 2 && !wide ? 3
 #pragma unroll
         for (int i = 0; i < 4; ++i) before[i] = sums[i / 2 * 64 + i % 2];
       }
-      const bool free = penalty == 0.0f && !w.mask && first >= all_seen.begin &&
-                        first + attention_step <= all_seen.end;
+      const bool free = penalty == 0.0f && !w.mask && first >= all_seen.begin && first + attention_step <= all_seen.end;
       if (n == 0) scores.begin(stage);
 #pragma unroll(wide ? 4 : unrolled<T>)
       for (int y = 0; y < attention_step / 16; ++y) {

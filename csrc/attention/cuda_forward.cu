@@ -9,9 +9,19 @@ namespace zk {
 
 namespace {
 
+template <class Shape, class Values>
+constexpr bool is_narrow_half = Values::columns == 2 && sizeof(typename Shape::Element) == 2;
+
 // Two blocks of threads a multiprocessor; three of narrow values in half precision.
 template <class Shape, class Values>
-constexpr int resident = Values::columns == 2 && sizeof(typename Shape::Element) == 2 ? 3 : 2;
+constexpr int resident = is_narrow_half<Shape, Values> ? 3 : 2;
+
+// Columns of scores at a time: all, but for narrow values, whose two tiles of targets a warp leave no registers for
+// them, and for float, whose products are long code.
+template <class Shape, class Values>
+constexpr int columns_at_once = sizeof(typename Shape::Element) == 4 ? 2
+                                : is_narrow_half<Shape, Values>      ? 4
+                                                                     : score_columns;
 
 template <class Shape, class Values>
 constexpr int stage_size = Shape::size + Values::size;
@@ -19,7 +29,7 @@ constexpr int stage_size = Shape::size + Values::size;
 template <class Shape, class Values>
 __global__ void __launch_bounds__(score_threads, resident<Shape, Values>) average(const AttentionGated args) {
   using T = typename Shape::Element;
-  constexpr int M = Shape::tiles, N = Values::columns;
+  constexpr int M = Shape::tiles, N = Values::columns, columns = columns_at_once<Shape, Values>;
   const AttentionWeights& weights = args.weights;
   int blocks = (int(args.channels) + Values::channels - 1) / Values::channels;
   int first_channel = int(blockIdx.x % blocks) * Values::channels;
@@ -50,19 +60,23 @@ __global__ void __launch_bounds__(score_threads, resident<Shape, Values>) averag
     auto add = [&](auto masked) {
       ScoreBits<M> bits{};
       if constexpr (decltype(masked)::value) bits = masks.bits(tile);
-      ScoreTile<M> w;
-      targets.scores(here, w, [&](int x) {
+#pragma unroll 1
+      for (int first = 0; first < score_columns; first += columns) {
+        float s[M][columns][4];
+        targets.scores(here, first, s, [&](int x) {
+          float w[M][2][4];
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
+          for (int m = 0; m < M; ++m) {
 #pragma unroll
-          for (int n = 0; n < 8; ++n) {
-            float& s = w[m][x + n / 4][n % 4];
-            if constexpr (decltype(masked)::value) bits.apply(m, x + n / 4, n % 4, s);
-            s = rows.weight(s, m, n % 4 / 2);
+            for (int n = 0; n < 8; ++n) {
+              float& score = s[m][x + n / 4][n % 4];
+              if constexpr (decltype(masked)::value) bits.apply(m, first + x + n / 4, n % 4, score);
+              w[m][n / 4][n % 4] = rows.weight(score, m, n % 4 / 2);
+            }
           }
-        }
-        add_products<Values, M>(w, x, here + Shape::size, sums);
-      });
+          add_products<Values, M>(w, 8 * (first + x), here + Shape::size, sums);
+        });
+      }
     };
     if (sizeof(T) == 2 && masks.plain(tile)) {
       add(std::false_type{});
@@ -120,7 +134,7 @@ void attention_gated_forward_cuda(const AttentionGated& given, void* stream) {
   dispatch_scores<1>(args.weights, [&](auto shape) {
     using Shape = decltype(shape);
     if constexpr (sizeof(typename Shape::Element) == 4) {
-      run<Shape, 8>(args, stream);
+      run<Shape, 4>(args, stream);
     } else if (cost(args.channels, 18) < cost(args.channels, 24)) {
       run<Shape, 18>(args, stream);
     } else {

@@ -189,16 +189,18 @@ class ScoreTargets {
     }
   }
 
-  // The scores of the tile that a ScoreLoader has copied to `from`, before masking. Calls done(x) as soon as those of
-  // columns x and x + 1 are there, for x = 0, 2, 4, 6: what they go into next may begin, and frees their registers.
-  template <class F>
-  __device__ __forceinline__ void scores(const T* from, ScoreTile<M>& s, F&& done) const {
+  // The scores of the tile that a ScoreLoader has copied to `from`, before masking: all of them, or some columns from
+  // `first` on, for which one product more is made. Calls done(x) as soon as those of columns first + x and the next
+  // are there, for x = 0, 2, ...: what they go into may begin, and frees their registers.
+  template <int columns, class F>
+  __device__ __forceinline__ void scores(const T* from, int first, float (&s)[M][columns][4], F&& done) const {
     int lane = lane_of_warp();
-    int first = Shape::targets - 8 - int(threadIdx.x) / 32 * M * 16;  // row of the window of the first columns
-    const T* window = from + Shape::key_size + (first + lane % 8 + lane / 8 * 2) * 8;
-    const T* keys = from + key_at<Shape::channels>(lane / 8 / (2 * steps) * 8 + lane % 8, lane / 8 % (2 * steps));
+    int row = Shape::targets - 8 - int(threadIdx.x) / 32 * M * 16;  // of the window, where the first columns begin
+    const T* window = from + Shape::key_size + (row + lane % 8 + lane / 8 * 2 + 8 * first) * 8;
+    const T* keys = from + key_at<Shape::channels>(lane / 8 / (2 * steps) * 8 + lane % 8, lane / 8 % (2 * steps)) +
+                    first * 8 * Shape::channels;
 #pragma unroll
-    for (int x = Shape::has_positions ? 1 - 2 * M : 0; x < score_columns; ++x) {
+    for (int x = Shape::has_positions ? 1 - 2 * M : 0; x < columns; ++x) {
       if constexpr (Shape::has_positions) add_positions(window + x * 64, x, s);
       if (x < 0 || x % 2 == 0) continue;
       add_keys(keys, x - 1, s);
@@ -206,29 +208,31 @@ class ScoreTargets {
     }
   }
   __device__ __forceinline__ void scores(const T* from, ScoreTile<M>& s) const {
-    scores(from, s, [](int) {});
+    scores(from, 0, s, [](int) {});
   }
 
  private:
   // The positional terms that come of eight offsets and those behind: of column x of the last tile of targets, and of
   // later ones of the tiles before.
-  __device__ __forceinline__ void add_positions(const T* window, int x, ScoreTile<M>& s) const {
+  template <int columns>
+  __device__ __forceinline__ void add_positions(const T* window, int x, float (&s)[M][columns][4]) const {
     Pair<T> e[4];
     load_matrices(e, window);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       int column = x + 2 * m;  // of rows 0 to 7; rows 8 to 15 are at the next
-      if (column < -1 || column >= score_columns) continue;
+      if (column < -1 || column >= columns) continue;
       float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
       mma<T>(c, p_[m][0], e[0], e[1]);
       mma<T>(c, p_[m][1], e[2], e[3]);
       if (column >= 0) s[m][column][0] = c[0], s[m][column][1] = c[1];
-      if (column + 1 < score_columns) s[m][column + 1][2] = c[2], s[m][column + 1][3] = c[3];
+      if (column + 1 < columns) s[m][column + 1][2] = c[2], s[m][column + 1][3] = c[3];
     }
   }
 
   // The products of queries and keys, for columns x and x + 1.
-  __device__ __forceinline__ void add_keys(const T* keys, int x, ScoreTile<M>& s) const {
+  template <int columns>
+  __device__ __forceinline__ void add_keys(const T* keys, int x, float (&s)[M][columns][4]) const {
 #pragma unroll
     for (int load = 0; load < steps; ++load) {
       Pair<T> k[4];

@@ -20,6 +20,25 @@ struct RunningSum {
     largest = to;
   }
 
+  // Adds the scores of row g + 8 `half`. What float asks for is done `apart`: a score less the largest, which is exact
+  // where they are close, before the factor of base 2; and the sum of these few exponentials before that of all.
+  template <int columns>
+  __device__ __forceinline__ void add(const float (&s)[columns][4], int half, bool apart) {
+    float to = largest;
+#pragma unroll
+    for (int x = 0; x < columns; ++x) to = fmaxf(to, fmaxf(s[x][2 * half], s[x][2 * half + 1]));
+    raise(to);
+    float base = to * log2_of_e, part = apart ? 0.0f : sum;
+#pragma unroll
+    for (int x = 0; x < columns; ++x) {
+#pragma unroll
+      for (int i = 2 * half; i < 2 * half + 2; ++i) {
+        part += exp2_of(apart ? (s[x][i] - to) * log2_of_e : s[x][i] * log2_of_e - base);
+      }
+    }
+    sum = apart ? sum + part : part;
+  }
+
   __device__ __forceinline__ void add(const RunningSum& other) {
     float to = fmaxf(largest, other.largest);
     raise(to);
@@ -28,9 +47,10 @@ struct RunningSum {
 };
 
 template <class Shape>
-__global__ void __launch_bounds__(score_threads) softmax_rows(const AttentionWeights args) {
+__global__ void __launch_bounds__(score_threads, sizeof(typename Shape::Element) == 2 ? 3 : 2)
+    softmax_rows(const AttentionWeights args) {
   using T = typename Shape::Element;
-  constexpr int M = Shape::tiles;
+  constexpr int M = Shape::tiles, columns = sizeof(T) == 4 ? 2 : 4;  // at once
   ScorePlace place = score_place<Shape>(args, blockIdx.x);
   ScoreMasks<Shape> masks(args, place, mask_edges<Shape>(args, place, false));
   T* shared = dynamic_shared<T>();
@@ -49,37 +69,32 @@ __global__ void __launch_bounds__(score_threads) softmax_rows(const AttentionWei
     if (tile + 1 < masks.end()) loader.load(shared + stage);
     commit_copies();
 
-    ScoreTile<M> s;
-    targets.scores(here, s);
-    if (!masks.plain(tile)) {
-      ScoreBits<M> bits = masks.bits(tile);
+    auto add = [&](auto masked) {
+      ScoreBits<M> bits{};
+      if constexpr (decltype(masked)::value) bits = masks.bits(tile);
+#pragma unroll 1
+      for (int first = 0; first < score_columns; first += columns) {
+        float s[M][columns][4];
+        targets.scores(here, first, s, [&](int x) {
+          if constexpr (decltype(masked)::value) {
 #pragma unroll
-      for (int n = 0; n < M * score_columns * 4; ++n) {
-        int m = n / 4 / score_columns, x = n / 4 % score_columns, i = n % 4;
-        bits.apply(m, x, i, s[m][x][i]);
-      }
-    }
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        RunningSum& row = rows[m][half];
-        float largest = row.largest;
-#pragma unroll
-        for (int x = 0; x < score_columns; ++x) {
-          largest = fmaxf(largest, fmaxf(s[m][x][2 * half], s[m][x][2 * half + 1]));
-        }
-        row.raise(largest);
-        float base = largest * log2_of_e, sum = 0.0f;
-#pragma unroll
-        for (int x = 0; x < score_columns; ++x) {
-#pragma unroll
-          for (int i = 2 * half; i < 2 * half + 2; ++i) {
-            sum += exp2_of(sizeof(T) == 4 ? (s[m][x][i] - largest) * log2_of_e : s[m][x][i] * log2_of_e - base);
+            for (int n = 0; n < 8 * M; ++n) {
+              int m = n / 8, column = x + n / 4 % 2, i = n % 4;
+              bits.apply(m, first + column, i, s[m][column][i]);
+            }
           }
+        });
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) rows[m][half].add(s[m], half, sizeof(T) == 4);
         }
-        row.sum += sum;
       }
+    };
+    if (sizeof(T) == 2 && masks.plain(tile)) {
+      add(std::false_type{});
+    } else {
+      add(std::true_type{});
     }
   }
 

@@ -45,7 +45,7 @@ constexpr int columns = 64, groups = 8;
 
 // A block has 16 offsets of a head, 4 channels each, and eight groups of threads that share the parts.
 template <class T>
-__global__ void __launch_bounds__(columns * groups) offsets_kernel(const AttentionOffsets n) {
+__global__ void __launch_bounds__(columns* groups) offsets_kernel(const AttentionOffsets n) {
   __shared__ float shared[groups][columns];
   const int column = threadIdx.x % columns, group = threadIdx.x / columns, c = column % 4;
   const int64_t blocks = (n.projections + columns / 4 - 1) / (columns / 4);
@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(columns * groups) offsets_kernel(const Attenti
 void attention_pack_cuda(const AttentionPack& args, void* stream) {
   int64_t rows = args.heads * args.sequences * (args.targets + args.sources);
   dispatch_gpu(args.dtype, [&](auto element) {
-    launch("attention_pack", pack_kernel<decltype(element)>, dim3(grid_size(ceil_div(rows, warps))), dim3(warps * 32), 0,
-           stream, args);
+    launch("attention_pack", pack_kernel<decltype(element)>, dim3(grid_size(ceil_div(rows, warps))), dim3(warps * 32),
+           0, stream, args);
   });
 }
 

@@ -51,20 +51,20 @@ class ValueLoader {
   int left_, to_, channels_;
 };
 
-// sums += w v for 16 sources, columns x and x + 1 of a tile of weights; the values are what a ValueLoader has copied to
-// `from`.
+// sums += w v for 16 sources, with their weights; the first is row `row` of what a ValueLoader has copied to `from`. In
+// float the 16 are added up apart: a sum over many sources in one row would round too often.
 template <class Values, int M>
-__device__ __forceinline__ void add_products(const ScoreTile<M>& w, int x, const typename Values::Element* from,
+__device__ __forceinline__ void add_products(const float (&w)[M][2][4], int row, const typename Values::Element* from,
                                              float (&sums)[M][Values::columns][4]) {
   using T = typename Values::Element;
   int lane = lane_of_warp();
-  const T* rows = from + (8 * x + lane % 16) * Values::pitch + lane / 16 * 8;
+  const T* rows = from + (row + lane % 16) * Values::pitch + lane / 16 * 8;
   Pair<T> a[M][4];
 #pragma unroll
   for (int m = 0; m < M; ++m) {
 #pragma unroll
     for (int part = 0; part < 4; ++part) {
-      const float (&pairs)[4] = w[m][x + part / 2];
+      const float (&pairs)[4] = w[m][part / 2];
       a[m][part] = make_pair<T>(pairs[part % 2 * 2], pairs[part % 2 * 2 + 1]);
     }
   }
@@ -74,8 +74,16 @@ __device__ __forceinline__ void add_products(const ScoreTile<M>& w, int x, const
     load_transposed(v, rows + n * 8);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      mma<T>(sums[m][n], a[m], v[0], v[1]);
-      mma<T>(sums[m][n + 1], a[m], v[2], v[3]);
+      if constexpr (sizeof(T) == 2) {
+        mma<T>(sums[m][n], a[m], v[0], v[1]);
+        mma<T>(sums[m][n + 1], a[m], v[2], v[3]);
+      } else {
+        float parts[2][4] = {};
+        mma<T>(parts[0], a[m], v[0], v[1]);
+        mma<T>(parts[1], a[m], v[2], v[3]);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) sums[m][n + i / 4][i % 4] += parts[i / 4][i % 4];
+      }
     }
   }
 }

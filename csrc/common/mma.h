@@ -97,7 +97,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const Pair<T> (&a)[4], Pair<T
 #pragma unroll
     for (int high = 0; high < 2; ++high) {
       Pair<T> b = high ? b1 : b0;
-#pragma unroll
+#pragma unroll 2  // all at once would take registers for as many elements on their way
       for (int k = 0; k < 8; ++k) {
         auto element = [&](Pair<T> pair, int from) { return __shfl_sync(~0u, k % 2 ? pair.upper : pair.lower, from); };
         float top = element(a[2 * high], row + k / 2), bottom = element(a[2 * high + 1], row + k / 2);
@@ -184,13 +184,17 @@ void mma(float (&c)[4], const Pair<T> (&a)[4], Pair<T> b0, Pair<T> b1) {
     Pair<T> a[4], b[2];
   } mine = {{a[0], a[1], a[2], a[3]}, {b0, b1}};
   emulator::publish(&mine, sizeof(mine));
-  auto of = [](int lane) -> const Operands& { return *static_cast<const Operands*>(emulator::published(lane)); };
+  auto of = [](int lane) { return static_cast<const Operands*>(emulator::published(lane)); };
   int lane = emulator::lane();
+  const Operands *rows[4], *columns[2][4];  // those of the lanes that hold this lane's rows and columns
+  for (int k = 0; k < 4; ++k) {
+    rows[k] = of(lane / 4 * 4 + k);
+    for (int i = 0; i < 2; ++i) columns[i][k] = of((lane % 4 * 2 + i) * 4 + k);
+  }
   for (int i = 0; i < 4; ++i) {
-    int row = lane / 4, column = lane % 4 * 2 + i % 2;
     for (int k = 0; k < 16; ++k) {
-      float x = element_of(of(row * 4 + k % 8 / 2).a[k / 8 * 2 + i / 2], k % 2, T{});
-      float y = element_of(of(column * 4 + k % 8 / 2).b[k / 8], k % 2, T{});
+      float x = element_of(rows[k % 8 / 2]->a[k / 8 * 2 + i / 2], k % 2, T{});
+      float y = element_of(columns[i % 2][k % 8 / 2]->b[k / 8], k % 2, T{});
       c[i] += x * y;
     }
   }

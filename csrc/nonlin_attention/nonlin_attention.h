@@ -45,9 +45,31 @@ struct NonlinGatesBackward {
   ZK_FIELDS(projected, grad, average, inner, dprojected, frames, sequences, channels, dtype)
 };
 
+// The gates on the GPU, element by element:
+//
+//   open             (s, x) -> x tanh(s)
+//   close            (average, y) -> average y
+//   open_backward    (dvalues, s, x) -> ds, dx
+//   close_backward   (grad, average, y) -> the gradient of the average, dy
+//
+// What a gate does not have is without data.
+struct NonlinMap {
+  NonlinRows first, second, third, out, other;
+  int64_t frames, sequences, channels;
+  DType dtype;  // of everything
+
+  ZK_FIELDS(first, second, third, out, other, frames, sequences, channels, dtype)
+};
+
 ZK_DECLARE_CPU(nonlin_attention_open_backward, NonlinGatesBackward)
 ZK_DECLARE_CPU(nonlin_attention_close_backward, NonlinGatesBackward)
 ZK_DECLARE_CPU(nonlin_attention_open, NonlinGates)
 ZK_DECLARE_CPU(nonlin_attention_close, NonlinGates)
+
+// `stream` is a cudaStream_t. No float64.
+void nonlin_attention_open_cuda(const NonlinMap& args, void* stream);
+void nonlin_attention_close_cuda(const NonlinMap& args, void* stream);
+void nonlin_attention_open_backward_cuda(const NonlinMap& args, void* stream);
+void nonlin_attention_close_backward_cuda(const NonlinMap& args, void* stream);
 
 }  // namespace zk

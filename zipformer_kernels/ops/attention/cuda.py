@@ -1,4 +1,7 @@
-"""Shared-weight attention on NVIDIA GPUs: ``csrc/attention/cuda*.cu``. Weights are computed again by every use."""
+"""Shared-weight attention on NVIDIA GPUs: ``csrc/attention/cuda_*.cu``. Every use computes the weights again.
+
+Here are the launchers of the op and what they do forward; its gradients are in cuda_gradients.py.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from zipformer_kernels.core.launch import GPU_DTYPES, call_cuda, pointer, unsupported_dtype
+from zipformer_kernels.core.launch import GPU_DTYPES, as_empty_like, call_cuda, pointer, unsupported_dtype
+from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.attention.aligned import GROUP, aligned_scores, aligned_values
 from zipformer_kernels.ops.attention.arguments import Arguments, rows
+from zipformer_kernels.ops.attention.cuda_gradients import scores_gradients, values_gradient
 from zipformer_kernels.ops.attention.reference import empty_rows
-from zipformer_kernels.ops.attention.scores import Masks, Scores, grouped
+from zipformer_kernels.ops.attention.scores import Masks, Scores, Use, grouped
 
 WIDEST = 32
 """Channels of queries and keys for which there are kernels."""
@@ -62,6 +67,22 @@ def gated_average(scores: Scores, softmax: Tensor, masks: Masks, values: Tensor,
     return out[..., :channels].contiguous(), gated[..., :channels].contiguous()
 
 
+def _forward(*args: Tensor | int | float | None) -> tuple[Tensor]:
+    scores, (v, softmax), masks, _ = grouped(2, args)
+    return (average_values(scores, softmax, masks, v),)
+
+
+def _backward(
+    needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[Tensor], *args: Tensor | int | float | None
+) -> tuple[Tensor | None, ...]:
+    scores, (v, softmax), masks, penalty = grouped(2, args)
+    (out,), grad = saved, grads[0].to(v.dtype)
+    use = Use(slice(None), v, out, grad)
+    dscores = scores_gradients(needs[:4], scores, softmax, masks, penalty, [use])
+    dv = as_empty_like(values_gradient(scores, softmax, masks, grad), v) if needs[4] else None
+    return *dscores, dv, None, None, None
+
+
 def unsupported(
     q: Tensor, k: Tensor, p: Tensor | None, e: Tensor | None, *rest: Tensor | int | float | None
 ) -> str | None:
@@ -87,6 +108,16 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def worthwhile(q: Tensor, *rest: object) -> bool:
-    """Whether ``auto`` should choose these kernels: in float32 they have no matrix instruction, and Triton's are as
-    fast."""
+    """Whether ``auto`` should choose these kernels, which in float32 have no matrix instruction: there Triton's are as
+    fast.
+    """
     return q.dtype != torch.float32
+
+
+launchers = Launchers(
+    unsupported,
+    _forward,
+    _backward,
+    worthwhile,
+    variants={"softmax": Launchers(unsupported, softmax_rows, None, worthwhile)},
+)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels.core.op import Op, triton_launchers
-from zipformer_kernels.ops.attention import cpu, eager, reference
+from zipformer_kernels.ops.attention import cpu, cuda, eager, reference
 
 _SCORES = "Tensor q, Tensor k, Tensor? p, Tensor? e"
 _MASKS = "Tensor? key_padding_mask, Tensor? attn_mask, int chunk, int left_chunks"
@@ -18,7 +18,12 @@ _op = Op(
     "attention",
     f"{_SCORES}, Tensor v, Tensor softmax, {_MASKS}, {_PENALTY}",
     reference=reference.attention,
-    backends={"eager": eager.launchers, "cpu": cpu.launchers, **triton_launchers(__package__)},
+    backends={
+        "eager": eager.launchers,
+        "cpu": cpu.launchers,
+        "cuda": cuda.launchers,
+        **triton_launchers(__package__),
+    },
     saves=("q", "k", "p", "e", "v", "softmax", "key_padding_mask", "attn_mask"),
     saves_outputs=(0,),
     fake=lambda q, k, p, e, v, *_: (v.new_empty(q.shape[0], *v.shape[1:]),),

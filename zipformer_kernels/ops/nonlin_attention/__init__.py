@@ -20,7 +20,7 @@ from torch import Tensor
 from zipformer_kernels.core.op import Op, triton_launchers
 from zipformer_kernels.ops.attention import AttentionWeights, RecomputedWeights
 from zipformer_kernels.ops.attention.stored import Piece, average
-from zipformer_kernels.ops.nonlin_attention import cpu, eager, reference, stored
+from zipformer_kernels.ops.nonlin_attention import cpu, cuda, eager, reference, stored
 from zipformer_kernels.ops.sizes import split_last
 
 _op = Op(
@@ -28,7 +28,12 @@ _op = Op(
     "Tensor q, Tensor k, Tensor? p, Tensor? e, Tensor gate, Tensor x, Tensor y, Tensor softmax, "
     "Tensor? key_padding_mask, Tensor? attn_mask, int chunk, int left_chunks",
     reference=reference.nonlin_attention,
-    backends={"eager": eager.launchers, "cpu": cpu.launchers, **triton_launchers(__name__)},
+    backends={
+        "eager": eager.launchers,
+        "cpu": cpu.launchers,
+        "cuda": cuda.launchers,
+        **triton_launchers(__name__),
+    },
     saves=("q", "k", "p", "e", "gate", "x", "y", "softmax", "key_padding_mask", "attn_mask"),
     extras=1,
     fake=lambda q, k, p, e, gate, x, *_: (x.new_empty(x.shape), x.new_empty(x.shape)),
