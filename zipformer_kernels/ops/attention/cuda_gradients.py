@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -88,14 +89,21 @@ def _room(scores: Scores, needs: Sequence[bool], filled: bool) -> list[Tensor | 
     if all(needs[:3]) and scores.p is not None:
         gradients = empty_beside(*scores[:3])
     else:
-        gradients = [torch.empty_like(x) if need and x is not None else None for x, need in zip(scores[:3], needs)]
+        gradients = [
+            torch.empty_like(x) if need and x is not None else None
+            for x, need in zip(scores[:3], needs[:3], strict=True)
+        ]
     return [*gradients, torch.empty_like(scores.e) if needs[3] and scores.e is not None else None]
 
 
 def _writable(x: Tensor | None, like: Tensor | None) -> Tensor | None:
     """x if a kernel can write pairs of elements there, else room for the gradient of `like`, which has all channels."""
-    if x is None or (x.shape == like.shape and x.stride(-1) == 1 and x.data_ptr() % (2 * x.element_size()) == 0
-                     and all(stride % 2 == 0 for stride in x.stride()[:-1])):
+    if x is None or (
+        x.shape == like.shape
+        and x.stride(-1) == 1
+        and x.data_ptr() % (2 * x.element_size()) == 0
+        and all(stride % 2 == 0 for stride in x.stride()[:-1])
+    ):
         return x
     return like.new_empty(like.shape)
 
@@ -106,7 +114,7 @@ def _groups(heads: int, uses: Sequence[Use]) -> list[tuple[slice, list[Use]]]:
     cuts = sorted({0, heads, *(cut for r in ranges for cut in (r.start, r.stop))})
     return [
         (slice(first, end), [use for use, r in zip(uses, ranges, strict=True) if first in r])
-        for first, end in zip(cuts, cuts[1:])
+        for first, end in pairwise(cuts)
     ]
 
 
