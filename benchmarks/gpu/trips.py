@@ -51,6 +51,32 @@ def chunk_loop(n: dict[str, Any], body: Body, depth: int) -> float:
 # ---- CUDA: numbers of the call, and what a loop holds tells loops apart ----
 
 
+def attention_gradients(outer: int) -> Rule:
+    """Inside of `outer` loops over a block's own frames, steps of 64; in these four pairs of products, two at once where
+    there are matrix instructions, or blocks of 32 channels. What looks for masks, and what applies them, is rare.
+    """
+
+    def rule(n: dict[str, Any], body: Body, depth: int) -> float:
+        weights, *rest = n["call"]
+        if not body["HMMA"] and not body["SHFL"]:
+            return 0
+        if depth < outer:
+            return ceil_div(weights.targets, 64) / rest[8]
+        if depth == outer:
+            return ceil_div(weights.sources if outer else weights.targets, 64)
+        if depth == outer + 1:
+            return rest[3] / 32 if body["LDGSTS"] else 2 if body["HMMA"] else 4
+        return 4  # products in float take channels two at a time
+
+    return rule
+
+
+def attention_offsets(n: dict[str, Any], body: Body, depth: int) -> float:
+    """Eight groups of threads share the parts; the loop that takes several at once, then what is left."""
+    parts, at_once = ceil_div(n["call"][4], 8), body["LDG"] // 2
+    return 1 if at_once == 0 else parts // at_once if at_once > 1 else parts % 4
+
+
 def bias_norm_backward(n: dict[str, Any], body: Body, depth: int) -> float:
     """The loop over rows that writes dx; the one that does not is another case; then eight warps take turns."""
     if depth > 0:
@@ -139,6 +165,11 @@ RULES: dict[str, Rule] = {
     "bias_norm.forward_in_registers": lambda n, body, depth: 1,  # a second time only where squares leave the range
     "bias_norm.backward_in_registers": bias_norm_backward,
     "bias_norm.add_parts": lambda n, body, depth: ceil_div(n["call"][-4], 16),
+    "attention.values_gradient": attention_gradients(0),
+    "attention.by_sources": attention_gradients(0),
+    "attention.by_targets": attention_gradients(1),
+    "attention.pack_kernel": lambda n, body, depth: ceil_div(n["call"][9] - n["call"][8], 32),
+    "attention.offsets_kernel": attention_offsets,
     "conv_module.forward": conv_module,
     "conv_module.backward": conv_module,
     "conv_module.backward_parameters": conv_module_parameters,

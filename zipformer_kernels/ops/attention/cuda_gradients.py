@@ -23,6 +23,10 @@ STEP = 64
 PACKED = 32
 """Channels of all uses side by side come in multiples of this."""
 
+MOST_PARTS = 6
+"""Into so many the targets of a sequence and head are shared out at most: each part sums the gradient of the position
+projections in memory of its own, 8 floats for each of T + S - 1 offsets."""
+
 BLOCKS_PER_MULTIPROCESSOR = tuning.entry("attention.cuda_blocks")
 
 
@@ -160,7 +164,8 @@ def _launch(
     if dq is None and dp is None and de is None:
         return
     blocks = cdiv(targets, STEP)
-    parts = min(blocks, max(1, cdiv(BLOCKS_PER_MULTIPROCESSOR.value * multiprocessors(q), batch * heads)))
+    wanted = cdiv(BLOCKS_PER_MULTIPROCESSOR.value * multiprocessors(q), batch * heads)
+    parts = min(blocks, wanted, MOST_PARTS if de is not None else blocks)
     length = targets + whole_groups(sources, STEP) + STEP
     offsets = None
     if de is not None:
