@@ -52,8 +52,8 @@ def chunk_loop(n: dict[str, Any], body: Body, depth: int) -> float:
 
 
 def attention_gradients(outer: int) -> Rule:
-    """Inside of `outer` loops over a block's own frames, steps of 64; in these four pairs of products, two at once where
-    there are matrix instructions, or blocks of 32 channels. What looks for masks, and what applies them, is rare.
+    """Inside of `outer` loops over a block's own frames, steps of 64. A step has four pairs of products, two at once
+    where there are matrix instructions, or blocks of 32 channels. What looks for masks, or applies them, is rare.
     """
 
     def rule(n: dict[str, Any], body: Body, depth: int) -> float:
