@@ -51,6 +51,43 @@ def chunk_loop(n: dict[str, Any], body: Body, depth: int) -> float:
 # ---- CUDA: numbers of the call, and what a loop holds tells loops apart ----
 
 
+def attention_by_targets(n: dict[str, Any], body: Body, depth: int) -> float:
+    """A block looks for padding, 128 sources a time, four times at once; then it walks over tiles of 64 sources.
+
+    A tile is taken in halves, where that is a loop; masks, with loops of their own, are rare.
+    """
+    weights = n["weights"]
+    if not body["HMMA"]:
+        return weights.sources // 512 if depth == 0 and weights.padding and body["LDG"] >= 4 else 0
+    return ceil_div(weights.sources, 64) if depth == 0 else 2
+
+
+def attention_gradients(outer: int) -> Rule:
+    """Inside of `outer` loops over a block's own frames, steps of 64. A step has four pairs of products, two at once
+    where there are matrix instructions, or blocks of 32 channels. What looks for masks, or applies them, is rare.
+    """
+
+    def rule(n: dict[str, Any], body: Body, depth: int) -> float:
+        weights = n["weights"]
+        if not body["HMMA"] and not body["SHFL"]:
+            return 0
+        if depth < outer:
+            return ceil_div(weights.targets, 64) / n["parts"]
+        if depth == outer:
+            return ceil_div(weights.sources if outer else weights.targets, 64)
+        if depth == outer + 1:
+            return n["channels"] / 32 if body["LDGSTS"] else 2 if body["HMMA"] else 4
+        return 4  # products in float take channels two at a time
+
+    return rule
+
+
+def attention_offsets(n: dict[str, Any], body: Body, depth: int) -> float:
+    """Eight groups of threads share the parts; the loop that takes several at once, then what is left."""
+    parts, at_once = ceil_div(n["parts"], 8), body["LDG"] // 2
+    return 1 if at_once == 0 else parts // at_once if at_once > 1 else parts % 4
+
+
 def bias_norm_backward(n: dict[str, Any], body: Body, depth: int) -> float:
     """The loop over rows that writes dx; the one that does not is another case; then eight warps take turns."""
     if depth > 0:
@@ -127,6 +164,14 @@ RULES: dict[str, Rule] = {
     "bias_norm.forward_in_registers": lambda n, body, depth: 1,  # a second time only where squares leave the range
     "bias_norm.backward_in_registers": bias_norm_backward,
     "bias_norm.add_parts": lambda n, body, depth: ceil_div(n["parts"], 16),
+    "attention.softmax_rows": attention_by_targets,
+    "attention.average": attention_by_targets,
+    "attention.values_gradient": attention_gradients(0),
+    "attention.by_sources": attention_gradients(0),
+    "attention.by_targets": attention_gradients(1),
+    "attention.pack_kernel": lambda n, body, depth: ceil_div(n["end"] - n["first"], 32),
+    "attention.offsets_kernel": attention_offsets,
+    "nonlin_attention.map_rows": lambda n, body, depth: ceil_div(n["channels"], 256 * 8),
     "conv_module.forward": conv_module,
     "conv_module.backward": conv_module,
     "conv_module.backward_parameters": conv_module_parameters,

@@ -21,8 +21,7 @@ struct Layout {
 };
 
 template <class T, int D, bool positions, bool wide>
-__global__ void __launch_bounds__(attention_threads, sizeof(T) == 2 && !wide ? 3 : 2)
-    by_targets(const AttentionScoresGradients args) {
+__global__ void __launch_bounds__(attention_threads, 2) by_targets(const AttentionScoresGradients args) {
   using Memory = Layout<T, D, positions, wide>;
   using Stage = typename Memory::Stage;
   const AttentionWeights& w = args.weights;
@@ -133,8 +132,7 @@ __global__ void __launch_bounds__(attention_threads, sizeof(T) == 2 && !wide ? 3
 #pragma unroll
         for (int i = 0; i < 4; ++i) before[i] = sums[i / 2 * 64 + i % 2];
       }
-      const bool free = penalty == 0.0f && !w.mask && first >= all_seen.begin &&
-                        first + attention_step <= all_seen.end;
+      const bool free = penalty == 0.0f && !w.mask && first >= all_seen.begin && first + attention_step <= all_seen.end;
       if (n == 0) scores.begin(stage);
 #pragma unroll(wide ? 4 : unrolled<T>)
       for (int y = 0; y < attention_step / 16; ++y) {

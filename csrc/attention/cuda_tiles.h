@@ -12,7 +12,7 @@
 namespace zk {
 
 constexpr int attention_threads = score_threads;
-constexpr int attention_step = 64;      // frames that a block goes forward at once
+constexpr int attention_step = 64;  // frames that a block goes forward at once
 
 // Loops over tiles are unrolled where a product is one instruction; of float, whose products are many, they are not.
 template <class T>
@@ -38,7 +38,7 @@ struct Tile {
 template <int N, class T>
 __device__ __forceinline__ void copy_elements(T* to, const T* from, bool inside) {
   if constexpr (N * sizeof(T) <= 16) {
-    copy_async<N * int(sizeof(T))>(to, from, inside);
+    copy_async<N* int(sizeof(T))>(to, from, inside);
   } else {
 #pragma unroll
     for (int part = 0; part < N; part += pack_size<T>) copy_async<16>(to + part, from + part, inside);
@@ -244,7 +244,8 @@ __device__ __forceinline__ void store_rows(T* to, int64_t stride, int first, int
 // Calls f with an element, the channels of query tiles, and whether there is a positional term, as types.
 template <class F>
 void dispatch_attention(const AttentionWeights& w, F&& f) {
-  if (w.query_channels % 8 != 0 || w.query_channels > 32) throw std::invalid_argument("queries of 8, 16, 24 or 32 channels");
+  if (w.query_channels % 8 != 0 || w.query_channels > 32)
+    throw std::invalid_argument("queries of 8, 16, 24 or 32 channels");
   if (w.p.data && w.position_channels != 4) throw std::invalid_argument("position queries of 4 channels");
   dispatch_gpu(w.dtype, [&](auto element) {
     auto with_depth = [&](auto depth) {

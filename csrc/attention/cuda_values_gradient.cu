@@ -9,7 +9,7 @@ namespace {
 
 // N eights of channels; a block of four warps, each of 16 MT sources.
 template <class T, int D, bool positions, int MT, int N>
-__global__ void __launch_bounds__(attention_threads, N == 2 ? 3 : 2)
+__global__ void __launch_bounds__(attention_threads, N == 2 && sizeof(T) == 2 ? 3 : 2)
     values_gradient(const AttentionValuesGradient args, int blocks) {
   using Stage = TargetStage<T, D, positions, MT>;
   constexpr int channels = 8 * N, copied = N == 2 ? 4 : 8;
@@ -114,7 +114,8 @@ void run(const AttentionValuesGradient& args, void* stream) {
   const AttentionWeights& w = args.weights;
   int64_t blocks = ceil_div(w.sources, Stage::sources), parts = ceil_div(args.channels, 8 * N);
   dim3 grid(grid_size(blocks * w.sequences * w.heads), unsigned(parts));
-  size_t bytes = 2 * (Stage::bytes + Tile<T, 8 * N>::template bytes<attention_step>) + Stage::sources * sizeof(FrameRange);
+  size_t bytes =
+      2 * (Stage::bytes + Tile<T, 8 * N>::template bytes<attention_step>)+Stage::sources * sizeof(FrameRange);
   launch("attention_values_gradient", values_gradient<T, D, positions, MT, N>, grid, dim3(attention_threads), bytes,
          stream, args, int(blocks));
 }
