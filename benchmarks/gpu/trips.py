@@ -51,6 +51,17 @@ def chunk_loop(n: dict[str, Any], body: Body, depth: int) -> float:
 # ---- CUDA: numbers of the call, and what a loop holds tells loops apart ----
 
 
+def attention_by_targets(n: dict[str, Any], body: Body, depth: int) -> float:
+    """A block looks for padding, 128 sources a time, four times at once; then it walks over tiles of 64 sources.
+
+    A tile is taken in halves, where that is a loop; masks, with loops of their own, are rare.
+    """
+    weights = n["call"][0]
+    if not body["HMMA"]:
+        return weights.sources // 512 if depth == 0 and weights.padding and body["LDG"] >= 4 else 0
+    return ceil_div(weights.sources, 64) if depth == 0 else 2
+
+
 def bias_norm_backward(n: dict[str, Any], body: Body, depth: int) -> float:
     """The loop over rows that writes dx; the one that does not is another case; then eight warps take turns."""
     if depth > 0:
@@ -139,6 +150,9 @@ RULES: dict[str, Rule] = {
     "bias_norm.forward_in_registers": lambda n, body, depth: 1,  # a second time only where squares leave the range
     "bias_norm.backward_in_registers": bias_norm_backward,
     "bias_norm.add_parts": lambda n, body, depth: ceil_div(n["call"][-4], 16),
+    "attention.softmax_rows": attention_by_targets,
+    "attention.average": attention_by_targets,
+    "nonlin_attention.map_rows": lambda n, body, depth: ceil_div(n["call"][7], 256 * 8),
     "conv_module.forward": conv_module,
     "conv_module.backward": conv_module,
     "conv_module.backward_parameters": conv_module_parameters,
