@@ -105,9 +105,9 @@ class _Native:
         if not name.endswith("_cuda"):
             return found
 
-        def call(*args: Any) -> None:
-            found(*args)
-            moved = sum(self.addresses.get(x, 0) for x in set(tree_flatten(args)[0]))
+        def call(*args: Any, **named: Any) -> None:
+            found(*args, **named)
+            moved = sum(self.addresses.get(x, 0) for x in set(tree_flatten((args, named))[0]))
             self.addresses.clear()
             for line in self._drain().decode().splitlines():
                 kernel, *numbers = line.split()

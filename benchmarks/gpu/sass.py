@@ -148,8 +148,8 @@ class Kernel:
     def rare(self) -> frozenset[int]:
         """The places of what a branch in front skips.
 
-        That is the few instructions around each call of a subroutine, and what is done to a tile that masks touch, which
-        begins with votes on them.
+        That is the few instructions around each call of a subroutine, and what is done to a tile that masks touch,
+        which begins with votes on them.
         """
         found: set[int] = set()
         for i, one in enumerate(self.main):
