@@ -51,8 +51,8 @@ class Kernels:
     def __init__(self, folder: Path) -> None:
         self._cuda: dict[str, tuple[str, Kernel]] = {}
         self._triton: dict[str, Kernel] = {}
-        for path in sorted(folder.glob(f"csrc_*_cuda_{recording.TARGET}.o")):
-            op = path.name.removeprefix("csrc_").removesuffix(f"_cuda_{recording.TARGET}.o")
+        for path in sorted(folder.glob(f"csrc_*_cuda*_{recording.TARGET}.o")):
+            op = path.name.removeprefix("csrc_").split("_cuda")[0]
             self._cuda |= {name: (f"{op}.{short_name(name)}", kernel) for name, kernel in disassemble(path).items()}
 
     def __call__(self, launch: Launch) -> tuple[str, Kernel]:

@@ -36,6 +36,9 @@ _PIPES = (
     ("uniform", r"U[A-Z]\w*|R2UR|S2UR|VOTEU"),
 )
 _PIPE_OF = [(name, re.compile(f"(?:{pattern})$")) for name, pattern in _PIPES]
+_RARE = {"CALL": 16, "VOTE": 64}
+"""How few instructions lie between an instruction that hardly runs and the branch that skips it."""
+
 PIPES = (*(name for name, _ in _PIPES), "alu")
 
 
@@ -143,12 +146,15 @@ class Kernel:
 
     @cached_property
     def rare(self) -> frozenset[int]:
-        """The places of the few instructions around each call of a subroutine, which a branch in front skips."""
+        """The places of what a branch in front skips.
+
+        That is the few instructions around each call of a subroutine, and what is done to a tile that masks touch, which
+        begins with votes on them.
+        """
         found: set[int] = set()
         for i, one in enumerate(self.main):
-            if not one.opcode.startswith("CALL"):
-                continue
-            for j in range(i - 1, max(-1, i - 16), -1):
+            reach = next((n for stem, n in _RARE.items() if one.opcode.startswith(stem)), 0)
+            for j in range(i - 1, max(-1, i - reach), -1):
                 target = self.main[j].target
                 if target is not None and target > one.address:
                     found |= {k for k in range(j + 1, len(self.main)) if self.main[k].address < target}

@@ -51,9 +51,20 @@ def chunk_loop(n: dict[str, Any], body: Body, depth: int) -> float:
 # ---- CUDA: numbers of the call, and what a loop holds tells loops apart ----
 
 
+def attention_by_targets(n: dict[str, Any], body: Body, depth: int) -> float:
+    """A block looks for padding, 128 sources a time, four times at once; then it walks over tiles of 64 sources.
+
+    A tile is taken in halves, where that is a loop; masks, with loops of their own, are rare.
+    """
+    weights = n["call"][0]
+    if not body["HMMA"]:
+        return weights.sources // 512 if depth == 0 and weights.padding and body["LDG"] >= 4 else 0
+    return ceil_div(weights.sources, 64) if depth == 0 else 2
+
+
 def attention_gradients(outer: int) -> Rule:
-    """Inside of `outer` loops over a block's own frames, steps of 64. A step has four pairs of products, two at once
-    where there are matrix instructions, or blocks of 32 channels. What looks for masks, or applies them, is rare.
+    """Inside of `outer` loops over a block's own frames, steps of 64. In these, blocks of 32 channels of all uses, and
+    in float four pairs of products. What looks for masks, or applies them, is rare.
     """
 
     def rule(n: dict[str, Any], body: Body, depth: int) -> float:
@@ -65,7 +76,7 @@ def attention_gradients(outer: int) -> Rule:
         if depth == outer:
             return ceil_div(weights.sources if outer else weights.targets, 64)
         if depth == outer + 1:
-            return rest[3] / 32 if body["LDGSTS"] else 2 if body["HMMA"] else 4
+            return rest[3] / 32 if body["LDGSTS"] else 4
         return 4  # products in float take channels two at a time
 
     return rule
@@ -165,6 +176,9 @@ RULES: dict[str, Rule] = {
     "bias_norm.forward_in_registers": lambda n, body, depth: 1,  # a second time only where squares leave the range
     "bias_norm.backward_in_registers": bias_norm_backward,
     "bias_norm.add_parts": lambda n, body, depth: ceil_div(n["call"][-4], 16),
+    "attention.softmax_rows": attention_by_targets,
+    "attention.average": attention_by_targets,
+    "nonlin_attention.map_rows": lambda n, body, depth: ceil_div(n["call"][7], 256 * 8),
     "attention.values_gradient": attention_gradients(0),
     "attention.by_sources": attention_gradients(0),
     "attention.by_targets": attention_gradients(1),
