@@ -62,6 +62,32 @@ def attention_by_targets(n: dict[str, Any], body: Body, depth: int) -> float:
     return ceil_div(weights.sources, 64) if depth == 0 else 2
 
 
+def attention_gradients(outer: int) -> Rule:
+    """Inside of `outer` loops over a block's own frames, steps of 64. In these, blocks of 32 channels of all uses, and
+    in float four pairs of products. What looks for masks, or applies them, is rare.
+    """
+
+    def rule(n: dict[str, Any], body: Body, depth: int) -> float:
+        weights, *rest = n["call"]
+        if not body["HMMA"] and not body["SHFL"]:
+            return 0
+        if depth < outer:
+            return ceil_div(weights.targets, 64) / rest[8]
+        if depth == outer:
+            return ceil_div(weights.sources if outer else weights.targets, 64)
+        if depth == outer + 1:
+            return rest[3] / 32 if body["LDGSTS"] else 4
+        return 4  # products in float take channels two at a time
+
+    return rule
+
+
+def attention_offsets(n: dict[str, Any], body: Body, depth: int) -> float:
+    """Eight groups of threads share the parts; the loop that takes several at once, then what is left."""
+    parts, at_once = ceil_div(n["call"][4], 8), body["LDG"] // 2
+    return 1 if at_once == 0 else parts // at_once if at_once > 1 else parts % 4
+
+
 def bias_norm_backward(n: dict[str, Any], body: Body, depth: int) -> float:
     """The loop over rows that writes dx; the one that does not is another case; then eight warps take turns."""
     if depth > 0:
@@ -153,6 +179,11 @@ RULES: dict[str, Rule] = {
     "attention.softmax_rows": attention_by_targets,
     "attention.average": attention_by_targets,
     "nonlin_attention.map_rows": lambda n, body, depth: ceil_div(n["call"][7], 256 * 8),
+    "attention.values_gradient": attention_gradients(0),
+    "attention.by_sources": attention_gradients(0),
+    "attention.by_targets": attention_gradients(1),
+    "attention.pack_kernel": lambda n, body, depth: ceil_div(n["call"][9] - n["call"][8], 32),
+    "attention.offsets_kernel": attention_offsets,
     "conv_module.forward": conv_module,
     "conv_module.backward": conv_module,
     "conv_module.backward_parameters": conv_module_parameters,

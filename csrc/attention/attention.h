@@ -114,10 +114,11 @@ struct AttentionValuesGradient {
   ZK_FIELDS(weights, grad, dv, channels)
 };
 
-// The gradients of q, k, p and e of all uses at once; without data where not wanted. `values` (heads, sequences, sources,
-// channels) and `grads`, of targets, are those of all uses side by side, contiguous, a multiple of 32 channels; `delta`
-// (heads, sequences, targets), float, is the sum of grad out over these channels. `offsets` (heads, sequences, parts,
-// offset_rows, 8), float, begins as zeros, and takes what each of `parts` shares of the targets adds to de.
+// The gradients of q, k, p and e of all uses at once; without data where not wanted. `values` (heads, sequences,
+// sources, channels) and `grads`, of targets, are those of all uses side by side, contiguous, a multiple of 32
+// channels; `delta` (heads, sequences, targets), float, is the sum of grad out over these channels. `offsets` (heads,
+// sequences, parts, offset_rows, 8), float, begins as zeros, and takes what each of `parts` shares of the targets adds
+// to de.
 struct AttentionScoresGradients {
   AttentionWeights weights;
   const void *values, *grads, *delta;

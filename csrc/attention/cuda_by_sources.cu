@@ -1,6 +1,7 @@
 // Attention on the GPU: dk = dS^T q, the gradient of the keys, of all uses at once. A block has sources, and goes over
 // the targets; see cuda_sources.h. With V and G the values and gradients of all uses, channels side by side:
-// dS = W (G V^T - delta), zero where masked, and what the penalty adds. Beyond 32 channels V and G come in blocks of 32.
+// dS = W (G V^T - delta), zero where masked, and what the penalty adds. Beyond 32 channels V and G come in blocks
+// of 32.
 #include "attention/cuda_channels.h"
 #include "attention/cuda_sources.h"
 
@@ -18,14 +19,14 @@ struct Layout {
 };
 
 template <class T, int D, bool positions, bool wide>
-__global__ void __launch_bounds__(attention_threads, 2)
-    by_sources(const AttentionScoresGradients args, int blocks) {
+__global__ void __launch_bounds__(attention_threads, 2) by_sources(const AttentionScoresGradients args, int blocks) {
   using Memory = Layout<T, D, positions, wide>;
   using Stage = typename Memory::Stage;
   constexpr int MT = Memory::MT;
   const AttentionWeights& w = args.weights;
   const int targets = int(w.targets), sources = int(w.sources), sequences = int(w.sequences);
-  const int block = int(blockIdx.x % blocks), item = int(blockIdx.x / blocks), b = item % sequences, h = item / sequences;
+  const int block = int(blockIdx.x % blocks), item = int(blockIdx.x / blocks), b = item % sequences,
+            h = item / sequences;
   const int warp = threadIdx.x / 32, lane = lane_of_warp(), t = lane % 4;
   const int first_source = block * Stage::sources, own = first_source + 16 * MT * warp;
   const float penalty = float(args.penalty), limit = float(args.limit);
@@ -55,8 +56,9 @@ __global__ void __launch_bounds__(attention_threads, 2)
 
   TargetLoader<T, D, positions, MT, true> loader(w, static_cast<const float*>(args.delta), b, h, first_source, begin);
   TileLoader<T, 32, 8> grads_loader(grads, channels, channels);
-  ChannelBlocks<T> channel_blocks(reinterpret_cast<T*>(memory + Memory::channels), values + int64_t(first_source) * channels,
-                                  sources - first_source, grads, targets - begin, channels, steps);
+  ChannelBlocks<T> channel_blocks(reinterpret_cast<T*>(memory + Memory::channels),
+                                  values + int64_t(first_source) * channels, sources - first_source, grads,
+                                  targets - begin, channels, steps);
   for (int n = 0; n < 2; ++n) loader.clear(stage_of(n));
   __syncthreads();
   auto load = [&](int n) {
@@ -93,6 +95,8 @@ __global__ void __launch_bounds__(attention_threads, 2)
     const int first = begin + n * attention_step;
     // Rows of padded sources come to nothing in the end, unless there is a penalty.
     const bool free = penalty == 0.0f && masks.all_see(w, first);
+    float of_step[MT][D / 8][4] = {};
+    float (&sums)[MT][D / 8][4] = sums_by_step<T> ? of_step : acc;
     if (n == 0) scores.begin(stage);
 #pragma unroll(wide ? 4 : unrolled<T>)
     for (int y = 0; y < attention_step / 16; ++y) {
@@ -134,8 +138,9 @@ __global__ void __launch_bounds__(attention_threads, 2)
       }
 #pragma unroll
       for (int m = 0; m < MT; ++m) to_operand<T>(dw[m], a[m]);
-      multiply_rows<T, D, D / 8, MT>(stage.query_tile(), a, y, acc);
+      multiply_rows<T, D, D / 8, MT>(stage.query_tile(), a, y, sums);
     }
+    if constexpr (sums_by_step<T>) add_sums(of_step, acc);
     if (n + 1 < steps) loader.finish(stage_of(n + 1));
   }
 

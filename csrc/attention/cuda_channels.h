@@ -15,7 +15,13 @@ class ChannelBlocks {
 
   // `memory` is shared, of `bytes`; rows are of `channels`, a multiple of 32.
   __device__ ChannelBlocks(T* memory, const T* a, int a_rows, const T* b, int b_rows, int channels, int steps)
-      : memory_(memory), a_(a), b_(b), a_rows_(a_rows), b_rows_(b_rows), channels_(channels), left_(steps * channels / 32) {}
+      : memory_(memory),
+        a_(a),
+        b_(b),
+        a_rows_(a_rows),
+        b_rows_(b_rows),
+        channels_(channels),
+        left_(steps * channels / 32) {}
 
   // Begins to copy the next block of channels, after the last that of the next step.
   __device__ __forceinline__ void load() {

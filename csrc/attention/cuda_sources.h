@@ -2,8 +2,9 @@
 // sums of products then have sources as rows, and are, rounded, what multiplies rows of targets next.
 //
 // The positional term of source r and target c of eight is p_c . e[n + r + 7 - c], n that of the eight's last target.
-// As a product over 32 = 8 slots of 4 channels: a[r, 4 s + d] = e[n + r + s, d], a window over e; b[4 s + d, c] = p_c[d]
-// in the slot s = 7 - c, and zero in others. So b lies in shared memory like queries, 32 wide, its zeros written once.
+// As a product over 32 = 8 slots of 4 channels: a[r, 4 s + d] = e[n + r + s, d], a window over e; b[4 s + d, c] =
+// p_c[d] in the slot s = 7 - c, and zero in others. So b lies in shared memory like queries, 32 wide, its zeros written
+// once.
 #pragma once
 
 #include "attention/cuda_tiles.h"

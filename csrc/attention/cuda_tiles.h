@@ -12,11 +12,11 @@
 namespace zk {
 
 constexpr int attention_threads = score_threads;
-constexpr int attention_step = 64;      // frames that a block goes forward at once
+constexpr int attention_step = 64;  // frames that a block goes forward at once
 
 // Loops over tiles are unrolled where a product is one instruction; of float, whose products are many, they are not.
 template <class T>
-constexpr int unrolled = sizeof(T) == 2 ? 2 : 1;
+constexpr int unrolled = sizeof(T) == 2 ? 4 : 1;
 
 // Rows of `channels` elements in shared memory, in chunks of eight. Chunks change places from row to row, so that those
 // of eight neighbouring rows lie in different banks.
@@ -38,7 +38,7 @@ struct Tile {
 template <int N, class T>
 __device__ __forceinline__ void copy_elements(T* to, const T* from, bool inside) {
   if constexpr (N * sizeof(T) <= 16) {
-    copy_async<N * int(sizeof(T))>(to, from, inside);
+    copy_async<N* int(sizeof(T))>(to, from, inside);
   } else {
 #pragma unroll
     for (int part = 0; part < N; part += pack_size<T>) copy_async<16>(to + part, from + part, inside);
@@ -223,6 +223,16 @@ __device__ __forceinline__ float penalty_of(float score, float penalty, float li
   return (score > limit ? penalty : 0.0f) - (score < -limit ? penalty : 0.0f);
 }
 
+// Whether sums of a step are added up by themselves first. In float the rounding of sums over all frames would show.
+template <class T>
+constexpr bool sums_by_step = sizeof(T) == 4;
+
+template <int M, int N>
+__device__ __forceinline__ void add_sums(const float (&from)[M][N][4], float (&to)[M][N][4]) {
+#pragma unroll
+  for (int n = 0; n < M * N * 4; ++n) to[n / 4 / N][n / 4 % N][n % 4] += from[n / 4 / N][n / 4 % N][n % 4];
+}
+
 // Stores a warp's sums, 16 MT rows of N eights of channels, where they lie inside of `rows` and `width`.
 template <class T, int MT, int N>
 __device__ __forceinline__ void store_rows(T* to, int64_t stride, int first, int rows, int width,
@@ -244,7 +254,8 @@ __device__ __forceinline__ void store_rows(T* to, int64_t stride, int first, int
 // Calls f with an element, the channels of query tiles, and whether there is a positional term, as types.
 template <class F>
 void dispatch_attention(const AttentionWeights& w, F&& f) {
-  if (w.query_channels % 8 != 0 || w.query_channels > 32) throw std::invalid_argument("queries of 8, 16, 24 or 32 channels");
+  if (w.query_channels % 8 != 0 || w.query_channels > 32)
+    throw std::invalid_argument("queries of 8, 16, 24 or 32 channels");
   if (w.p.data && w.position_channels != 4) throw std::invalid_argument("position queries of 4 channels");
   dispatch_gpu(w.dtype, [&](auto element) {
     auto with_depth = [&](auto depth) {

@@ -9,7 +9,7 @@ namespace {
 
 // N eights of channels; a block of four warps, each of 16 MT sources.
 template <class T, int D, bool positions, int MT, int N>
-__global__ void __launch_bounds__(attention_threads, N == 2 ? 3 : 2)
+__global__ void __launch_bounds__(attention_threads, N == 2 && sizeof(T) == 2 ? 3 : 2)
     values_gradient(const AttentionValuesGradient args, int blocks) {
   using Stage = TargetStage<T, D, positions, MT>;
   constexpr int channels = 8 * N, copied = N == 2 ? 4 : 8;
@@ -70,6 +70,8 @@ __global__ void __launch_bounds__(attention_threads, N == 2 ? 3 : 2)
     const T* grad_tile = grads_of(n);
     const int first = begin + n * attention_step;
     const bool free = !masks.any_empty && masks.all_see(w, first);
+    float of_step[MT][N][4] = {};
+    float (&sums)[MT][N][4] = sums_by_step<T> ? of_step : acc;
     if (n == 0) scores.begin(stage);
 #pragma unroll(unrolled<T>)
     for (int y = 0; y < attention_step / 16; ++y) {
@@ -99,8 +101,9 @@ __global__ void __launch_bounds__(attention_threads, N == 2 ? 3 : 2)
       }
 #pragma unroll
       for (int m = 0; m < MT; ++m) to_operand<T>(s[m], a[m]);
-      multiply_rows<T, channels, N, MT>(grad_tile, a, y, acc);
+      multiply_rows<T, channels, N, MT>(grad_tile, a, y, sums);
     }
+    if constexpr (sums_by_step<T>) add_sums(of_step, acc);
     if (n + 1 < steps) loader.finish(stage_of(n + 1));
   }
 
@@ -114,7 +117,8 @@ void run(const AttentionValuesGradient& args, void* stream) {
   const AttentionWeights& w = args.weights;
   int64_t blocks = ceil_div(w.sources, Stage::sources), parts = ceil_div(args.channels, 8 * N);
   dim3 grid(grid_size(blocks * w.sequences * w.heads), unsigned(parts));
-  size_t bytes = 2 * (Stage::bytes + Tile<T, 8 * N>::template bytes<attention_step>) + Stage::sources * sizeof(FrameRange);
+  size_t bytes =
+      2 * (Stage::bytes + Tile<T, 8 * N>::template bytes<attention_step>)+Stage::sources * sizeof(FrameRange);
   launch("attention_values_gradient", values_gradient<T, D, positions, MT, N>, grid, dim3(attention_threads), bytes,
          stream, args, int(blocks));
 }

@@ -97,7 +97,7 @@ __device__ __forceinline__ void mma(float (&c)[4], const Pair<T> (&a)[4], Pair<T
 #pragma unroll
     for (int high = 0; high < 2; ++high) {
       Pair<T> b = high ? b1 : b0;
-#pragma unroll
+#pragma unroll 2  // all at once would take registers for as many elements on their way
       for (int k = 0; k < 8; ++k) {
         auto element = [&](Pair<T> pair, int from) { return __shfl_sync(~0u, k % 2 ? pair.upper : pair.lower, from); };
         float top = element(a[2 * high], row + k / 2), bottom = element(a[2 * high + 1], row + k / 2);

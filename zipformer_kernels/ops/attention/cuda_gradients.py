@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,10 @@ STEP = 64
 
 PACKED = 32
 """Channels of all uses side by side come in multiples of this."""
+
+MOST_PARTS = 6
+"""Into so many the targets of a sequence and head are shared out at most: each part sums the gradient of the position
+projections in memory of its own, 8 floats for each of T + S - 1 offsets."""
 
 BLOCKS_PER_MULTIPROCESSOR = tuning.entry("attention.cuda_blocks")
 
@@ -88,14 +93,21 @@ def _room(scores: Scores, needs: Sequence[bool], filled: bool) -> list[Tensor | 
     if all(needs[:3]) and scores.p is not None:
         gradients = empty_beside(*scores[:3])
     else:
-        gradients = [torch.empty_like(x) if need and x is not None else None for x, need in zip(scores[:3], needs)]
+        gradients = [
+            torch.empty_like(x) if need and x is not None else None
+            for x, need in zip(scores[:3], needs[:3], strict=True)
+        ]
     return [*gradients, torch.empty_like(scores.e) if needs[3] and scores.e is not None else None]
 
 
 def _writable(x: Tensor | None, like: Tensor | None) -> Tensor | None:
     """x if a kernel can write pairs of elements there, else room for the gradient of `like`, which has all channels."""
-    if x is None or (x.shape == like.shape and x.stride(-1) == 1 and x.data_ptr() % (2 * x.element_size()) == 0
-                     and all(stride % 2 == 0 for stride in x.stride()[:-1])):
+    if x is None or (
+        x.shape == like.shape
+        and x.stride(-1) == 1
+        and x.data_ptr() % (2 * x.element_size()) == 0
+        and all(stride % 2 == 0 for stride in x.stride()[:-1])
+    ):
         return x
     return like.new_empty(like.shape)
 
@@ -106,7 +118,7 @@ def _groups(heads: int, uses: Sequence[Use]) -> list[tuple[slice, list[Use]]]:
     cuts = sorted({0, heads, *(cut for r in ranges for cut in (r.start, r.stop))})
     return [
         (slice(first, end), [use for use, r in zip(uses, ranges, strict=True) if first in r])
-        for first, end in zip(cuts, cuts[1:])
+        for first, end in pairwise(cuts)
     ]
 
 
@@ -152,7 +164,8 @@ def _launch(
     if dq is None and dp is None and de is None:
         return
     blocks = cdiv(targets, STEP)
-    parts = min(blocks, max(1, cdiv(BLOCKS_PER_MULTIPROCESSOR.value * multiprocessors(q), batch * heads)))
+    wanted = cdiv(BLOCKS_PER_MULTIPROCESSOR.value * multiprocessors(q), batch * heads)
+    parts = min(blocks, wanted, MOST_PARTS if de is not None else blocks)
     length = targets + whole_groups(sources, STEP) + STEP
     offsets = None
     if de is not None:
