@@ -45,6 +45,21 @@ USAGE = (
 )
 
 
+# Masks of a tile, which a branch skips where there are none.
+MASKED = """
+\t\tFunction : _ZN2zk6maskedEPf
+        /*0000*/                   LDS R4, [R2] ;
+        /*0010*/               @P0 BRA 0x60 ;
+        /*0020*/                   LDG.E.U8 R5, desc[UR4][R2.64] ;
+        /*0030*/                   VOTE.ANY R6, PT, P1 ;
+        /*0040*/                   FSEL R4, R4, -INF, P2 ;
+        /*0050*/                   MUFU.EX2 R4, R4 ;
+        /*0060*/                   MUFU.EX2 R4, R4 ;
+        /*0070*/                   VOTE.ANY R6, PT, P1 ;
+        /*0080*/                   EXIT ;
+"""
+
+
 @pytest.fixture(scope="module")
 def kernel():
     return sass.parse(TEXT, USAGE)["_ZN2zk4loopEPf"]
@@ -58,6 +73,15 @@ def test_a_kernel_is_read_from_what_cuobjdump_prints(kernel):
     assert pipes["tensor"] == 2
     assert pipes["lsu"] == 2
     assert pipes["mufu"] == pipes["fma"] == 1
+
+
+def test_tiles_that_masks_touch_are_not_counted():
+    """But a vote that no branch skips is."""
+    usage = USAGE.replace("4loop", "6masked")
+    kernel = sass.parse(TEXT + MASKED, USAGE + usage)["_ZN2zk6maskedEPf"]
+    often = kernel.executed(lambda number: 1)
+    assert [one.opcode for one in kernel.main if often[one] == 0] == ["LDG.E.U8", "VOTE.ANY", "FSEL", "MUFU.EX2"]
+    assert sum(often.values()) == 5
 
 
 def test_instructions_are_counted_by_trips_without_what_hardly_runs(kernel):

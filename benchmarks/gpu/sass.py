@@ -146,8 +146,11 @@ class Kernel:
 
     @cached_property
     def rare(self) -> frozenset[int]:
-        """The places of what a branch in front skips: the few instructions around each call of a subroutine, and what is
-        done to a tile that masks touch, which begins with votes on them."""
+        """The places of what a branch in front skips.
+
+        That is the few instructions around each call of a subroutine, and what is done to a tile that masks touch,
+        which begins with votes on them.
+        """
         found: set[int] = set()
         for i, one in enumerate(self.main):
             reach = next((n for stem, n in _RARE.items() if one.opcode.startswith(stem)), 0)

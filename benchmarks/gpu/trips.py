@@ -63,8 +63,8 @@ def attention_by_targets(n: dict[str, Any], body: Body, depth: int) -> float:
 
 
 def attention_gradients(outer: int) -> Rule:
-    """Inside of `outer` loops over a block's own frames, steps of 64. A step has four pairs of products, two at once
-    where there are matrix instructions, or blocks of 32 channels. What looks for masks, or applies them, is rare.
+    """Inside of `outer` loops over a block's own frames, steps of 64. In these, blocks of 32 channels of all uses, and
+    in float four pairs of products. What looks for masks, or applies them, is rare.
     """
 
     def rule(n: dict[str, Any], body: Body, depth: int) -> float:
@@ -76,7 +76,7 @@ def attention_gradients(outer: int) -> Rule:
         if depth == outer:
             return ceil_div(weights.sources if outer else weights.targets, 64)
         if depth == outer + 1:
-            return n["channels"] / 32 if body["LDGSTS"] else 2 if body["HMMA"] else 4
+            return n["channels"] / 32 if body["LDGSTS"] else 4
         return 4  # products in float take channels two at a time
 
     return rule

@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
     FrameRange all_seen = {seen_by(w, own + 15).begin, seen_by(w, own).end};
     if (edges.first_padded < all_seen.end) all_seen.end = edges.first_padded;
 
-    float dq[1][D / 8][4] = {}, dp[4] = {}, de[2][4] = {};
+    float dq[1][D / 8][4] = {}, dp[1][1][4] = {}, de[2][4] = {};
     for (int n = 0; n < steps; ++n) {
       float dw_all[wide ? 4 : 1][1][2][4] = {};
       if constexpr (wide) {
@@ -133,6 +133,8 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
         for (int i = 0; i < 4; ++i) before[i] = sums[i / 2 * 64 + i % 2];
       }
       const bool free = penalty == 0.0f && !w.mask && first >= all_seen.begin && first + attention_step <= all_seen.end;
+      float dq_of_step[1][D / 8][4] = {};
+      float (&dq_sums)[1][D / 8][4] = sums_by_step<T> ? dq_of_step : dq;
       if (n == 0) scores.begin(stage);
 #pragma unroll(wide ? 4 : unrolled<T>)
       for (int y = 0; y < attention_step / 16; ++y) {
@@ -164,11 +166,18 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
         Pair<T> a[1][4];
         to_operand<T>(dw[0], a[0]);
         if constexpr (positions) diagonals.store(a[0], y);
-        multiply_rows<T, D, D / 8, 1>(stage.key_tile(), a, y, dq);
+        multiply_rows<T, D, D / 8, 1>(stage.key_tile(), a, y, dq_sums);
       }
+      if constexpr (sums_by_step<T>) add_sums(dq_of_step, dq);
       if constexpr (positions) {
         __syncwarp();
-        diagonals.multiply_window(stage.window_tile(), dp);
+        if constexpr (sums_by_step<T>) {
+          float dp_of_step[1][1][4] = {};
+          diagonals.multiply_window(stage.window_tile(), dp_of_step[0][0]);
+          add_sums(dp_of_step, dp);
+        } else {
+          diagonals.multiply_window(stage.window_tile(), dp[0][0]);
+        }
         __syncthreads();
         if (offsets) {
           if constexpr (!keeps) diagonals.load_positions(p, w, b, h, first_target);
@@ -198,7 +207,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
         int64_t i = own + g + 8 * high;
         if (!args.dp.data || t / 2 != g % 2 || i >= targets) continue;
         T* to = head_to<T>(args.dp, b, h) + i * args.dp.frame + t % 2 * 2;
-        store_pair(to, make_pair<T>(dp[2 * high], dp[2 * high + 1]));
+        store_pair(to, make_pair<T>(dp[0][0][2 * high], dp[0][0][2 * high + 1]));
       }
     }
   }

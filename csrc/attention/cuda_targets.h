@@ -40,12 +40,7 @@ class TargetScores {
 #pragma unroll
       for (int high = 0; high < 2; ++high) {
         int64_t row = first + g + 8 * high;
-        Pair<T> pair = row < w.targets && t / 2 == slot % 2 ? load_pair(p + row * w.p.frame) : no_pair<T>();
-#pragma unroll
-        for (int k = 0; k < 2; ++k) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) slots_[k][2 * i + high] = slot / 2 == 2 * k + i ? pair : no_pair<T>();
-        }
+        in_slot_[high] = row < w.targets && t / 2 == slot % 2 ? load_pair(p + row * w.p.frame) : no_pair<T>();
       }
     }
   }
@@ -84,13 +79,18 @@ class TargetScores {
     Pair<T> b[4];
     load_matrices(b, stage.window_tile() + (attention_step - 7 - 16 * warp + 8 * x + lane % 8 + 2 * (lane / 8)) * 8);
     c[0] = c[1] = c[2] = c[3] = 0.0f;
-    mma<T>(c, slots_[0], b[0], b[1]);
-    mma<T>(c, slots_[1], b[2], b[3]);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      Pair<T> a[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) a[i] = (7 - lane / 4) / 2 == 2 * k + i / 2 ? in_slot_[i % 2] : no_pair<T>();
+      mma<T>(c, a, b[2 * k], b[2 * k + 1]);
+    }
   }
 
   Pair<T> queries_[1][D / 16][4];
-  Pair<T> slots_[positions ? 2 : 1][4];
-  float next_[2];  // of the next eight sources and the upper eight targets
+  Pair<T> in_slot_[2];  // of the lower and the upper eight targets
+  float next_[2];       // of the next eight sources and the upper eight targets
 };
 
 // The gradient of the scores of 64 targets and 64 sources by offsets, in shared memory.

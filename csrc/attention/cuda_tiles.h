@@ -16,7 +16,7 @@ constexpr int attention_step = 64;  // frames that a block goes forward at once
 
 // Loops over tiles are unrolled where a product is one instruction; of float, whose products are many, they are not.
 template <class T>
-constexpr int unrolled = sizeof(T) == 2 ? 2 : 1;
+constexpr int unrolled = sizeof(T) == 2 ? 4 : 1;
 
 // Rows of `channels` elements in shared memory, in chunks of eight. Chunks change places from row to row, so that those
 // of eight neighbouring rows lie in different banks.
@@ -221,6 +221,16 @@ __device__ __forceinline__ unsigned hidden_sums(const AttentionWeights& w, int b
 // What the penalty adds to the gradient of a score.
 __device__ __forceinline__ float penalty_of(float score, float penalty, float limit) {
   return (score > limit ? penalty : 0.0f) - (score < -limit ? penalty : 0.0f);
+}
+
+// Whether sums of a step are added up by themselves first. In float the rounding of sums over all frames would show.
+template <class T>
+constexpr bool sums_by_step = sizeof(T) == 4;
+
+template <int M, int N>
+__device__ __forceinline__ void add_sums(const float (&from)[M][N][4], float (&to)[M][N][4]) {
+#pragma unroll
+  for (int n = 0; n < M * N * 4; ++n) to[n / 4 / N][n / 4 % N][n % 4] += from[n / 4 / N][n / 4 % N][n % 4];
 }
 
 // Stores a warp's sums, 16 MT rows of N eights of channels, where they lie inside of `rows` and `width`.
