@@ -9,18 +9,18 @@ namespace zk {
 
 namespace {
 
-template <class T, int D, bool positions, bool wide>
+template <class T, bool wide>
 struct Layout {
   static constexpr int MT = wide || sizeof(T) == 4 ? 1 : 2;
-  using Stage = TargetStage<T, D, positions, MT>;
+  using Stage = TargetStage<T, MT>;
   static constexpr int stage = Stage::bytes + (wide ? 0 : Tile<T, 32>::template bytes<attention_step>);
   static constexpr int ranges = 2 * stage, channels = ranges + Stage::sources * int(sizeof(FrameRange));
   static constexpr int bytes = channels + (wide ? ChannelBlocks<T>::bytes : 0);
 };
 
-template <class T, int D, bool positions, bool wide>
+template <class T, bool wide>
 __global__ void __launch_bounds__(attention_threads, 2) by_sources(const AttentionScoresGradients args, int blocks) {
-  using Memory = Layout<T, D, positions, wide>;
+  using Memory = Layout<T, wide>;
   using Stage = typename Memory::Stage;
   constexpr int MT = Memory::MT;
   const AttentionWeights& w = args.weights;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_sources(const Attenti
   const T* values = static_cast<const T*>(args.values) + (h * int64_t(sequences) + b) * sources * channels;
   const T* grads = static_cast<const T*>(args.grads) + ((h * int64_t(sequences) + b) * targets + begin) * channels;
 
-  TargetLoader<T, D, positions, MT, true> loader(w, static_cast<const float*>(args.delta), b, h, first_source, begin);
+  TargetLoader<T, MT, true> loader(w, static_cast<const float*>(args.delta), b, h, first_source, begin);
   TileLoader<T, 32, 8> grads_loader(grads, channels, channels);
   ChannelBlocks<T> channel_blocks(reinterpret_cast<T*>(memory + Memory::channels),
                                   values + int64_t(first_source) * channels, sources - first_source, grads,
@@ -72,11 +72,11 @@ __global__ void __launch_bounds__(attention_threads, 2) by_sources(const Attenti
     loader.finish(stage_of(0));
   }
 
-  SourceScores<T, D, positions, MT> scores(w, b, h, own);
+  SourceScores<T, MT> scores(w, b, h, own);
   Pair<T> own_values[MT][2][4];
   if constexpr (!wide) load_operands<T, 32, MT>(own_values, values, channels, own, sources, channels);
 
-  float acc[MT][D / 8][4] = {};
+  float acc[MT][score_channels / 8][4] = {};
   for (int n = 0; n < steps; ++n) {
     float dw_all[wide ? 4 : 1][MT][2][4] = {};
     if constexpr (wide) {
@@ -95,8 +95,8 @@ __global__ void __launch_bounds__(attention_threads, 2) by_sources(const Attenti
     const int first = begin + n * attention_step;
     // Rows of padded sources come to nothing in the end, unless there is a penalty.
     const bool free = penalty == 0.0f && masks.all_see(w, first);
-    float of_step[MT][D / 8][4] = {};
-    float (&sums)[MT][D / 8][4] = sums_by_step<T> ? of_step : acc;
+    float of_step[MT][score_channels / 8][4] = {};
+    float (&sums)[MT][score_channels / 8][4] = sums_by_step<T> ? of_step : acc;
     if (n == 0) scores.begin(stage);
 #pragma unroll(wide ? 4 : unrolled<T>)
     for (int y = 0; y < attention_step / 16; ++y) {
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_sources(const Attenti
       }
 #pragma unroll
       for (int m = 0; m < MT; ++m) to_operand<T>(dw[m], a[m]);
-      multiply_rows<T, D, D / 8, MT>(stage.query_tile(), a, y, sums);
+      multiply_rows<T, score_channels, score_channels / 8, MT>(stage.query_tile(), a, y, sums);
     }
     if constexpr (sums_by_step<T>) add_sums(of_step, acc);
     if (n + 1 < steps) loader.finish(stage_of(n + 1));
@@ -148,20 +148,21 @@ __global__ void __launch_bounds__(attention_threads, 2) by_sources(const Attenti
 #pragma unroll
     for (int r = 0; r < 2 * MT; ++r) {
 #pragma unroll
-      for (int c = 0; c < D / 8; ++c) {
+      for (int c = 0; c < score_channels / 8; ++c) {
         if (masks.empty(8 * r + lane / 4)) acc[r / 2][c][r % 2 * 2] = acc[r / 2][c][r % 2 * 2 + 1] = 0.0f;
       }
     }
   }
-  store_rows<T, MT, D / 8>(head_to<T>(args.dk, b, h), args.dk.frame, own, sources, int(w.query_channels), acc);
+  store_rows<T, MT, score_channels / 8>(head_to<T>(args.dk, b, h), args.dk.frame, own, sources, int(w.query_channels),
+                                        acc);
 }
 
-template <class T, int D, bool positions, bool wide>
+template <class T, bool wide>
 void run(const AttentionScoresGradients& args, void* stream) {
-  using Memory = Layout<T, D, positions, wide>;
+  using Memory = Layout<T, wide>;
   const AttentionWeights& w = args.weights;
   int64_t blocks = ceil_div(w.sources, Memory::Stage::sources);
-  launch("attention_by_sources", by_sources<T, D, positions, wide>, dim3(grid_size(blocks * w.sequences * w.heads)),
+  launch("attention_by_sources", by_sources<T, wide>, dim3(grid_size(blocks * w.sequences * w.heads)),
          dim3(attention_threads), Memory::bytes, stream, args, int(blocks));
 }
 
@@ -170,10 +171,10 @@ void run(const AttentionScoresGradients& args, void* stream) {
 void attention_by_sources_cuda(const AttentionScoresGradients& given, void* stream) {
   AttentionScoresGradients args = given;
   args.weights = for_kernels(given.weights);
-  dispatch_attention(args.weights, [&](auto element, auto depth, auto positions) {
+  dispatch_attention(args.weights, [&](auto element) {
     using T = decltype(element);
-    if (args.channels > 32) return run<T, depth, positions, true>(args, stream);
-    run<T, depth, positions, false>(args, stream);
+    if (args.channels > 32) return run<T, true>(args, stream);
+    run<T, false>(args, stream);
   });
 }
 

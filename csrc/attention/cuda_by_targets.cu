@@ -11,18 +11,18 @@ namespace zk {
 
 namespace {
 
-template <class T, int D, bool positions, bool wide>
+template <class T, bool wide>
 struct Layout {
-  using Stage = SourceStage<T, D, positions, !wide>;
+  using Stage = SourceStage<T, !wide>;
   static constexpr int diagonals = 2 * Stage::bytes;
-  static constexpr int ranges = diagonals + (positions ? Diagonals<T>::bytes : 0);
+  static constexpr int ranges = diagonals + Diagonals<T>::bytes;
   static constexpr int channels = ranges + attention_step * int(sizeof(FrameRange));
   static constexpr int bytes = channels + (wide ? ChannelBlocks<T>::bytes : 0);
 };
 
-template <class T, int D, bool positions, bool wide>
+template <class T, bool wide>
 __global__ void __launch_bounds__(attention_threads, 2) by_targets(const AttentionScoresGradients args) {
-  using Memory = Layout<T, D, positions, wide>;
+  using Memory = Layout<T, wide>;
   using Stage = typename Memory::Stage;
   const AttentionWeights& w = args.weights;
   const int targets = int(w.targets), sources = int(w.sources), sequences = int(w.sequences);
@@ -34,13 +34,10 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
 
   unsigned char* memory = dynamic_shared<unsigned char>();
   auto stage_of = [&](int n) { return Stage{reinterpret_cast<T*>(memory + n % 2 * Stage::bytes)}; };
-  struct Nothing {
-    __device__ explicit Nothing(T*) {}
-  };
-  std::conditional_t<positions, Diagonals<T>, Nothing> diagonals(reinterpret_cast<T*>(memory + Memory::diagonals));
+  Diagonals<T> diagonals(reinterpret_cast<T*>(memory + Memory::diagonals));
   // Each thread's place in a row of sums over diagonals: of the lower 16 offsets of a warp.
   float* offsets = nullptr;
-  if (positions && args.offsets) {
+  if (args.offsets) {
     int64_t rows = args.offset_rows;
     offsets = static_cast<float*>(args.offsets) + ((int64_t(item) * parts + part) * rows + 16 * warp + g) * 8 + 2 * t;
   }
@@ -52,7 +49,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
   auto* rows = static_cast<const SoftmaxRow<float>*>(w.softmax) + pair * targets;
 
   auto* ranges = reinterpret_cast<FrameRange*>(memory + Memory::ranges);
-  const MaskEdges edges = mask_edges<ScoreShape<T, D, positions, 1>>(w, {0, b, h}, false);
+  const MaskEdges edges = mask_edges<ScoreShape<T, 1>>(w, {0, b, h}, false);
 
   const int blocks = (targets + attention_step - 1) / attention_step;
   const int last_block = int(int64_t(blocks) * (part + 1) / parts);
@@ -68,19 +65,19 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
     }
     const int steps = end > begin ? (end - begin + attention_step - 1) / attention_step : 0;
 
-    TileLoader<T, D, 8> keys(head_of<T>(w.k, b, h) + begin * w.k.frame, w.k.frame, int(w.query_channels));
+    TileLoader<T, score_channels, 8> keys(head_of<T>(w.k, b, h) + begin * w.k.frame, w.k.frame, int(w.query_channels));
     TileLoader<T, 32, 8> values_loader(values + int64_t(begin) * channels, channels, channels);
     // The first row of a window is that of the offset before the lowest.
-    WindowLoader<T, Stage::window_rows> window(
-        positions ? head_of<T>(w.e, 0, h) : nullptr, w.e.frame, targets + sources - 1,
-        targets - 1 - (first_target + attention_step - 1) + begin - 1, attention_step);
+    WindowLoader<T, Stage::window_rows> window(head_of<T>(w.e, 0, h), w.e.frame, targets + sources - 1,
+                                               targets - 1 - (first_target + attention_step - 1) + begin - 1,
+                                               attention_step);
     ChannelBlocks<T> channel_blocks(reinterpret_cast<T*>(memory + Memory::channels),
                                     grads + int64_t(first_target) * channels, targets - first_target,
                                     values + int64_t(begin) * channels, sources - begin, channels, steps);
     auto load = [&](int n) {
       int left = sources - (begin + n * attention_step);
       keys.load(stage_of(n).key_tile(), left);
-      if constexpr (positions) window.load(stage_of(n).window_tile());
+      window.load(stage_of(n).window_tile());
       if constexpr (!wide) values_loader.load(stage_of(n).value_tile(), left);
     };
     __syncthreads();
@@ -91,11 +88,11 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
       commit_copies();
     }
 
-    TargetScores<T, D, positions> scores(w, b, h, own);
+    TargetScores<T> scores(w, b, h, own);
     Pair<T> own_grads[1][2][4], p[4][2];
     if constexpr (!wide) load_operands<T, 32, 1>(own_grads, grads, channels, own, targets, channels);
     constexpr bool keeps = sizeof(T) == 2;  // for float that takes too many registers
-    if constexpr (positions && keeps) diagonals.load_positions(p, w, b, h, first_target);
+    if constexpr (keeps) diagonals.load_positions(p, w, b, h, first_target);
     Shift<T> shifts[2];
     float negative[2];
 #pragma unroll
@@ -108,7 +105,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
     FrameRange all_seen = {seen_by(w, own + 15).begin, seen_by(w, own).end};
     if (edges.first_padded < all_seen.end) all_seen.end = edges.first_padded;
 
-    float dq[1][D / 8][4] = {}, dp[1][1][4] = {}, de[2][4] = {};
+    float dq[1][score_channels / 8][4] = {}, dp[1][1][4] = {}, de[2][4] = {};
     for (int n = 0; n < steps; ++n) {
       float dw_all[wide ? 4 : 1][1][2][4] = {};
       if constexpr (wide) {
@@ -128,13 +125,13 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
       // Sums over diagonals that this step ends begin with those of targets before.
       float* sums = offsets + (int64_t(targets) - first_target + first) * 8;
       float before[4];
-      if (positions && offsets) {
+      if (offsets) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) before[i] = sums[i / 2 * 64 + i % 2];
       }
       const bool free = penalty == 0.0f && !w.mask && first >= all_seen.begin && first + attention_step <= all_seen.end;
-      float dq_of_step[1][D / 8][4] = {};
-      float (&dq_sums)[1][D / 8][4] = sums_by_step<T> ? dq_of_step : dq;
+      float dq_of_step[1][score_channels / 8][4] = {};
+      float (&dq_sums)[1][score_channels / 8][4] = sums_by_step<T> ? dq_of_step : dq;
       if (n == 0) scores.begin(stage);
 #pragma unroll(wide ? 4 : unrolled<T>)
       for (int y = 0; y < attention_step / 16; ++y) {
@@ -165,59 +162,56 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
         }
         Pair<T> a[1][4];
         to_operand<T>(dw[0], a[0]);
-        if constexpr (positions) diagonals.store(a[0], y);
-        multiply_rows<T, D, D / 8, 1>(stage.key_tile(), a, y, dq_sums);
+        diagonals.store(a[0], y);
+        multiply_rows<T, score_channels, score_channels / 8, 1>(stage.key_tile(), a, y, dq_sums);
       }
       if constexpr (sums_by_step<T>) add_sums(dq_of_step, dq);
-      if constexpr (positions) {
-        __syncwarp();
-        if constexpr (sums_by_step<T>) {
-          float dp_of_step[1][1][4] = {};
-          diagonals.multiply_window(stage.window_tile(), dp_of_step[0][0]);
-          add_sums(dp_of_step, dp);
-        } else {
-          diagonals.multiply_window(stage.window_tile(), dp[0][0]);
-        }
-        __syncthreads();
-        if (offsets) {
-          if constexpr (!keeps) diagonals.load_positions(p, w, b, h, first_target);
-          diagonals.multiply_positions(p, 16 * warp, de[0]);
-          diagonals.multiply_positions(p, 16 * warp + attention_step, de[1]);
+      __syncwarp();
+      if constexpr (sums_by_step<T>) {
+        float dp_of_step[1][1][4] = {};
+        diagonals.multiply_window(stage.window_tile(), dp_of_step[0][0]);
+        add_sums(dp_of_step, dp);
+      } else {
+        diagonals.multiply_window(stage.window_tile(), dp[0][0]);
+      }
+      __syncthreads();
+      if (offsets) {
+        if constexpr (!keeps) diagonals.load_positions(p, w, b, h, first_target);
+        diagonals.multiply_positions(p, 16 * warp, de[0]);
+        diagonals.multiply_positions(p, 16 * warp + attention_step, de[1]);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            sums[i / 2 * 64 + i % 2] = before[i] + de[0][i];
-            de[0][i] = de[1][i];
-            de[1][i] = 0.0f;
-          }
+        for (int i = 0; i < 4; ++i) {
+          sums[i / 2 * 64 + i % 2] = before[i] + de[0][i];
+          de[0][i] = de[1][i];
+          de[1][i] = 0.0f;
         }
       }
     }
 
     if (args.dq.data) {
-      store_rows<T, 1, D / 8>(head_to<T>(args.dq, b, h), args.dq.frame, own, targets, int(w.query_channels), dq);
+      store_rows<T, 1, score_channels / 8>(head_to<T>(args.dq, b, h), args.dq.frame, own, targets,
+                                           int(w.query_channels), dq);
     }
-    if constexpr (positions) {
-      if (offsets && steps > 0) {
-        float* sums = offsets + (int64_t(targets) - first_target + begin + steps * attention_step) * 8;
+    if (offsets && steps > 0) {
+      float* sums = offsets + (int64_t(targets) - first_target + begin + steps * attention_step) * 8;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) sums[i / 2 * 64 + i % 2] += de[0][i];
-      }
+      for (int i = 0; i < 4; ++i) sums[i / 2 * 64 + i % 2] += de[0][i];
+    }
 #pragma unroll
-      for (int high = 0; high < 2; ++high) {
-        int64_t i = own + g + 8 * high;
-        if (!args.dp.data || t / 2 != g % 2 || i >= targets) continue;
-        T* to = head_to<T>(args.dp, b, h) + i * args.dp.frame + t % 2 * 2;
-        store_pair(to, make_pair<T>(dp[0][0][2 * high], dp[0][0][2 * high + 1]));
-      }
+    for (int high = 0; high < 2; ++high) {
+      int64_t i = own + g + 8 * high;
+      if (!args.dp.data || t / 2 != g % 2 || i >= targets) continue;
+      T* to = head_to<T>(args.dp, b, h) + i * args.dp.frame + t % 2 * 2;
+      store_pair(to, make_pair<T>(dp[0][0][2 * high], dp[0][0][2 * high + 1]));
     }
   }
 }
 
-template <class T, int D, bool positions, bool wide>
+template <class T, bool wide>
 void run(const AttentionScoresGradients& args, void* stream) {
-  using Memory = Layout<T, D, positions, wide>;
+  using Memory = Layout<T, wide>;
   const AttentionWeights& w = args.weights;
-  launch("attention_by_targets", by_targets<T, D, positions, wide>, dim3(grid_size(args.parts * w.sequences * w.heads)),
+  launch("attention_by_targets", by_targets<T, wide>, dim3(grid_size(args.parts * w.sequences * w.heads)),
          dim3(attention_threads), Memory::bytes, stream, args);
 }
 
@@ -226,10 +220,10 @@ void run(const AttentionScoresGradients& args, void* stream) {
 void attention_by_targets_cuda(const AttentionScoresGradients& given, void* stream) {
   AttentionScoresGradients args = given;
   args.weights = for_kernels(given.weights);
-  dispatch_attention(args.weights, [&](auto element, auto depth, auto positions) {
+  dispatch_attention(args.weights, [&](auto element) {
     using T = decltype(element);
-    if (args.channels > 32) return run<T, depth, positions, true>(args, stream);
-    run<T, depth, positions, false>(args, stream);
+    if (args.channels > 32) return run<T, true>(args, stream);
+    run<T, false>(args, stream);
   });
 }
 

@@ -22,23 +22,22 @@ constexpr int score_warps = 4;
 constexpr int score_threads = 32 * score_warps;
 constexpr int score_sources = 64;                 // of a tile
 constexpr int score_columns = score_sources / 8;  // products side by side
+constexpr int score_channels = 32;                // of queries and keys, zeros beyond the tensors' own
 constexpr float log2_of_e = 1.4426950408889634f;
 
 // Scores of M tiles of 16 targets a warp.
 template <int M>
 using ScoreTile = float[M][score_columns][4];
 
-// What a block's kernel is made for: D channels of queries and keys, 16 or 32, beyond the tensors' own zeros; with
-// positional term or without; M tiles of 16 targets a warp.
-template <class T, int D, bool positions, int M>
+// What a block's kernel is made for: elements of type T, and M tiles of 16 targets a warp.
+template <class T, int M>
 struct ScoreShape {
   using Element = T;
-  static constexpr int channels = D, tiles = M;
-  static constexpr bool has_positions = positions;
+  static constexpr int tiles = M;
   static constexpr int targets = score_warps * 16 * M;
-  static constexpr int key_size = score_sources * D;
-  static constexpr int window = targets + score_sources;                // rows of e's pairs
-  static constexpr int size = key_size + (positions ? window * 8 : 0);  // elements in shared memory of a step
+  static constexpr int key_size = score_sources * score_channels;
+  static constexpr int window = targets + score_sources;  // rows of e's pairs
+  static constexpr int size = key_size + window * 8;      // elements in shared memory of a step
 };
 
 // The block's targets: those from `first` on, of one sequence and head.
@@ -78,12 +77,7 @@ void dispatch_scores(const AttentionWeights& args, F&& f) {
   dispatch_gpu(args.dtype, [&](auto element) {
     using T = decltype(element);
     constexpr int tiles = sizeof(T) == 4 ? 1 : M;
-    bool wide = args.query_channels > 16;
-    if (args.p.data) {
-      wide ? f(ScoreShape<T, 32, true, tiles>{}) : f(ScoreShape<T, 16, true, tiles>{});
-    } else {
-      wide ? f(ScoreShape<T, 32, false, tiles>{}) : f(ScoreShape<T, 16, false, tiles>{});
-    }
+    f(ScoreShape<T, tiles>{});
   });
 }
 
@@ -99,10 +93,9 @@ __device__ __forceinline__ int target_of(const ScorePlace& place, int m, int hal
 }
 
 // Where chunk `chunk` of 8 channels of a key lies in shared memory: such that eight keys' are in different banks.
-template <int D>
 __device__ __forceinline__ int key_at(int row, int chunk) {
-  constexpr int chunks = D / 8;
-  return row * D + (chunk ^ (row / (8 / chunks) % chunks)) * 8;
+  constexpr int chunks = score_channels / 8;
+  return row * score_channels + (chunk ^ (row / (8 / chunks) % chunks)) * 8;
 }
 
 // Copies to shared memory what scores of tiles of sources are made of, one tile after another. Zeros beyond the
@@ -111,7 +104,7 @@ template <class Shape>
 class ScoreLoader {
   using T = typename Shape::Element;
   static constexpr int piece = 16 / int(sizeof(T));  // elements of one copy
-  static constexpr int pieces = Shape::channels / piece, rows = score_threads / pieces;
+  static constexpr int pieces = score_channels / piece, rows = score_threads / pieces;
 
  public:
   // The first tile to copy begins at `source`.
@@ -120,34 +113,30 @@ class ScoreLoader {
     keys_ = row_of<T>(args.k, place) + (source + row) * args.k.frame + channel;
     key_stride_ = args.k.frame;
     left_ = channel < int(args.query_channels) ? int(args.sources) - source - row : 0;
-    key_to_ = key_at<Shape::channels>(row, channel / 8) + channel % 8;
-    if constexpr (Shape::has_positions) {
-      // Row 0 of the window is the offset of the block's last target and the tile's first source.
-      offset_ = int(args.targets) - place.first - Shape::targets + source + int(threadIdx.x) / 2 + int(threadIdx.x) % 2;
-      offsets_ = int(args.targets + args.sources) - 1;
-      projections_ = static_cast<const T*>(args.e.data) + place.head * args.e.head + offset_ * args.e.frame;
-      projection_stride_ = args.e.frame;
-    }
+    key_to_ = key_at(row, channel / 8) + channel % 8;
+    // Row 0 of the window is the offset of the block's last target and the tile's first source.
+    offset_ = int(args.targets) - place.first - Shape::targets + source + int(threadIdx.x) / 2 + int(threadIdx.x) % 2;
+    offsets_ = int(args.targets + args.sources) - 1;
+    projections_ = static_cast<const T*>(args.e.data) + place.head * args.e.head + offset_ * args.e.frame;
+    projection_stride_ = args.e.frame;
   }
 
   // Begins to copy the next tile to `to`, as `Shape::size` elements. The caller commits.
   __device__ __forceinline__ void load(T* to) {
 #pragma unroll
     for (int row = 0; row < score_sources; row += rows) {
-      copy_async<16>(to + key_to_ + row * Shape::channels, keys_ + row * key_stride_, row < left_);
+      copy_async<16>(to + key_to_ + row * score_channels, keys_ + row * key_stride_, row < left_);
     }
     keys_ += score_sources * key_stride_;
     left_ -= score_sources;
-    if constexpr (Shape::has_positions) {
-      T* window = to + Shape::key_size + threadIdx.x * 4;
+    T* window = to + Shape::key_size + threadIdx.x * 4;
 #pragma unroll
-      for (int row = 0; row < Shape::window; row += score_threads / 2) {
-        copy_async<4 * sizeof(T)>(window + row * 8, projections_ + row * projection_stride_,
-                                  unsigned(offset_ + row) < unsigned(offsets_));
-      }
-      projections_ += score_sources * projection_stride_;
-      offset_ += score_sources;
+    for (int row = 0; row < Shape::window; row += score_threads / 2) {
+      copy_async<4 * sizeof(T)>(window + row * 8, projections_ + row * projection_stride_,
+                                unsigned(offset_ + row) < unsigned(offsets_));
     }
+    projections_ += score_sources * projection_stride_;
+    offset_ += score_sources;
   }
 
  private:
@@ -161,7 +150,7 @@ class ScoreLoader {
 template <class Shape>
 class ScoreTargets {
   using T = typename Shape::Element;
-  static constexpr int M = Shape::tiles, steps = Shape::channels / 16;
+  static constexpr int M = Shape::tiles, steps = score_channels / 16;
 
  public:
   __device__ __forceinline__ ScoreTargets(const AttentionWeights& args, const ScorePlace& place) {
@@ -179,12 +168,10 @@ class ScoreTargets {
           bool given = inside && channel < int(args.query_channels);
           q_[m][chunk / 2][chunk % 2 * 2 + half] = given ? pair_at(q + i * args.q.frame + channel) : Pair<T>{};
         }
-        if constexpr (Shape::has_positions) {
-          bool mine = inside && pair / 2 == slot % 2;
-          Pair<T> given = mine ? pair_at(p + i * args.p.frame + pair % 2 * 2) : Pair<T>{};
+        bool mine = inside && pair / 2 == slot % 2;
+        Pair<T> given = mine ? pair_at(p + i * args.p.frame + pair % 2 * 2) : Pair<T>{};
 #pragma unroll
-          for (int two = 0; two < 4; ++two) p_[m][two / 2][two % 2 * 2 + half] = slot / 2 == two ? given : Pair<T>{};
-        }
+        for (int two = 0; two < 4; ++two) p_[m][two / 2][two % 2 * 2 + half] = slot / 2 == two ? given : Pair<T>{};
       }
     }
   }
@@ -197,11 +184,11 @@ class ScoreTargets {
     int lane = lane_of_warp();
     int row = Shape::targets - 8 - int(threadIdx.x) / 32 * M * 16;  // of the window, where the first columns begin
     const T* window = from + Shape::key_size + (row + lane % 8 + lane / 8 * 2 + 8 * first) * 8;
-    const T* keys = from + key_at<Shape::channels>(lane / 8 / (2 * steps) * 8 + lane % 8, lane / 8 % (2 * steps)) +
-                    first * 8 * Shape::channels;
+    const T* keys =
+        from + key_at(lane / 8 / (2 * steps) * 8 + lane % 8, lane / 8 % (2 * steps)) + first * 8 * score_channels;
 #pragma unroll
-    for (int x = Shape::has_positions ? 1 - 2 * M : 0; x < columns; ++x) {
-      if constexpr (Shape::has_positions) add_positions(window + x * 64, x, s);
+    for (int x = 1 - 2 * M; x < columns; ++x) {
+      add_positions(window + x * 64, x, s);
       if (x < 0 || x % 2 == 0) continue;
       add_keys(keys, x - 1, s);
       done(x - 1);
@@ -236,14 +223,13 @@ class ScoreTargets {
 #pragma unroll
     for (int load = 0; load < steps; ++load) {
       Pair<T> k[4];
-      load_matrices(k, keys + (x + load) * 8 * Shape::channels);
+      load_matrices(k, keys + (x + load) * 8 * score_channels);
 #pragma unroll
       for (int part = 0; part < 2; ++part) {
         int column = x + (2 * load + part) / steps;
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           float (&sum)[4] = s[m][column];
-          if (!Shape::has_positions && (2 * load + part) % steps == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
           mma<T>(sum, q_[m][part % steps], k[2 * part], k[2 * part + 1]);
         }
       }

@@ -12,13 +12,13 @@
 namespace zk {
 
 // What a block has in shared memory of 64 targets.
-template <class T, int D, bool positions, int MT>
+template <class T, int MT>
 struct TargetStage {
   static constexpr int sources = 64 * MT;  // of a block
-  static constexpr int window_rows = positions ? sources + 64 : 0;
+  static constexpr int window_rows = sources + 64;
   static constexpr int queries = 0;
-  static constexpr int slots = queries + attention_step * D;
-  static constexpr int window = slots + (positions ? attention_step * 32 : 0);
+  static constexpr int slots = queries + attention_step * score_channels;
+  static constexpr int window = slots + attention_step * 32;
   static constexpr int elements = window + window_rows * 8;
   static constexpr int floats = 3 * attention_step;  // shift, scale, -delta of each target
   static constexpr int bytes = elements * int(sizeof(T)) + floats * 4;
@@ -35,40 +35,36 @@ struct TargetStage {
 
 // Brings stages, one after another. What is not copied as it is, softmax rows, goes through registers: `load` reads,
 // `finish` writes.
-template <class T, int D, bool positions, int MT, bool deltas>
+template <class T, int MT, bool deltas>
 class TargetLoader {
  public:
-  using Stage = TargetStage<T, D, positions, MT>;
+  using Stage = TargetStage<T, MT>;
 
   __device__ TargetLoader(const AttentionWeights& w, const float* delta, int b, int h, int first_source, int first)
       : targets_(int(w.targets)),
         next_(first),
         queries_(head_of<T>(w.q, b, h) + first * w.q.frame, w.q.frame, int(w.query_channels)),
-        p_(positions ? head_of<T>(w.p, b, h) + (first + int(threadIdx.x)) * w.p.frame : nullptr),
+        p_(head_of<T>(w.p, b, h) + (first + int(threadIdx.x)) * w.p.frame),
         p_stride_(w.p.frame),
-        window_(positions ? head_of<T>(w.e, 0, h) : nullptr, w.e.frame, int(w.targets + w.sources - 1),
+        window_(head_of<T>(w.e, 0, h), w.e.frame, int(w.targets + w.sources - 1),
                 int(w.targets) - 1 - (first + attention_step - 1) + first_source, -attention_step),
         rows_(static_cast<const SoftmaxRow<float>*>(w.softmax) + (h * w.sequences + b) * w.targets),
         delta_(deltas ? delta + (h * w.sequences + b) * w.targets : nullptr) {}
 
   // Zeroes what is zero in every stage.
   static __device__ void clear(Stage stage) {
-    if constexpr (positions) {
-      for (int n = threadIdx.x; n < attention_step * 32; n += attention_threads) stage.slot_tile()[n] = narrow<T>(0.0f);
-    }
+    for (int n = threadIdx.x; n < attention_step * 32; n += attention_threads) stage.slot_tile()[n] = narrow<T>(0.0f);
   }
 
   __device__ __forceinline__ void load(Stage stage) {
     int left = targets_ - next_, row = threadIdx.x;
     queries_.load(stage.query_tile(), left);
-    if constexpr (positions) {
-      if (row < attention_step) {
-        int slot = 7 - row % 8;
-        copy_elements<4>(stage.slot_tile() + Tile<T, 32>::place(row, slot / 2) + slot % 2 * 4, p_, row < left);
-      }
-      p_ += attention_step * p_stride_;
-      window_.load(stage.window_tile());
+    if (row < attention_step) {
+      int slot = 7 - row % 8;
+      copy_elements<4>(stage.slot_tile() + Tile<T, 32>::place(row, slot / 2) + slot % 2 * 4, p_, row < left);
     }
+    p_ += attention_step * p_stride_;
+    window_.load(stage.window_tile());
     negative_delta_ = 0.0f;
     if (row < attention_step && row < left) {
       raw_ = rows_[next_ + row];
@@ -89,7 +85,7 @@ class TargetLoader {
 
  private:
   int targets_, next_;
-  TileLoader<T, D, 8> queries_;
+  TileLoader<T, score_channels, 8> queries_;
   const T* p_;
   int64_t p_stride_;
   WindowLoader<T, Stage::window_rows> window_;
@@ -148,21 +144,20 @@ __device__ __forceinline__ void multiply(const T* tile, const Pair<T> (&a)[MT][c
 }
 
 // Scores of a warp's sources with 16 targets at a time.
-template <class T, int D, bool positions, int MT>
+template <class T, int MT>
 class SourceScores {
  public:
-  using Stage = TargetStage<T, D, positions, MT>;
+  using Stage = TargetStage<T, MT>;
 
   __device__ SourceScores(const AttentionWeights& w, int b, int h, int first) {
-    load_operands<T, D, MT>(keys_, head_of<T>(w.k, b, h), w.k.frame, first, int(w.sources), int(w.query_channels));
+    load_operands<T, score_channels, MT>(keys_, head_of<T>(w.k, b, h), w.k.frame, first, int(w.sources),
+                                         int(w.query_channels));
   }
 
   // Before the first pair of the first stage.
   __device__ __forceinline__ void begin(Stage stage) {
-    if constexpr (positions) {
 #pragma unroll
-      for (int i = 0; i < 2 * MT - 1; ++i) load_window(stage, -1 - i, window_[i]);
-    }
+    for (int i = 0; i < 2 * MT - 1; ++i) load_window(stage, -1 - i, window_[i]);
   }
 
   // Scores of the pair of eights 2 y, 2 y + 1 of a stage; pairs and stages are taken in their order.
@@ -173,31 +168,29 @@ class SourceScores {
 #pragma unroll
       for (int half = 0; half < 2; ++half) s[m][half][0] = s[m][half][1] = s[m][half][2] = s[m][half][3] = 0.0f;
     }
-    if constexpr (positions) {
-      // window_[i] is that of eight 2 y + 1 - i.
+    // window_[i] is that of eight 2 y + 1 - i.
 #pragma unroll
-      for (int i = 2 * MT; i >= 2; --i) {
+    for (int i = 2 * MT; i >= 2; --i) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) window_[i][j] = window_[i - 2][j];
-      }
-      load_window(stage, 2 * y + 1, window_[0]);
-      load_window(stage, 2 * y, window_[1]);
+      for (int j = 0; j < 4; ++j) window_[i][j] = window_[i - 2][j];
+    }
+    load_window(stage, 2 * y + 1, window_[0]);
+    load_window(stage, 2 * y, window_[1]);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        Pair<T> slots[4];
-        load_matrices(slots, stage.slot_tile() + Tile<T, 32>::place(16 * y + 8 * half + lane % 8, lane / 8));
+    for (int half = 0; half < 2; ++half) {
+      Pair<T> slots[4];
+      load_matrices(slots, stage.slot_tile() + Tile<T, 32>::place(16 * y + 8 * half + lane % 8, lane / 8));
 #pragma unroll
-        for (int m = 0; m < MT; ++m) {
-          auto &low = window_[1 - half + 2 * m], &high = window_[2 - half + 2 * m];
+      for (int m = 0; m < MT; ++m) {
+        auto &low = window_[1 - half + 2 * m], &high = window_[2 - half + 2 * m];
 #pragma unroll
-          for (int k = 0; k < 2; ++k) {
-            Pair<T> a[4] = {low[2 * k], high[2 * k], low[2 * k + 1], high[2 * k + 1]};
-            mma<T>(s[m][half], a, slots[2 * k], slots[2 * k + 1]);
-          }
+        for (int k = 0; k < 2; ++k) {
+          Pair<T> a[4] = {low[2 * k], high[2 * k], low[2 * k + 1], high[2 * k + 1]};
+          mma<T>(s[m][half], a, slots[2 * k], slots[2 * k + 1]);
         }
       }
     }
-    multiply<D, MT, T>(stage.query_tile(), keys_, y, s);
+    multiply<score_channels, MT, T>(stage.query_tile(), keys_, y, s);
   }
 
  private:
@@ -208,8 +201,8 @@ class SourceScores {
     load_matrices(pairs, stage.window_tile() + row * 8);
   }
 
-  Pair<T> keys_[MT][D / 16][4];
-  Pair<T> window_[positions ? 2 * MT + 1 : 1][4];
+  Pair<T> keys_[MT][score_channels / 16][4];
+  Pair<T> window_[2 * MT + 1][4];
 };
 
 // Which targets see a block's sources; those that are padding have none.

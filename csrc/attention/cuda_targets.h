@@ -13,10 +13,10 @@
 namespace zk {
 
 // What a block has in shared memory of 64 sources.
-template <class T, int D, bool positions, bool values>
+template <class T, bool values>
 struct SourceStage {
-  static constexpr int window_rows = positions ? 128 : 0;
-  static constexpr int window = attention_step * D;
+  static constexpr int window_rows = 128;
+  static constexpr int window = attention_step * score_channels;
   static constexpr int products = window + window_rows * 8;
   static constexpr int elements = products + (values ? attention_step * 32 : 0);
   static constexpr int bytes = elements * int(sizeof(T));
@@ -29,30 +29,27 @@ struct SourceStage {
 };
 
 // Scores of a warp's 16 targets with 16 sources at a time.
-template <class T, int D, bool positions>
+template <class T>
 class TargetScores {
  public:
   __device__ TargetScores(const AttentionWeights& w, int b, int h, int first) {
-    load_operands<T, D, 1>(queries_, head_of<T>(w.q, b, h), w.q.frame, first, int(w.targets), int(w.query_channels));
-    if constexpr (positions) {
-      int lane = lane_of_warp(), g = lane / 4, t = lane % 4, slot = 7 - g;
-      const T* p = head_of<T>(w.p, b, h) + t % 2 * 2;
+    load_operands<T, score_channels, 1>(queries_, head_of<T>(w.q, b, h), w.q.frame, first, int(w.targets),
+                                        int(w.query_channels));
+    int lane = lane_of_warp(), g = lane / 4, t = lane % 4, slot = 7 - g;
+    const T* p = head_of<T>(w.p, b, h) + t % 2 * 2;
 #pragma unroll
-      for (int high = 0; high < 2; ++high) {
-        int64_t row = first + g + 8 * high;
-        in_slot_[high] = row < w.targets && t / 2 == slot % 2 ? load_pair(p + row * w.p.frame) : no_pair<T>();
-      }
+    for (int high = 0; high < 2; ++high) {
+      int64_t row = first + g + 8 * high;
+      in_slot_[high] = row < w.targets && t / 2 == slot % 2 ? load_pair(p + row * w.p.frame) : no_pair<T>();
     }
   }
 
   // Before the first pair of the first stage.
   template <class Stage>
   __device__ __forceinline__ void begin(Stage stage) {
-    if constexpr (positions) {
-      float c[4];
-      multiply_window(stage, -1, c);
-      next_[0] = c[2], next_[1] = c[3];
-    }
+    float c[4];
+    multiply_window(stage, -1, c);
+    next_[0] = c[2], next_[1] = c[3];
   }
 
   // Scores of the pair of eights 2 y, 2 y + 1 of a stage; pairs and stages are taken in their order.
@@ -60,16 +57,12 @@ class TargetScores {
   __device__ __forceinline__ void pair(Stage stage, int y, float (&s)[1][2][4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if constexpr (positions) {
-        float c[4];
-        multiply_window(stage, 2 * y + half, c);
-        s[0][half][0] = c[0], s[0][half][1] = c[1], s[0][half][2] = next_[0], s[0][half][3] = next_[1];
-        next_[0] = c[2], next_[1] = c[3];
-      } else {
-        s[0][half][0] = s[0][half][1] = s[0][half][2] = s[0][half][3] = 0.0f;
-      }
+      float c[4];
+      multiply_window(stage, 2 * y + half, c);
+      s[0][half][0] = c[0], s[0][half][1] = c[1], s[0][half][2] = next_[0], s[0][half][3] = next_[1];
+      next_[0] = c[2], next_[1] = c[3];
     }
-    multiply<D, 1, T>(stage.key_tile(), queries_, y, s);
+    multiply<score_channels, 1, T>(stage.key_tile(), queries_, y, s);
   }
 
  private:
@@ -88,7 +81,7 @@ class TargetScores {
     }
   }
 
-  Pair<T> queries_[1][D / 16][4];
+  Pair<T> queries_[1][score_channels / 16][4];
   Pair<T> in_slot_[2];  // of the lower and the upper eight targets
   float next_[2];       // of the next eight sources and the upper eight targets
 };

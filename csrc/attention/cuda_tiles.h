@@ -251,20 +251,13 @@ __device__ __forceinline__ void store_rows(T* to, int64_t stride, int first, int
   }
 }
 
-// Calls f with an element, the channels of query tiles, and whether there is a positional term, as types.
+// Calls f with an element of the type that the arguments have.
 template <class F>
 void dispatch_attention(const AttentionWeights& w, F&& f) {
-  if (w.query_channels % 8 != 0 || w.query_channels > 32)
+  if (w.query_channels % 8 != 0 || w.query_channels > score_channels)
     throw std::invalid_argument("queries of 8, 16, 24 or 32 channels");
-  if (w.p.data && w.position_channels != 4) throw std::invalid_argument("position queries of 4 channels");
-  dispatch_gpu(w.dtype, [&](auto element) {
-    auto with_depth = [&](auto depth) {
-      if (w.p.data) return f(element, depth, std::true_type{});
-      f(element, depth, std::false_type{});
-    };
-    if (w.query_channels > 16) return with_depth(std::integral_constant<int, 32>{});
-    with_depth(std::integral_constant<int, 16>{});
-  });
+  if (w.position_channels != 4) throw std::invalid_argument("position queries of 4 channels");
+  dispatch_gpu(w.dtype, f);
 }
 
 }  // namespace zk

@@ -8,10 +8,10 @@ namespace zk {
 namespace {
 
 // N eights of channels; a block of four warps, each of 16 MT sources.
-template <class T, int D, bool positions, int MT, int N>
+template <class T, int MT, int N>
 __global__ void __launch_bounds__(attention_threads, N == 2 && sizeof(T) == 2 ? 3 : 2)
     values_gradient(const AttentionValuesGradient args, int blocks) {
-  using Stage = TargetStage<T, D, positions, MT>;
+  using Stage = TargetStage<T, MT>;
   constexpr int channels = 8 * N, copied = N == 2 ? 4 : 8;
   constexpr int stage_bytes = Stage::bytes + Tile<T, channels>::template bytes<attention_step>;
   const AttentionWeights& w = args.weights;
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(attention_threads, N == 2 && sizeof(T) == 2 ? 
   unsigned x = blockIdx.x;
   const int block = int(x % blocks), first_channel = int(blockIdx.y) * channels;
   const int b = int(x / blocks % sequences), h = int(x / blocks / sequences);
-  const int warp = threadIdx.x / 32, lane = lane_of_warp(), g = lane / 4, t = lane % 4;
+  const int warp = threadIdx.x / 32, lane = lane_of_warp(), t = lane % 4;
   const int first_source = block * Stage::sources, own = first_source + 16 * MT * warp;
 
   unsigned char* memory = dynamic_shared<unsigned char>();
@@ -44,13 +44,13 @@ __global__ void __launch_bounds__(attention_threads, N == 2 && sizeof(T) == 2 ? 
     }
   }
 
-  TargetLoader<T, D, positions, MT, false> loader(w, nullptr, b, h, first_source, begin);
+  TargetLoader<T, MT, false> loader(w, nullptr, b, h, first_source, begin);
   TileLoader<T, channels, copied> grads(head_of<T>(args.grad, b, h) + begin * args.grad.frame + first_channel,
                                         args.grad.frame, int(args.channels) - first_channel);
   for (int n = 0; n < 2; ++n) loader.clear(stage_of(n));
   __syncthreads();
 
-  SourceScores<T, D, positions, MT> scores(w, b, h, own);
+  SourceScores<T, MT> scores(w, b, h, own);
   float acc[MT][N][4] = {};
   const int steps = (end - begin + attention_step - 1) / attention_step;
   auto load = [&](int n) {
@@ -111,16 +111,16 @@ __global__ void __launch_bounds__(attention_threads, N == 2 && sizeof(T) == 2 ? 
   store_rows<T, MT, N>(dv, args.dv.frame, own, sources, int(args.channels) - first_channel, acc);
 }
 
-template <class T, int D, bool positions, int MT, int N>
+template <class T, int MT, int N>
 void run(const AttentionValuesGradient& args, void* stream) {
-  using Stage = TargetStage<T, D, positions, MT>;
+  using Stage = TargetStage<T, MT>;
   const AttentionWeights& w = args.weights;
   int64_t blocks = ceil_div(w.sources, Stage::sources), parts = ceil_div(args.channels, 8 * N);
   dim3 grid(grid_size(blocks * w.sequences * w.heads), unsigned(parts));
   size_t bytes =
       2 * (Stage::bytes + Tile<T, 8 * N>::template bytes<attention_step>)+Stage::sources * sizeof(FrameRange);
-  launch("attention_values_gradient", values_gradient<T, D, positions, MT, N>, grid, dim3(attention_threads), bytes,
-         stream, args, int(blocks));
+  launch("attention_values_gradient", values_gradient<T, MT, N>, grid, dim3(attention_threads), bytes, stream, args,
+         int(blocks));
 }
 
 }  // namespace
@@ -128,17 +128,17 @@ void run(const AttentionValuesGradient& args, void* stream) {
 void attention_values_gradient_cuda(const AttentionValuesGradient& given, void* stream) {
   AttentionValuesGradient args = given;
   args.weights = for_kernels(given.weights);
-  dispatch_attention(args.weights, [&](auto element, auto depth, auto positions) {
+  dispatch_attention(args.weights, [&](auto element) {
     using T = decltype(element);
-    constexpr int D = depth, half = sizeof(T) == 2;
-    if (args.channels <= 16) return run<T, D, positions, half ? 2 : 1, 2>(args, stream);
+    constexpr int half = sizeof(T) == 2;
+    if (args.channels <= 16) return run<T, half ? 2 : 1, 2>(args, stream);
     if constexpr (half) {
       if (ceil_div(args.channels, 144) * 18 <= ceil_div(args.channels, 192) * 24) {
-        return run<T, D, positions, 1, 18>(args, stream);
+        return run<T, 1, 18>(args, stream);
       }
-      return run<T, D, positions, 1, 24>(args, stream);
+      return run<T, 1, 24>(args, stream);
     } else {
-      return run<T, D, positions, 1, 8>(args, stream);
+      return run<T, 1, 8>(args, stream);
     }
   });
 }

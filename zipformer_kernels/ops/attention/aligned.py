@@ -35,12 +35,16 @@ def aligned(x: Tensor, channels: int, elements: int) -> Tensor:
 
 
 def aligned_scores(scores: Scores) -> Scores:
-    """q and k with a multiple of 8 channels in rows of 16 bytes, p and e with 4 channels."""
+    """q and k with a multiple of 8 channels in rows of 16 bytes, p and e with 4 channels; zeros where they are None."""
     q, k, p, e = scores
     channels, elements = whole_groups(q.shape[3], 8), COPIED // q.element_size()
+    if p is None:  # rare: of constant weights, and where a model skips positions at random
+        zeros, (targets, batch, heads, _) = q.new_zeros(GROUP), q.shape
+        p = zeros.expand(targets, batch, heads, GROUP)
+        e = zeros.expand(targets + k.shape[0] - 1, heads, GROUP)
     return Scores(
         *(aligned(x, channels, elements) for x in (q, k)),
-        *(None if x is None else aligned(x, GROUP, GROUP) for x in (p, e)),
+        *(aligned(x, GROUP, GROUP) for x in (p, e)),
     )
 
 

@@ -18,7 +18,7 @@ from zipformer_kernels.ops.attention import cpu as attention
 from zipformer_kernels.ops.attention.arguments import unit_stride
 from zipformer_kernels.ops.attention.scores import grouped
 from zipformer_kernels.ops.nonlin_attention.gates import BY_TORCH, GatedLaunchers, Gates
-from zipformer_kernels.ops.nonlin_attention.native import rows
+from zipformer_kernels.ops.nonlin_attention.native import Rows, rows
 
 
 def _forward(*args: Tensor | int | None) -> tuple[Tensor, Tensor]:
