@@ -19,7 +19,7 @@ from benchmarks.gpu import recording
 from benchmarks.gpu.recording import Launch
 from benchmarks.gpu.roofline import MACHINES, Machine, predicted, resident_blocks, work_of
 from benchmarks.gpu.sass import Kernel, disassemble, disassemble_cubin
-from benchmarks.gpu.trips import executed
+from benchmarks.gpu.trips import block_of_targets, executed
 from benchmarks.harness import models
 from benchmarks.harness.op_jobs import RESIDUAL
 from zipformer_kernels.ops.cases import BATCH, FRAMES, Case
@@ -73,7 +73,9 @@ def scores_of(launch: Launch, otherwise: int = 0) -> int:
     n = launch.numbers
     if launch.kind == "cuda":
         return otherwise
-    return n["T"] * n["S"] * n["B"] * n["H"] if "S" in n and "H" in n else 0
+    if "S" not in n or "H" not in n:
+        return 0
+    return (block_of_targets(n) if "targets" in n else n["T"]) * n["S"] * n["B"] * n["H"]
 
 
 def floor(moved: int, scores: int, machine: Machine) -> float:

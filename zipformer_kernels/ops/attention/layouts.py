@@ -11,6 +11,7 @@ from torch import Tensor
 from zipformer_kernels.core.launch import cdiv, next_power_of_2, on_device
 from zipformer_kernels.ops.attention import kernels
 from zipformer_kernels.ops.attention.scores import Masks, Scores
+from zipformer_kernels.ops.attention.tiles import Tile, tile_of
 
 FRONT = BACK = 256  # rows of zeros around a table of e: twice what a tile may have of targets or sources
 SPREAD_ROWS, FILLED = 128, 512  # of a table and of a filling, that one program writes
@@ -105,6 +106,10 @@ class Weights:
         """How many programs share out so many rows of every sequence and head."""
         return cdiv(rows, tile) * self.sequences * self.heads
 
+    def tile(self, kernel: str) -> Tile:
+        """The tile of a kernel that makes scores. Positions by gather take more registers, and have a tile."""
+        return tile_of("gather" if self.table.term == kernels.BY_GATHER.value else kernel, self.q.dtype)
+
     def arguments(self) -> tuple:
         """The positional arguments that kernels which make scores begin with."""
         q, k, (_, mask, chunk, left_chunks) = self.q, self.k, self.masks
@@ -152,9 +157,7 @@ def weights_of(scores: Scores, softmax: Tensor | None, masks: Masks) -> Weights:
         p = positions_of(p, table.tile)
     mask = None if mask is None else unit_stride(mask).view(torch.uint8)
     q, softmax = unit_stride(q), q if softmax is None else softmax.contiguous()
-    return Weights(
-        q, unit_stride(k), p, table, softmax, filling_of(padding, k.shape[0], q), Masks(None, mask, *rule)
-    )
+    return Weights(q, unit_stride(k), p, table, softmax, filling_of(padding, k.shape[0], q), Masks(None, mask, *rule))
 
 
 def positions_of(p: Tensor, tile: int) -> Tensor:

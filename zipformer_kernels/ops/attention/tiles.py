@@ -27,7 +27,7 @@ class Tile(NamedTuple):
     stages: int = 3
 
     def shares(self, channels: int) -> tuple[int, dict[str, int]]:
-        """How many programs share out value channels, and the constants of one: BC + REST channels of at most `channels`.
+        """How many programs share out value channels, and the constants of one: its BC + REST channels.
 
         Both are powers of two of 16 or more, or REST is 0: of 144 channels 128 and 16.
         """
@@ -52,7 +52,18 @@ class Tile(NamedTuple):
 
 TILES = {
     (kernel, size): tuning.entry(f"attention.triton_{kernel}_{size}_bytes")
-    for kernel in ("softmax", "masked_softmax", "weights", "aggregate", "value", "score", "key", "position", "pack")
+    for kernel in (
+        "softmax",
+        "masked_softmax",
+        "weights",
+        "aggregate",
+        "value",
+        "score",
+        "gather",
+        "key",
+        "position",
+        "pack",
+    )
     for size in (2, 4)
 }
 """Their entries by kernel and bytes of an element, read at every launch.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, on_device, unsupported_dtype
@@ -14,7 +14,6 @@ from zipformer_kernels.ops.attention.backward import Part, gradients_of_scores
 from zipformer_kernels.ops.attention.layouts import Weights, unit_stride, weights_of
 from zipformer_kernels.ops.attention.reference import empty_rows
 from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, Use, grouped
-from zipformer_kernels.ops.attention.tiles import Tile, tile_of
 
 
 def softmax_rows(*args: Tensor | int | None) -> tuple[Tensor]:
@@ -36,7 +35,7 @@ def make_weights(*args: Tensor | int | float | None) -> tuple[Tensor]:
     if w.numel() > 0:
         weights = weights_of(scores, empty_rows(q), masks)
         _fill_rows(weights)
-        tile = _tile_of("weights", weights)
+        tile = weights.tile("weights")
         with on_device(q):
             kernels.weights_kernel[(weights.programs(targets, tile.targets),)](
                 *(*weights.arguments(), w, width), **weights.constants(), **tile.blocks(), **tile.options()
@@ -50,7 +49,7 @@ def average_values(scores: Scores, softmax: Tensor, masks: Masks, values: Tensor
     if out.numel() > 0:
         weights, values = weights_of(scores, softmax, masks), unit_stride(values)
         channels = values.shape[3]
-        tile = _tile_of("aggregate", weights)
+        tile = weights.tile("aggregate")
         programs, shares = tile.shares(channels)
         with on_device(values):
             kernels.aggregate_kernel[(weights.programs(weights.targets, tile.targets), programs)](
@@ -71,7 +70,7 @@ def values_gradient(scores: Scores, softmax: Tensor, masks: Masks, grad: Tensor)
     if dv.numel() > 0:
         weights, grad = weights_of(scores, softmax, masks), unit_stride(grad)
         channels = grad.shape[3]
-        tile = _tile_of("value", weights)
+        tile = weights.tile("value")
         programs, shares = tile.shares(channels)
         with on_device(grad):
             gradients.value_gradient_kernel[(weights.programs(weights.sources, tile.sources), programs)](
@@ -99,7 +98,7 @@ def scores_gradients(
     apart = [h for use in uses for h in (heads[use.heads].start, heads[use.heads].stop)]
     bounds = sorted({0, len(heads), *apart})
     parts = []
-    for first, last in zip(bounds, bounds[1:], strict=False):
+    for first, last in pairwise(bounds):
         own = [_narrowed(use, heads[use.heads], first, last) for use in uses if first in heads[use.heads]]
         parts.append(Part(slice(first, last), softmax[first:last], None, None, own))
     return gradients_of_scores(needs, parts, scores, masks, penalty)
@@ -125,15 +124,11 @@ def weights_gradients(
 
 def _fill_rows(weights: Weights) -> None:
     """Fills in the softmax rows."""
-    tile = _tile_of("softmax" if weights.masks.attn_mask is None else "masked_softmax", weights)
+    tile = weights.tile("softmax" if weights.masks.attn_mask is None else "masked_softmax")
     with on_device(weights.q):
         kernels.softmax_kernel[(weights.programs(weights.targets, tile.targets),)](
             *weights.arguments(), **weights.constants(), **tile.blocks(), **tile.options()
         )
-
-
-def _tile_of(kernel: str, weights: Weights) -> Tile:
-    return tile_of(kernel, weights.q.dtype)
 
 
 def _forward(*args):
