@@ -150,8 +150,8 @@ def score_gradient_kernel(
 
     Of the targets from 16 `first` on, of which ds has room for `targets`. The gradient dw of the weights is that of all
     uses, g v^T, plus, where DENSE, what `dw_ptr` has. Weights are read where STORED, else made from scores again;
-    `w_ptr` and `dw_ptr` begin with target 16 `first`. Scores are needed for the penalty too, which is zero in most calls
-    of training: hence a branch, and not another kernel.
+    `w_ptr` and `dw_ptr` begin with target 16 `first`. Scores are needed for the penalty too, which is zero in most
+    calls of training: hence a branch, and not another kernel.
     """
     block, b, h = split_program(targets // BM, B, H)
     q_ptr += b * q_sb + h * q_sh
@@ -252,7 +252,7 @@ def position_query_gradient_kernel(
     store_rows(dp_ptr + b * dp_sb + h * dp_sh, dp, i0 + row, dp_st, T, d, P)
 
 
-@triton.jit(do_not_specialize=["T", "S", "B", "H", "first", "targets"])
+@triton.jit(do_not_specialize=["T", "S", "B", "H", "first", "targets", "de_sb", "de_sh"])
 def position_gradient_kernel(
     p_ptr, p_st, p_sb, p_sh, ds_ptr, ds_st, T, S, B, H, first, targets, de_ptr, de_sb, de_sh,
     P: tl.constexpr, P_COLUMNS: tl.constexpr, MARGIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,

@@ -217,7 +217,7 @@ def make_weights(s, largest, scale, ROUGHLY: tl.constexpr):
         return tl.exp2((s - largest[:, None]) * LOG2E) * scale[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offsets", "rows", "front"])
 def spread_kernel(
     e_ptr, e_sn, e_sh, e_sp, table_ptr, offsets, rows, front,
     P: tl.constexpr, P_TILE: tl.constexpr, COPIES: tl.constexpr, ROWS: tl.constexpr,
