@@ -58,6 +58,7 @@ TILES = {
         "weights",
         "aggregate",
         "value",
+        "masked_value",
         "score",
         "gather",
         "key",
@@ -68,7 +69,7 @@ TILES = {
 }
 """Their entries by kernel and bytes of an element, read at every launch.
 
-With a mask given as a tensor the kernel `softmax` has tiles of its own: in those without one it would spill. Chosen
+With masks for pairs the kernels `softmax` and `value` have tiles of their own: in those without they would spill. Chosen
 from machine code for sm_90 (docs/kernels.md): none spills, and at least two programs share a multiprocessor.
 """
 

@@ -70,7 +70,8 @@ def values_gradient(scores: Scores, softmax: Tensor, masks: Masks, grad: Tensor)
     if dv.numel() > 0:
         weights, grad = weights_of(scores, softmax, masks), unit_stride(grad)
         channels = grad.shape[3]
-        tile = weights.tile("value")
+        by_pair = weights.masks.attn_mask is not None or masks.chunk > 0
+        tile = weights.tile("masked_value" if by_pair else "value")
         programs, shares = tile.shares(channels)
         with on_device(grad):
             gradients.value_gradient_kernel[(weights.programs(weights.sources, tile.sources), programs)](
