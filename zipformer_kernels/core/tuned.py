@@ -192,7 +192,7 @@ _ATTENTION_TILES = {  # by bytes of an element
         "aggregate": (32, 32, 4, 32, 1),
         "value": (16, 32, 4, 32, 1),
         "masked_value": (16, 32, 4, 32, 1),
-        "score": (32, 32, 4, 32, 1),
+        "score": (32, 16, 4, 32, 1),
         "gather": (32, 32, 4, 32, 1),
         "key": (16, 32, 4, 16, 1),
         "position": (32, 32, 4, 16, 1),
