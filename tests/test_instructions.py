@@ -102,15 +102,26 @@ def test_accesses_and_products_have_their_widths(kernel):
 def test_a_kernel_with_loops_needs_a_rule(kernel):
     with pytest.raises(trips.NoRule, match=r"swoosh\.loop has 1 loops"):
         trips.executed("swoosh.loop", True, kernel, {})
-    often = trips.executed("attention.aggregate_kernel", False, kernel, {"S": 1500, "BN": 32, "C": 12, "BC": 16})
+    often = trips.executed("attention.aggregate_kernel", False, kernel, {"S": 1500, "BN": 32})
     assert {one.opcode: count for one, count in often.items()}["MUFU.EX2"] == 47
 
 
 def test_diagonals_are_walked_over_as_often_as_there_are_scores():
-    n = {"T": 1500, "S": 1500, "BN": 32}
-    blocks = -(-2999 // 32)
-    scores = trips.position_gradient(n, Counter(), 0) * blocks * 32 * 32
-    assert 1.0 < scores / 1500**2 < 1.1
+    for targets in (1536, 512):
+        scores = 0
+        for first in range(0, 1500, targets):
+            n = {"T": 1500, "S": 1500, "targets": targets, "first": first // 16, "BM": 64, "BN": 64}
+            blocks = -(-(1500 + targets - 1) // 64)
+            scores += trips.position_gradient(n, Counter(), 0) * blocks * 64 * 64
+        assert 1.0 < scores / 1500**2 < 1.2
+
+
+def test_of_two_walks_the_one_with_the_penalty_runs_where_there_is_one():
+    n = {"S": 1500, "BM": 64, "BN": 32, "num_warps": 4, "packed": 168, "BC": 64}
+    bodies = Counter(FSETP=40), Counter(FSETP=8)
+    assert [trips.score_gradient(n | {"penalty": 0.0}, body, 0) for body in bodies] == [0, 47]
+    assert [trips.score_gradient(n | {"penalty": 0.1}, body, 0) for body in bodies] == [47, 0]
+    assert trips.score_gradient(n, Counter(), 1) == 3
 
 
 @pytest.mark.parametrize(

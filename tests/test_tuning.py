@@ -162,9 +162,9 @@ def test_tile_of_the_conv_embed():
 
 
 def test_tile_of_an_attention_kernel():
-    with tuning.override(**{"attention.triton_query_2_bytes": (32, 16, 8, 64, 1)}):
-        assert tile_of("query", torch.bfloat16).options() == {"num_warps": 8, "num_stages": 1}
-    assert tile_of("query", torch.bfloat16).warps == 4
+    with tuning.override(**{"attention.triton_score_2_bytes": (32, 16, 8, 64, 1)}):
+        assert tile_of("score", torch.bfloat16).options() == {"num_warps": 8, "num_stages": 1}
+    assert tile_of("score", torch.bfloat16).warps == 4
 
 
 def test_blocks_within_blocks_and_after_errors():
@@ -255,8 +255,8 @@ def test_steps_of_scaled_adam_do_not_depend_on_tuning(lane):
         ("convnext.rows", 0, "a whole number of 1 or more"),
         ("convnext.rows", (1, 2), r"got \(1, 2\)"),
         ("swoosh.triton_block", 1000, "a power of two"),
-        ("attention.triton_query_2_bytes", 64, "5 whole numbers of 0 or more"),
-        ("attention.triton_query_2_bytes", (64, 16), r"got \(64, 16\)"),
+        ("attention.triton_score_2_bytes", 64, "5 whole numbers of 0 or more"),
+        ("attention.triton_score_2_bytes", (64, 16), r"got \(64, 16\)"),
     ],
 )
 def test_what_cannot_be_is_named(name, value, message):

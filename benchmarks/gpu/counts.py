@@ -18,7 +18,7 @@ from benchmarks.gpu import recording
 from benchmarks.gpu.recording import Launch
 from benchmarks.gpu.roofline import MACHINES, Machine, predicted, resident_blocks, work_of
 from benchmarks.gpu.sass import Kernel, disassemble, disassemble_cubin
-from benchmarks.gpu.trips import executed
+from benchmarks.gpu.trips import block_of_targets, executed
 from benchmarks.harness import models
 from benchmarks.harness.op_jobs import RESIDUAL
 from zipformer_kernels.ops.cases import BATCH, FRAMES, Case
@@ -68,7 +68,9 @@ def scores_of(launch: Launch, otherwise: int = 0) -> int:
     if launch.kind == "cuda":
         weights = n.get("weights")
         return otherwise if weights is None else weights.targets * weights.sources * weights.sequences * weights.heads
-    return n["T"] * n["S"] * n["B"] * n["H"] if "S" in n and "H" in n else 0
+    if "S" not in n or "H" not in n:
+        return 0
+    return (block_of_targets(n) if "targets" in n else n["T"]) * n["S"] * n["B"] * n["H"]
 
 
 def floor(moved: int, scores: int, machine: Machine) -> float:

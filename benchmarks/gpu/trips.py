@@ -25,21 +25,31 @@ def ceil_div(a: int, b: int) -> int:
 # ---- Triton: the kernels' own constants say it ----
 
 
-def attention(over: str, step: str) -> Rule:
-    """Walks over the frames `over`, `step` at a time; loops inside go over blocks of channels."""
-    return lambda n, body, depth: ceil_div(n[over], n[step]) if depth == 0 else ceil_div(n["C"], n["BC"])
+def walk(over: str, step: str) -> Rule:
+    """A walk over all that there is of `over`, `step` at a time."""
+    return lambda n, body, depth: ceil_div(n[over], n[step])
+
+
+def score_gradient(n: dict[str, Any], body: Body, depth: int) -> float:
+    """A walk with the penalty compares each score twice, another is without; inside are blocks of channels."""
+    if depth > 0:
+        return ceil_div(n["packed"], n["BC"])
+    compares = body["FSETP"] >= 2 * n["BM"] * n["BN"] / (32 * n["num_warps"])
+    return ceil_div(n["S"], n["BN"]) if compares == (n["penalty"] != 0) else 0
+
+
+def block_of_targets(n: dict[str, Any]) -> int:
+    """How many targets a launch of attention's backward kernels has: of all, those of its block."""
+    return min(n["targets"], n["T"] - 16 * n["first"])
 
 
 def position_gradient(n: dict[str, Any], body: Body, depth: int) -> float:
-    """Each program walks over the targets that its offsets meet: the mean over all programs."""
-    if depth > 0:
-        return ceil_div(n["C"], n["BC"])
-    t, s, step = n["T"], n["S"], n["BN"]
-    starts = range(0, t + s - 1, step)
-    walked = 0
-    for n0 in starts:
-        first = max(t - 1 - n0 - 2 * step + 2, 0) // step * step
-        walked += max(0, ceil_div(min(s + t - 1 - n0, t) - first, step))
+    """Each program walks over the targets of the block that its offsets meet: the mean over all programs."""
+    rows, sources, walked = block_of_targets(n), n["S"], 0
+    starts = [n0 - (n["targets"] - 1) for n0 in range(0, sources + n["targets"] - 1, n["BN"])]
+    for start in starts:
+        begin = max(-start - (n["BN"] - 1), 0) // n["BM"] * n["BM"]
+        walked += max(0, ceil_div(min(sources - start, rows) - begin, n["BM"]))
     return walked / len(starts)
 
 
@@ -150,13 +160,15 @@ RULES: dict[str, Rule] = {
     "conv_module.forward_kernel": lambda n, body, depth: n["K"],
     "conv_module.backward_kernel": lambda n, body, depth: n["K"],
     "conv_module.taps_kernel": lambda n, body, depth: n["tiles"] / n["parts"],
-    "attention.softmax_kernel": attention("S", "BN"),
-    "attention.aggregate_kernel": attention("S", "BN"),
-    "attention.query_gradient_kernel": attention("S", "BN"),
-    "attention.key_gradient_kernel": attention("T", "BM"),
-    "attention.value_gradient_kernel": attention("T", "BM"),
+    "attention.softmax_kernel": walk("S", "BN"),
+    "attention.weights_kernel": walk("w_st", "BN"),
+    "attention.aggregate_kernel": walk("S", "BN"),
+    "attention.value_gradient_kernel": walk("T", "BM"),
+    "attention.score_gradient_kernel": score_gradient,
+    "attention.key_gradient_kernel": lambda n, body, depth: ceil_div(block_of_targets(n), n["BM"]),
+    "attention.position_query_gradient_kernel": lambda n, body, depth: ceil_div(n["S"] + n["BM"] - 1, n["BN"]),
     "attention.position_gradient_kernel": position_gradient,
-    "attention.delta_kernel": lambda n, body, depth: ceil_div(n["C"], n["BC"]),
+    "attention.pack_kernel": walk("CHANNELS", "BC"),
     "scaled_adam.partials_kernel": chunk_loop,
     "scaled_adam.update_kernel": chunk_loop,
     "scaled_adam.plan_kernel": scaled_adam_plan("LANES", "tensors"),

@@ -84,10 +84,9 @@ def _of_part(
 ) -> None:
     """Fills in the gradients of one part, a block of targets at a time."""
     q, p = weights.q, weights.p
-    tiles = {name: tile_of(name, q.dtype) for name in ("score", "key", "position")}
-    tile = tiles["score"]
-    step = max(t.targets for t in tiles.values())
-    margin = next_power_of_2(max(t.targets + t.sources for t in tiles.values()))
+    tile, keys, positions = weights.tile("score"), tile_of("key", q.dtype), tile_of("position", q.dtype)
+    step = max(tile.targets, keys.targets, positions.targets)
+    margin = next_power_of_2(max(positions.targets + positions.sources, keys.sources))
     width = margin + cdiv(weights.sources, tile.sources) * tile.sources
     planes = weights.heads * weights.sequences
     limit = SCRATCH_BYTES.value // (planes * width * q.element_size())
@@ -118,9 +117,8 @@ def _of_part(
                 DENSE=dense is not None,
                 **tile.options(),
             )
-            block_of_targets = ds, width, *sizes, first, block
+            block_of_targets = ds, width, *sizes, first // 16, block
             if needs[1]:
-                keys = tiles["key"]
                 gradients.key_gradient_kernel[(weights.programs(weights.sources, keys.sources),)](
                     *(q, *q.stride()[:3], *block_of_targets, int(several), dk, *dk.stride()[:3]),
                     **of_queries,
@@ -139,7 +137,7 @@ def _add_positions(
 ) -> None:
     """Fills in the gradient of p of a block of targets, and adds what it contributes to that of e."""
     p, table, tile = weights.p, weights.table, tile_of("position", weights.q.dtype)
-    *_, first, targets = block_of_targets
+    targets = block_of_targets[-1]
     constants = {
         "P": dp.shape[3],
         "P_COLUMNS": max(16, table.tile),
@@ -201,10 +199,10 @@ def _pack(x: Tensor, out: Tensor, packed: Tensor, delta: Tensor, channels: int, 
 
 
 def _padded(w: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """Weights (H, B, T, S) with contiguous rows of a multiple of 16 elements and zeros behind, as `make_weights` has them."""
+    """Weights (H, B, T, S) in rows of a multiple of 16 elements, as `make_weights` has them."""
     if w is None:
         return None
-    heads, sequences, targets, sources = w.shape
+    _, sequences, targets, sources = w.shape
     width = cdiv(sources, 16) * 16
     if w.dtype == dtype and w.stride() == (sequences * targets * width, targets * width, width, 1):
         return w

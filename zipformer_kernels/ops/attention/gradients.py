@@ -88,8 +88,8 @@ def score_gradient_walk(
 ):  # fmt: skip
     """The walk of `score_gradient_kernel` over the sources.
 
-    Returns dq and, by slots, the gradient of p in its slots, (BM / 16, 16, 16 P_TILE): the term is A B (see kernels.py),
-    and what is wanted of ds B^T is where A has p.
+    Returns dq and, by slots, ds B^T, (BM / 16, 16, 16 P_TILE): the term is A B (see kernels.py), and where A has p this
+    has its gradient.
     """
     ROUGHLY: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     SCORES: tl.constexpr = PENALIZED or not STORED
@@ -149,9 +149,9 @@ def score_gradient_kernel(
     And dq[i] = sum_j ds[i, j] k[j] and, by slots, dp[i] = sum_j ds[i, j] e[T - 1 - i + j].
 
     Of the targets from 16 `first` on, of which ds has room for `targets`. The gradient dw of the weights is that of all
-    uses, g v^T, plus, where DENSE, what `dw_ptr` has. Weights are read where STORED, from
-    `w_ptr` at target 16 `first`, and else made from scores again.
-    Scores are needed for the penalty too, which is zero in most calls of training: hence a branch, and not another kernel.
+    uses, g v^T, plus, where DENSE, what `dw_ptr` has. Weights are read where STORED, else made from scores again;
+    `w_ptr` and `dw_ptr` begin with target 16 `first`. Scores are needed for the penalty too, which is zero in most
+    calls of training: hence a branch, and not another kernel.
     """
     block, b, h = split_program(targets // BM, B, H)
     q_ptr += b * q_sb + h * q_sh
@@ -204,7 +204,11 @@ def key_gradient_kernel(
     q_ptr, q_st, q_sb, q_sh, ds_ptr, ds_st, T, S, B, H, first, targets, accumulate, dk_ptr, dk_st, dk_sb, dk_sh,
     D: tl.constexpr, D_TILE: tl.constexpr, MARGIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """dk[j] = sum_i ds[i, j] q[i] over a block of targets; added to what is there where `accumulate`."""
+    """dk[j] = sum_i ds[i, j] q[i] over a block of targets; added to what is there where `accumulate`.
+
+    The block is that of `score_gradient_kernel`, here and below.
+    """
+    first = first * 16
     block, b, h = split_program(tl.cdiv(S, BN), B, H)
     q_ptr += b * q_sb + h * q_sh
     dk_ptr += b * dk_sb + h * dk_sh
@@ -234,7 +238,7 @@ def position_query_gradient_kernel(
     block, b, h = split_program(targets // BM, B, H)
     table_ptr = table_of(table_ptr, h, copy, P_TILE, TERM)
     row = tl.arange(0, BM)
-    i0 = first + block * BM
+    i0 = first * 16 + block * BM
     # Row r meets source column + r - (BM - 1) in this column.
     ds_ptr += ((h * B + b) * targets + block * BM) * ds_st + MARGIN - (BM - 1)
     diagonal = row[:, None] * (ds_st + 1) + tl.arange(0, BN)[None, :]
@@ -248,15 +252,16 @@ def position_query_gradient_kernel(
     store_rows(dp_ptr + b * dp_sb + h * dp_sh, dp, i0 + row, dp_st, T, d, P)
 
 
-@triton.jit(do_not_specialize=["T", "S", "B", "H", "first", "targets"])
+@triton.jit(do_not_specialize=["T", "S", "B", "H", "first", "targets", "de_sb", "de_sh"])
 def position_gradient_kernel(
     p_ptr, p_st, p_sb, p_sh, ds_ptr, ds_st, T, S, B, H, first, targets, de_ptr, de_sb, de_sh,
     P: tl.constexpr, P_COLUMNS: tl.constexpr, MARGIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """de[n] = sum_i ds[i, n - (T - 1) + i] p[i] over a block of targets, added to what is there, along diagonals.
 
-    For the offsets n that the block meets: those from T - (first + targets) on.
+    For the offsets n that the block meets: those from T - (16 first + targets) on.
     """
+    first = first * 16
     block, b, h = split_program(tl.cdiv(S + targets - 1, BN), B, H)
     p_ptr += (b * p_sb + h * p_sh) * 4
     de_ptr += b * de_sb + h * de_sh

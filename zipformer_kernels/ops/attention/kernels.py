@@ -41,9 +41,9 @@ VARYING = [
     "p_st",
     "p_sb",
     "p_sh",
+    "filling_sb",
     "lead",
     "copy",
-    "filling_sb",
 ]
 """Arguments for whose special values, 1 and multiples of 16, a kernel is not compiled again.
 
@@ -82,7 +82,7 @@ def product(a, b):
 
 @triton.jit
 def load_positions(p_ptr, p_st, i0, T, P_TILE: tl.constexpr, BM: tl.constexpr, TERM: tl.constexpr):
-    """p of targets i0 .. i0 + BM as the term needs it: by slots A above, (BM / 16, 16, 16 P_TILE), else (BM, P_TILE)."""
+    """p of targets i0 .. i0 + BM: by slots A above, (BM / 16, 16, 16 P_TILE), else (BM, P_TILE)."""
     if TERM == BY_SLOTS:
         r = tl.arange(0, 16)[None, :, None]
         i = i0 + 16 * tl.arange(0, BM // 16)[:, None, None] + r
@@ -217,7 +217,7 @@ def make_weights(s, largest, scale, ROUGHLY: tl.constexpr):
         return tl.exp2((s - largest[:, None]) * LOG2E) * scale[:, None]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["offsets", "rows", "front"])
 def spread_kernel(
     e_ptr, e_sn, e_sh, e_sp, table_ptr, offsets, rows, front,
     P: tl.constexpr, P_TILE: tl.constexpr, COPIES: tl.constexpr, ROWS: tl.constexpr,
@@ -236,7 +236,7 @@ def spread_kernel(
 
 @triton.jit(do_not_specialize=["S", "length"])
 def filling_kernel(padding_ptr, filling_ptr, S, length, PADDING: tl.constexpr, BLOCK: tl.constexpr):
-    """What is to be in place of a source's scores, (B, length): -inf beyond the sources, -1000 of padding, 0 for none."""
+    """What stands for a source's scores, (B, length): -inf beyond the sources, -1000 for padding, 0: themselves."""
     j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b = tl.program_id(1).to(tl.int64)
     filling = tl.where(j < S, 0.0, float("-inf"))
@@ -326,7 +326,7 @@ def aggregate_kernel(
     MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BC: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = sum_j w[i, j] v[j], contiguous, for one block of BC + REST channels: both are powers of two, or REST is 0."""
+    """out[i] = sum_j w[i, j] v[j], contiguous, for one block of BC + REST channels: powers of two, or no REST."""
     block, b, h = split_program(tl.cdiv(T, BM), B, H)
     q_ptr += b * q_sb + h * q_sh
     k_ptr += b * k_sb + h * k_sh

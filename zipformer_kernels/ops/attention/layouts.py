@@ -11,6 +11,7 @@ from torch import Tensor
 from zipformer_kernels.core.launch import cdiv, next_power_of_2, on_device
 from zipformer_kernels.ops.attention import kernels
 from zipformer_kernels.ops.attention.scores import Masks, Scores
+from zipformer_kernels.ops.attention.tiles import Tile, tile_of
 
 FRONT = BACK = 256  # rows of zeros around a table of e: twice what a tile may have of targets or sources
 SPREAD_ROWS, FILLED = 128, 512  # of a table and of a filling, that one program writes
@@ -104,6 +105,10 @@ class Weights:
     def programs(self, rows: int, tile: int) -> int:
         """How many programs share out so many rows of every sequence and head."""
         return cdiv(rows, tile) * self.sequences * self.heads
+
+    def tile(self, kernel: str) -> Tile:
+        """The tile of a kernel that makes scores. Positions by gather take more registers, and have a tile."""
+        return tile_of("gather" if self.table.term == kernels.BY_GATHER.value else kernel, self.q.dtype)
 
     def arguments(self) -> tuple:
         """The positional arguments that kernels which make scores begin with."""

@@ -16,7 +16,7 @@ class Tile(NamedTuple):
     Attributes:
         targets, sources: rows and columns of scores. A program owns the rows of one and walks over those of the other.
         warps: warps of a program.
-        channels: value channels at a time, at most.
+        channels: value channels at a time, at most: a power of two, or two of them.
         stages: how many steps of the walk are loaded ahead, where the compiler can.
     """
 
@@ -27,15 +27,15 @@ class Tile(NamedTuple):
     stages: int = 3
 
     def shares(self, channels: int) -> tuple[int, dict[str, int]]:
-        """How many programs share out value channels, and the constants of one: BC + REST channels of at most `channels`.
+        """How many programs share out value channels, and the constants of one: its BC + REST channels.
 
-        Both are powers of two of 16 or more, or REST is 0: of 144 channels 128 and 16.
+        Both are powers of two of 16 or more, or REST is 0. Few widths, for each is another kernel: a power of two, or
+        `channels` at a time.
         """
-        programs = cdiv(channels, self.channels)
-        own = cdiv(cdiv(channels, programs), 16) * 16
-        block = next_power_of_2(own + 1) // 2
-        rest = own - block
-        return programs, {"BC": block, "REST": next_power_of_2(rest) if rest else 0}
+        largest = next_power_of_2(self.channels + 1) // 2
+        if channels <= largest:
+            return 1, {"BC": max(16, next_power_of_2(channels)), "REST": 0}
+        return cdiv(channels, self.channels), {"BC": largest, "REST": self.channels - largest}
 
     def block(self, channels: int) -> int:
         """Value channels per tile: all of a narrow head, at least the 16 of a matrix instruction."""
@@ -52,12 +52,24 @@ class Tile(NamedTuple):
 
 TILES = {
     (kernel, size): tuning.entry(f"attention.triton_{kernel}_{size}_bytes")
-    for kernel in ("softmax", "masked_softmax", "weights", "aggregate", "value", "score", "key", "position", "pack")
+    for kernel in (
+        "softmax",
+        "masked_softmax",
+        "weights",
+        "aggregate",
+        "value",
+        "masked_value",
+        "score",
+        "gather",
+        "key",
+        "position",
+        "pack",
+    )
     for size in (2, 4)
 }
 """Their entries by kernel and bytes of an element, read at every launch.
 
-With a mask given as a tensor the kernel `softmax` has tiles of its own: in those without one it would spill. Chosen
+With masks for pairs the kernels `softmax` and `value` have tiles of their own: in the others they would spill. Chosen
 from machine code for sm_90 (docs/kernels.md): none spills, and at least two programs share a multiprocessor.
 """
 

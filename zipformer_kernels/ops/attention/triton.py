@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, on_device, unsupported_dtype
@@ -37,7 +37,7 @@ def make_weights(*args: Tensor | int | float | None) -> tuple[Tensor]:
     if w.numel() > 0:
         weights = weights_of(scores, empty_rows(q), masks)
         _fill_rows(weights)
-        tile = _tile_of("weights", weights)
+        tile = weights.tile("weights")
         with on_device(q):
             kernels.weights_kernel[(weights.programs(targets, tile.targets),)](
                 *(*weights.arguments(), w, width), **weights.constants(), **tile.blocks(), **tile.options()
@@ -51,7 +51,7 @@ def average_values(scores: Scores, softmax: Tensor, masks: Masks, values: Tensor
     if out.numel() > 0:
         weights, values = weights_of(scores, softmax, masks), unit_stride(values)
         channels = values.shape[3]
-        tile = _tile_of("aggregate", weights)
+        tile = weights.tile("aggregate")
         programs, shares = tile.shares(channels)
         with on_device(values):
             kernels.aggregate_kernel[(weights.programs(weights.targets, tile.targets), programs)](
@@ -72,7 +72,8 @@ def values_gradient(scores: Scores, softmax: Tensor, masks: Masks, grad: Tensor)
     if dv.numel() > 0:
         weights, grad = weights_of(scores, softmax, masks), unit_stride(grad)
         channels = grad.shape[3]
-        tile = _tile_of("value", weights)
+        by_pair = weights.masks.attn_mask is not None or masks.chunk > 0
+        tile = weights.tile("masked_value" if by_pair else "value")
         programs, shares = tile.shares(channels)
         with on_device(grad):
             gradients.value_gradient_kernel[(weights.programs(weights.sources, tile.sources), programs)](
@@ -115,15 +116,11 @@ def weights_gradients(
 
 def _fill_rows(weights: Weights) -> None:
     """Fills in the softmax rows."""
-    tile = _tile_of("softmax" if weights.masks.attn_mask is None else "masked_softmax", weights)
+    tile = weights.tile("softmax" if weights.masks.attn_mask is None else "masked_softmax")
     with on_device(weights.q):
         kernels.softmax_kernel[(weights.programs(weights.targets, tile.targets),)](
             *weights.arguments(), **weights.constants(), **tile.blocks(), **tile.options()
         )
-
-
-def _tile_of(kernel: str, weights: Weights) -> Tile:
-    return tile_of(kernel, weights.q.dtype)
 
 
 def _forward(*args):
