@@ -230,9 +230,12 @@ class ScoreTargets {
     }
   }
 
-  // The products of queries and keys, for columns x and x + 1.
+  // The products of queries and keys, for columns x and x + 1. In float, whose products are added up one by one, they
+  // go to zero first: else each would be rounded as coarsely as the positional term.
   template <int columns>
   __device__ __forceinline__ void add_keys(const T* keys, int x, float (&s)[M][columns][4]) const {
+    constexpr bool apart = sizeof(T) == 4 && Shape::has_positions;
+    [[maybe_unused]] float products[M][4];
 #pragma unroll
     for (int load = 0; load < steps; ++load) {
       Pair<T> k[4];
@@ -243,8 +246,15 @@ class ScoreTargets {
 #pragma unroll
         for (int m = 0; m < M; ++m) {
           float (&sum)[4] = s[m][column];
-          if (!Shape::has_positions && (2 * load + part) % steps == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
-          mma<T>(sum, q_[m][part % steps], k[2 * part], k[2 * part + 1]);
+          if constexpr (apart) {
+            float (&c)[4] = products[m];
+            if (part % steps == 0) c[0] = c[1] = c[2] = c[3] = 0.0f;
+            mma<T>(c, q_[m][part % steps], k[2 * part], k[2 * part + 1]);
+            if (part % steps == steps - 1) sum[0] += c[0], sum[1] += c[1], sum[2] += c[2], sum[3] += c[3];
+          } else {
+            if (!Shape::has_positions && part % steps == 0) sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+            mma<T>(sum, q_[m][part % steps], k[2 * part], k[2 * part + 1]);
+          }
         }
       }
     }

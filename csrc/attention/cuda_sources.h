@@ -147,6 +147,20 @@ __device__ __forceinline__ void multiply(const T* tile, const Pair<T> (&a)[MT][c
   }
 }
 
+// The same of sums that are not zero. In float, whose products are added up one by one, they go to zero first: else
+// each would be rounded as coarsely as s.
+template <int channels, int MT, class T>
+__device__ __forceinline__ void add_products(const T* tile, const Pair<T> (&a)[MT][channels / 16][4], int y,
+                                             float (&s)[MT][2][4]) {
+  if constexpr (sizeof(T) == 4) {
+    float products[MT][2][4] = {};
+    multiply<channels, MT, T>(tile, a, y, products);
+    add_sums(products, s);
+  } else {
+    multiply<channels, MT, T>(tile, a, y, s);
+  }
+}
+
 // Scores of a warp's sources with 16 targets at a time.
 template <class T, int D, bool positions, int MT>
 class SourceScores {
@@ -197,7 +211,7 @@ class SourceScores {
         }
       }
     }
-    multiply<D, MT, T>(stage.query_tile(), keys_, y, s);
+    add_products<D, MT, T>(stage.query_tile(), keys_, y, s);
   }
 
  private:

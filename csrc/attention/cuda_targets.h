@@ -69,7 +69,7 @@ class TargetScores {
         s[0][half][0] = s[0][half][1] = s[0][half][2] = s[0][half][3] = 0.0f;
       }
     }
-    multiply<D, 1, T>(stage.key_tile(), queries_, y, s);
+    add_products<D, 1, T>(stage.key_tile(), queries_, y, s);
   }
 
  private:
