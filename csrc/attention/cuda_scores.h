@@ -217,7 +217,8 @@ class ScoreTargets {
     }
   }
 
-  // The products of queries and keys, for columns x and x + 1.
+  // The products of queries and keys, for columns x and x + 1. In float, whose products are added up one by one, they
+  // go to zero first: else each would be rounded as coarsely as the positional term.
   template <int columns>
   __device__ __forceinline__ void add_keys(const T* keys, int x, float (&s)[M][columns][4]) const {
 #pragma unroll

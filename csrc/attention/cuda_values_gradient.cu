@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(attention_threads, N == 2 && sizeof(T) == 2 ? 
     float of_step[MT][N][4] = {};
     float (&sums)[MT][N][4] = sums_by_step<T> ? of_step : acc;
     if (n == 0) scores.begin(stage);
-#pragma unroll(unrolled<T>)
+#pragma unroll(N == 24 ? 2 : unrolled<T>)
     for (int y = 0; y < attention_step / 16; ++y) {
       float s[MT][2][4];
       scores.pair(stage, y, s);

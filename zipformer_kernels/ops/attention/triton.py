@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 from torch import Tensor
 
@@ -15,7 +14,6 @@ from zipformer_kernels.ops.attention.launchers import AttentionLaunchers
 from zipformer_kernels.ops.attention.layouts import Weights, unit_stride, weights_of
 from zipformer_kernels.ops.attention.reference import empty_rows
 from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, Use, by_heads, grouped
-from zipformer_kernels.ops.attention.tiles import Tile, tile_of
 
 
 def softmax_rows(*args: Tensor | int | None) -> tuple[Tensor]:
