@@ -9,7 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -36,9 +36,6 @@ _PIPES = (
     ("uniform", r"U[A-Z]\w*|R2UR|S2UR|VOTEU"),
 )
 _PIPE_OF = [(name, re.compile(f"(?:{pattern})$")) for name, pattern in _PIPES]
-_RARE = {"CALL": 16, "VOTE": 64}
-"""How few instructions lie between an instruction that hardly runs and the branch that skips it."""
-
 PIPES = (*(name for name, _ in _PIPES), "alu")
 
 
@@ -146,28 +143,41 @@ class Kernel:
 
     @cached_property
     def rare(self) -> frozenset[int]:
-        """The places of what a branch in front skips.
-
-        That is the few instructions around each call of a subroutine, and what is done to a tile that masks touch,
-        which begins with votes on them.
-        """
+        """The places of the few instructions around each call of a subroutine, which a branch in front skips."""
         found: set[int] = set()
         for i, one in enumerate(self.main):
-            reach = next((n for stem, n in _RARE.items() if one.opcode.startswith(stem)), 0)
-            for j in range(i - 1, max(-1, i - reach), -1):
+            if not one.opcode.startswith("CALL"):
+                continue
+            for j in range(i - 1, max(-1, i - 16), -1):
                 target = self.main[j].target
                 if target is not None and target > one.address:
                     found |= {k for k in range(j + 1, len(self.main)) if self.main[k].address < target}
                     break
         return frozenset(found)
 
-    def executed(self, trips: Callable[[int], float]) -> Counter[Instruction]:
+    @cached_property
+    def skipped(self) -> tuple[range, ...]:
+        """The places that each branch forward skips."""
+        place = {one.address: i for i, one in enumerate(self.main)}
+        ends = ((i, place.get(one.target, i)) for i, one in enumerate(self.main))
+        return tuple(range(i + 1, end) for i, end in ends if end > i + 1)
+
+    def body(self, places: Iterable[int]) -> Counter[str]:
+        """The opcodes at some places, with and without modifiers."""
+        opcodes = (self.main[i].opcode for i in places)
+        return Counter(name for opcode in opcodes for name in {opcode, opcode.split(".")[0]})
+
+    def executed(
+        self, trips: Callable[[int], float], skips: Callable[[Counter[str]], bool] = lambda _: False
+    ) -> Counter[Instruction]:
         """How often a warp executes each instruction; branches forward are taken to be not taken.
 
         Args:
             trips: how often the loop with this number, of `loops`, runs each time that it is reached.
+            skips: whether a branch forward is taken, by the `body` of what it skips.
         """
-        often = [0.0 if i in self.rare else 1.0 for i in range(len(self.main))]
+        rare = self.rare.union(*(places for places in self.skipped if skips(self.body(places))))
+        often = [0.0 if i in rare else 1.0 for i in range(len(self.main))]
         for number, loop in enumerate(self.loops):
             times = trips(number)
             for i in range(loop.first, loop.last + 1):

@@ -92,6 +92,11 @@ def attention_gradients(outer: int) -> Rule:
     return rule
 
 
+def pack_uses(n: dict[str, Any], body: Body, depth: int) -> float:
+    """Four rows one after the other; eight lanes share the channels of one."""
+    return 4 if depth == 0 else ceil_div(n["end"] - n["first"], 8)
+
+
 def attention_offsets(n: dict[str, Any], body: Body, depth: int) -> float:
     """Eight groups of threads share the parts; the loop that takes several at once, then what is left."""
     parts, at_once = ceil_div(n["parts"], 8), body["LDG"] // 2
@@ -181,7 +186,6 @@ RULES: dict[str, Rule] = {
     "attention.values_gradient": attention_gradients(0),
     "attention.by_sources": attention_gradients(0),
     "attention.by_targets": attention_gradients(1),
-    "attention.pack_kernel": lambda n, body, depth: ceil_div(n["end"] - n["first"], 32),
     "attention.offsets_kernel": attention_offsets,
     "nonlin_attention.map_rows": lambda n, body, depth: ceil_div(n["channels"], 256 * 8),
     "conv_module.forward": conv_module,
@@ -190,11 +194,28 @@ RULES: dict[str, Rule] = {
 }
 
 CUDA_RULES: dict[str, Rule] = {
+    "attention.pack_kernel": pack_uses,
     "scaled_adam.partials_kernel": scaled_adam(2, 0),
     "scaled_adam.update_kernel": scaled_adam(4, 3),
     "scaled_adam.plan_kernel": scaled_adam_plan(512, "tensor_count"),
 }
 """Of kernels whose names Triton's have as well."""
+
+
+OF_TILES = tuple(
+    f"attention.{kernel}" for kernel in ("softmax_rows", "average", "values_gradient", "by_sources", "by_targets")
+)
+"""CUDA kernels that walk over tiles of scores, and branch around masks and the penalty where a tile has none."""
+
+
+def masked_or_penalized(skipped: Body) -> bool:
+    """Whether it is that: votes on a mask, which a tile of its own may follow; or mask bytes, or many comparisons, and
+    no product.
+    """
+    if any(skipped[opcode] for opcode in ("LDGSTS", "BAR", "STG", "EXIT")):
+        return False
+    many = skipped["LDG.E.U8"] or skipped["FSETP"] >= 16 or skipped["FSEL"] >= 16
+    return bool(skipped["VOTE"] or (many and not skipped["HMMA"] and not skipped["MUFU"]))
 
 
 OF_EVERY_DTYPE = ("scaled_adam.partials_kernel", "scaled_adam.update_kernel")
@@ -222,11 +243,9 @@ def executed(name: str, cuda: bool, kernel: Kernel, numbers: dict[str, Any]) -> 
 
     def trips(number: int) -> float:
         loop = kernel.loops[number]
-        inside = kernel.main[loop.first : loop.last + 1]
-        body = Counter(name for one in inside for name in {one.opcode, one.opcode.split(".")[0]})
-        return rule(numbers, body, loop.depth)
+        return rule(numbers, kernel.body(range(loop.first, loop.last + 1)), loop.depth)
 
-    often = kernel.executed(trips)
+    often = kernel.executed(trips, masked_or_penalized if cuda and name in OF_TILES else lambda _: False)
     if cuda and name in OF_EVERY_DTYPE:
         inside = {one for loop in kernel.loops for one in kernel.main[loop.first : loop.last + 1]}
         often = Counter({one: count for one, count in often.items() if one in inside})

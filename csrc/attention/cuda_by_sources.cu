@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_sources(const Attenti
           for (int m = 0; m < MT; ++m) dw[m][half][i] = wide ? dw_all[wide ? y : 0][m][half][i] + negative : negative;
         }
       }
-      if constexpr (!wide) multiply<32, MT, T>(grads_of(n), own_values, y, dw);
+      if constexpr (!wide) multiply<MT, T>(grads_of(n), own_values, y, dw);
       Pair<T> a[MT][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

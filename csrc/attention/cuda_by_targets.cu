@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
             dw[0][half][i] = wide ? dw_all[wide ? y : 0][0][half][i] + negative[i / 2] : negative[i / 2];
           }
         }
-        if constexpr (!wide) multiply<32, 1, T>(stage.value_tile(), own_grads, y, dw);
+        if constexpr (!wide) multiply<1, T>(stage.value_tile(), own_grads, y, dw);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll

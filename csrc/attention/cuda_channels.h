@@ -1,5 +1,5 @@
-// Device code: products of many channels, 32 at a time, both operands through shared memory: the gradient of weights
-// where values of all uses together are wide.
+// Device code: products of many channels, 64 at a time, of float 32, both operands through shared memory: the gradient
+// of weights where values of all uses together are wide.
 #pragma once
 
 #include "attention/cuda_tiles.h"
@@ -10,29 +10,35 @@ namespace zk {
 template <class T>
 class ChannelBlocks {
  public:
-  static constexpr int tile = attention_step * 32;
+  static constexpr int width = sizeof(T) == 2 ? 64 : 32;  // channels of a block
+  static constexpr int tile = attention_step * width;
   static constexpr int bytes = 4 * tile * int(sizeof(T));
 
-  // `memory` is shared, of `bytes`; rows are of `channels`, a multiple of 32.
+  // `memory` is shared, of `bytes`; rows are of `channels`, a multiple of `width`.
   __device__ ChannelBlocks(T* memory, const T* a, int a_rows, const T* b, int b_rows, int channels, int steps)
       : memory_(memory),
-        a_(a),
-        b_(b),
-        a_rows_(a_rows),
-        b_rows_(b_rows),
+        to_(Tile<T, width>::place(row(), unit())),
+        a_(a + row() * channels + unit() * 8),
+        b_(b + row() * channels + unit() * 8),
+        a_rows_(a_rows - row()),
+        b_rows_(b_rows - row()),
         channels_(channels),
-        left_(steps * channels / 32) {}
+        left_(steps * channels / width) {}
 
   // Begins to copy the next block of channels, after the last that of the next step.
   __device__ __forceinline__ void load() {
-    T* to = memory_ + loaded_ % 2 * 2 * tile;
-    TileLoader<T, 32, 8>(a_ + channel_, channels_, 32).load(to, a_rows_);
-    TileLoader<T, 32, 8>(b_ + channel_, channels_, 32).load(to + tile, b_rows_);
+    T* to = memory_ + loaded_ % 2 * 2 * tile + to_;
+#pragma unroll
+    for (int rows = 0; rows < attention_step; rows += pass) {
+      copy_elements<8>(to + rows * width, a_ + rows * channels_, rows < a_rows_);
+      copy_elements<8>(to + tile + rows * width, b_ + rows * channels_, rows < b_rows_);
+    }
     ++loaded_;
-    channel_ += 32;
+    channel_ += width;
+    a_ += width, b_ += width;
     if (channel_ == channels_) {
       channel_ = 0;
-      b_ += int64_t(attention_step) * channels_;
+      a_ -= channels_, b_ += (attention_step - 1) * channels_;
       b_rows_ -= attention_step;
     }
   }
@@ -42,31 +48,40 @@ class ChannelBlocks {
   template <class Then>
   __device__ __forceinline__ void multiply(float (&sums)[4][1][2][4], int row, Then then) {
     int lane = lane_of_warp();
-    for (int c = 0; c < channels_; c += 32) {
+    for (int c = 0; c < channels_; c += width) {
       wait_for_copies<0>();
       __syncthreads();
       if (c == 0) then();
       const T *a_tile = memory_ + (loaded_ - 1) % 2 * 2 * tile, *b_tile = a_tile + tile;
       if (loaded_ < left_) load();
       commit_copies();
-      Pair<T> a[2][4];
 #pragma unroll
-      for (int k = 0; k < 2; ++k) {
-        load_matrices(a[k], a_tile + Tile<T, 32>::place(row + lane % 16, 2 * k + lane / 16));
-      }
+      for (int k = 0; k < width / 16; k += 2) {
+        Pair<T> a[2][4];
 #pragma unroll
-      for (int x = 0; x < 8; ++x) {
-        Pair<T> b[4];
-        load_matrices(b, b_tile + Tile<T, 32>::place(8 * x + lane % 8, lane / 8));
-        mma<T>(sums[x / 2][0][x % 2], a[0], b[0], b[1]);
-        mma<T>(sums[x / 2][0][x % 2], a[1], b[2], b[3]);
+        for (int i = 0; i < 2; ++i) {
+          load_matrices(a[i], a_tile + Tile<T, width>::place(row + lane % 16, 2 * (k + i) + lane / 16));
+        }
+#pragma unroll
+        for (int x = 0; x < 8; ++x) {
+          Pair<T> b[4];
+          load_matrices(b, b_tile + Tile<T, width>::place(lane % 8, 2 * k + lane / 8) + x * 8 * width);
+          mma<T>(sums[x / 2][0][x % 2], a[0], b[0], b[1]);
+          mma<T>(sums[x / 2][0][x % 2], a[1], b[2], b[3]);
+        }
       }
     }
   }
 
  private:
+  static constexpr int units = width / 8, pass = attention_threads / units;  // rows that all threads copy at once
+
+  static __device__ __forceinline__ int row() { return int(threadIdx.x) / units; }
+  static __device__ __forceinline__ int unit() { return int(threadIdx.x) % units; }
+
   T* memory_;
-  const T *a_, *b_;
+  int to_;
+  const T *a_, *b_;  // this thread's, in the next block
   int a_rows_, b_rows_, channels_, left_;
   int loaded_ = 0, channel_ = 0;
 };

@@ -116,29 +116,19 @@ __device__ __forceinline__ void load_operands(Pair<T> (&a)[MT][channels / 16][4]
   }
 }
 
-// s += a b^T, b two eights of rows of a tile of `channels`.
-template <int channels, int MT, class T>
-__device__ __forceinline__ void multiply(const T* tile, const Pair<T> (&a)[MT][channels / 16][4], int y,
-                                         float (&s)[MT][2][4]) {
+// s += a b^T, b two eights of rows of a tile of 32 channels.
+template <int MT, class T>
+__device__ __forceinline__ void multiply(const T* tile, const Pair<T> (&a)[MT][2][4], int y, float (&s)[MT][2][4]) {
   int lane = lane_of_warp();
-  if constexpr (channels == 16) {
+  const T* from = tile + Tile<T, 32>::place(lane % 8, lane / 8) + 16 * y * 32;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
     Pair<T> b[4];
-    load_matrices(b, tile + Tile<T, 16>::place(16 * y + lane / 16 * 8 + lane % 8, lane / 8 % 2));
+    load_matrices(b, from + half * 8 * 32);
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
-      mma<T>(s[m][0], a[m][0], b[0], b[1]);
-      mma<T>(s[m][1], a[m][0], b[2], b[3]);
-    }
-  } else {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      Pair<T> b[4];
-      load_matrices(b, tile + Tile<T, 32>::place(16 * y + 8 * half + lane % 8, lane / 8));
-#pragma unroll
-      for (int m = 0; m < MT; ++m) {
-        mma<T>(s[m][half], a[m][0], b[0], b[1]);
-        mma<T>(s[m][half], a[m][1], b[2], b[3]);
-      }
+      mma<T>(s[m][half], a[m][0], b[0], b[1]);
+      mma<T>(s[m][half], a[m][1], b[2], b[3]);
     }
   }
 }
@@ -179,7 +169,7 @@ class SourceScores {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       Pair<T> slots[4];
-      load_matrices(slots, stage.slot_tile() + Tile<T, 32>::place(16 * y + 8 * half + lane % 8, lane / 8));
+      load_matrices(slots, stage.slot_tile() + Tile<T, 32>::place(lane % 8, lane / 8) + (2 * y + half) * 8 * 32);
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
         auto &low = window_[1 - half + 2 * m], &high = window_[2 - half + 2 * m];
@@ -190,7 +180,7 @@ class SourceScores {
         }
       }
     }
-    multiply<score_channels, MT, T>(stage.query_tile(), keys_, y, s);
+    multiply<MT, T>(stage.query_tile(), keys_, y, s);
   }
 
  private:
@@ -265,7 +255,7 @@ __device__ __forceinline__ void multiply_rows(const T* tile, const Pair<T> (&a)[
 #pragma unroll
   for (int n = 0; n < N; n += 2) {
     Pair<T> b[4];
-    load_transposed(b, tile + Tile<T, channels>::place(16 * y + lane % 16, n + lane / 16));
+    load_transposed(b, tile + Tile<T, channels>::place(lane % 16, n + lane / 16) + 16 * y * channels);
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
       mma<T>(acc[m][n], a[m], b[0], b[1]);

@@ -40,7 +40,13 @@ class TargetScores {
 #pragma unroll
     for (int high = 0; high < 2; ++high) {
       int64_t row = first + g + 8 * high;
-      in_slot_[high] = row < w.targets && t / 2 == slot % 2 ? load_pair(p + row * w.p.frame) : no_pair<T>();
+      Pair<T> mine = row < w.targets && t / 2 == slot % 2 ? load_pair(p + row * w.p.frame) : no_pair<T>();
+#pragma unroll
+      for (int two = 0; two < 4; ++two) {
+        Pair<T>& pair = slots_[two / 2][two % 2 * 2 + high];
+        pair = slot / 2 == two ? mine : no_pair<T>();
+        hold<T>(pair);
+      }
     }
   }
 
@@ -62,7 +68,7 @@ class TargetScores {
       s[0][half][0] = c[0], s[0][half][1] = c[1], s[0][half][2] = next_[0], s[0][half][3] = next_[1];
       next_[0] = c[2], next_[1] = c[3];
     }
-    multiply<score_channels, 1, T>(stage.key_tile(), queries_, y, s);
+    multiply<1, T>(stage.key_tile(), queries_, y, s);
   }
 
  private:
@@ -72,18 +78,13 @@ class TargetScores {
     Pair<T> b[4];
     load_matrices(b, stage.window_tile() + (attention_step - 7 - 16 * warp + 8 * x + lane % 8 + 2 * (lane / 8)) * 8);
     c[0] = c[1] = c[2] = c[3] = 0.0f;
-#pragma unroll
-    for (int k = 0; k < 2; ++k) {
-      Pair<T> a[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) a[i] = (7 - lane / 4) / 2 == 2 * k + i / 2 ? in_slot_[i % 2] : no_pair<T>();
-      mma<T>(c, a, b[2 * k], b[2 * k + 1]);
-    }
+    mma<T>(c, slots_[0], b[0], b[1]);
+    mma<T>(c, slots_[1], b[2], b[3]);
   }
 
   Pair<T> queries_[1][score_channels / 16][4];
-  Pair<T> in_slot_[2];  // of the lower and the upper eight targets
-  float next_[2];       // of the next eight sources and the upper eight targets
+  Pair<T> slots_[2][4];  // position queries, each in its slot
+  float next_[2];        // of the next eight sources and the upper eight targets
 };
 
 // The gradient of the scores of 64 targets and 64 sources by offsets, in shared memory.

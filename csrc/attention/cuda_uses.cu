@@ -2,43 +2,51 @@
 // and delta, the sum over uses and channels of grad out; sums over sequences of what targets add to de.
 #include "attention/attention.h"
 #include "common/launch.h"
-#include "common/reduce.h"
 
 namespace zk {
 
 namespace {
 
-constexpr int warps = 8;
+constexpr int pack_threads = 256, lanes = 8, turns = 4, pack_rows = turns * pack_threads / lanes;
 
-template <class T>
-__device__ __forceinline__ const T* row_of(const AttentionRows& x, int64_t frame, int64_t sequence, int64_t head) {
-  return static_cast<const T*>(x.data) + frame * x.frame + sequence * x.sequence + head * x.head;
+// Blocks of rows of a sequence and head: first those of targets, then those of sources.
+__host__ __device__ __forceinline__ unsigned blocks_of(int64_t frames) {
+  return unsigned((frames + pack_rows - 1) / pack_rows);
 }
 
-// A warp has a target or a source of a sequence and head.
+// Eight lanes have a target or a source of a sequence and head.
 template <class T>
-__global__ void __launch_bounds__(warps * 32) pack_kernel(const AttentionPack n) {
-  const int64_t pairs = n.heads * n.sequences;
-  int64_t row = int64_t(blockIdx.x) * warps + threadIdx.x / 32;
-  if (row >= pairs * (n.targets + n.sources)) return;
-  const bool target = row < pairs * n.targets;
-  if (!target) row -= pairs * n.targets;
-  const int64_t frames = target ? n.targets : n.sources, pair = row / frames, frame = row % frames;
-  const int64_t b = pair % n.sequences, h = pair / n.sequences;
-  const T* from = row_of<T>(target ? n.use.grad : n.use.v, frame, b, h);
-  const T* out = row_of<T>(n.use.out, frame, b, h);
-  T* to = static_cast<T*>(target ? n.grads : n.values) + row * n.width + n.first;
-  float sum = 0.0f;
-  for (int64_t c = threadIdx.x % 32; c < n.end - n.first; c += 32) {
-    bool own = c < n.use.channels;
-    T x = own ? from[c] : narrow<T>(0.0f);
-    to[c] = x;
-    if (target && own) sum += widen(x) * widen(out[c]);
+__global__ void __launch_bounds__(pack_threads) pack_kernel(const AttentionPack n) {
+  const unsigned of_targets = blocks_of(n.targets), blocks = of_targets + blocks_of(n.sources);
+  const unsigned pair = blockIdx.x / blocks, block = blockIdx.x % blocks, sequences = unsigned(n.sequences);
+  const int64_t b = pair % sequences, h = pair / sequences;
+  const bool target = block < of_targets;
+  const int64_t frames = target ? n.targets : n.sources, first = (target ? block : block - of_targets) * pack_rows;
+  const AttentionRows& rows = target ? n.use.grad : n.use.v;
+  const T* from = static_cast<const T*>(rows.data) + b * rows.sequence + h * rows.head;
+  const T* out = static_cast<const T*>(n.use.out.data) + b * n.use.out.sequence + h * n.use.out.head;
+  T* to = static_cast<T*>(target ? n.grads : n.values) + pair * frames * n.width + n.first;
+  float* delta = static_cast<float*>(n.delta) + pair * frames;
+  const int width = int(n.end - n.first), channels = int(n.use.channels), lane = threadIdx.x % lanes;
+#pragma unroll 1
+  for (int turn = 0; turn < turns; ++turn) {
+    const int64_t frame = first + turn * (pack_threads / lanes) + threadIdx.x / lanes;
+    float sum = 0.0f;
+    if (frame < frames) {
+      const T *row = from + frame * rows.frame, *result = out + frame * n.use.out.frame;
+      T* packed = to + frame * n.width;
+#pragma unroll 1
+      for (int c = lane; c < width; c += lanes) {
+        T x = c < channels ? row[c] : narrow<T>(0.0f);
+        packed[c] = x;
+        if (target && c < channels) sum += widen(x) * widen(result[c]);
+      }
+    }
+    if (!target) continue;
+#pragma unroll
+    for (int distance = lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+    if (frame < frames && lane == 0) delta[frame] = n.add ? delta[frame] + sum : sum;
   }
-  if (!target) return;
-  sum = warp_sum(sum);
-  float* delta = static_cast<float*>(n.delta) + row;
-  if (threadIdx.x % 32 == 0) *delta = n.add ? *delta + sum : sum;
 }
 
 constexpr int columns = 64, groups = 8;
@@ -69,10 +77,10 @@ __global__ void __launch_bounds__(columns* groups) offsets_kernel(const Attentio
 }  // namespace
 
 void attention_pack_cuda(const AttentionPack& args, void* stream) {
-  int64_t rows = args.heads * args.sequences * (args.targets + args.sources);
+  int64_t blocks = args.heads * args.sequences * (blocks_of(args.targets) + int64_t(blocks_of(args.sources)));
   dispatch_gpu(args.dtype, [&](auto element) {
-    launch("attention_pack", pack_kernel<decltype(element)>, dim3(grid_size(ceil_div(rows, warps))), dim3(warps * 32),
-           0, stream, args);
+    launch("attention_pack", pack_kernel<decltype(element)>, dim3(grid_size(blocks)), dim3(pack_threads), 0, stream,
+           args);
   });
 }
 

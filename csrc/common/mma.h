@@ -60,6 +60,14 @@ __device__ __forceinline__ Pair<T> make_pair(float lower, float upper) {
   }
 }
 
+// Has the compiler hold a pair in its register, where it would rather compute it again at every use.
+template <class T>
+__device__ __forceinline__ void hold(Pair<T>& pair) {
+#if defined(__CUDACC__)
+  if constexpr (sizeof(T) == 2) asm volatile("" : "+r"(pair));
+#endif
+}
+
 // 2^x, 0 for -infinity; within 2 ulp on the device.
 __device__ __forceinline__ float exp2_of(float x) {
 #if defined(__CUDACC__)

@@ -20,8 +20,8 @@ from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, Use
 STEP = 64
 """Targets that a block takes at once, and sources that it goes forward: `attention_step` of csrc."""
 
-PACKED = 32
-"""Channels of all uses side by side come in multiples of this."""
+PACKED, PACKED_WIDE = 32, 128
+"""Channels of all uses side by side are as many as the first number, or a multiple of as many as fill so many bytes."""
 
 MOST_PARTS = 6
 """Into so many the targets of a sequence and head are shared out at most: each part sums the gradient of the position
@@ -132,7 +132,8 @@ def _of_heads(use: Use, heads: slice) -> Use:
 def _pack(scores: Scores, uses: Sequence[Use]) -> _Packed:
     q, k = scores.q, scores.k
     (targets, batch, heads, _), sources = q.shape, k.shape[0]
-    channels = whole_groups(max(sum(use.values.shape[3] for use in uses), 1), PACKED)
+    given = sum(use.values.shape[3] for use in uses)
+    channels = PACKED if given <= PACKED else whole_groups(given, PACKED_WIDE // q.element_size())
     make = torch.empty if uses else torch.zeros
     options = {"device": q.device}
     packed = _Packed(
