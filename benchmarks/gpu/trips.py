@@ -73,7 +73,7 @@ def attention_by_targets(n: dict[str, Any], body: Body, depth: int) -> float:
 
 
 def attention_gradients(outer: int) -> Rule:
-    """Inside of `outer` loops over a block's own frames, steps of 64. In these, blocks of 32 channels of all uses, and
+    """Inside of `outer` loops over a block's own frames, steps of 64. In these, blocks of 64 channels of all uses, and
     in float four pairs of products. What looks for masks, or applies them, is rare.
     """
 
@@ -86,15 +86,17 @@ def attention_gradients(outer: int) -> Rule:
         if depth == outer:
             return ceil_div(weights.sources if outer else weights.targets, 64)
         if depth == outer + 1:
-            return n["channels"] / 32 if body["LDGSTS"] else 4
+            return n["channels"] / 64 if body["LDGSTS"] else 4
         return 4  # products in float take channels two at a time
 
     return rule
 
 
 def pack_uses(n: dict[str, Any], body: Body, depth: int) -> float:
-    """Four rows one after the other; eight lanes share the channels of one."""
-    return 4 if depth == 0 else ceil_div(n["end"] - n["first"], 8)
+    """Four rows one after the other, of targets or of sources; eight lanes share a row's channels, four at a time."""
+    if depth > 0:
+        return ceil_div(n["end"] - n["first"], 32)
+    return 4 * n["targets" if body["SHFL"] else "sources"] / (n["targets"] + n["sources"])
 
 
 def attention_offsets(n: dict[str, Any], body: Body, depth: int) -> float:

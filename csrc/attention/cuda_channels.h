@@ -48,10 +48,9 @@ class ChannelBlocks {
   template <class Then>
   __device__ __forceinline__ void multiply(float (&sums)[4][1][2][4], int row, Then then) {
     int lane = lane_of_warp();
-    for (int c = 0; c < channels_; c += width) {
-      wait_for_copies<0>();
-      __syncthreads();
-      if (c == 0) then();
+    next();
+    then();
+    for (int c = width;; c += width) {
       const T *a_tile = memory_ + (loaded_ - 1) % 2 * 2 * tile, *b_tile = a_tile + tile;
       if (loaded_ < left_) load();
       commit_copies();
@@ -70,10 +69,18 @@ class ChannelBlocks {
           mma<T>(sums[x / 2][0][x % 2], a[1], b[2], b[3]);
         }
       }
+      if (c == channels_) break;
+      next();
     }
   }
 
  private:
+  // All threads have what was copied, and nobody reads the block before it.
+  static __device__ __forceinline__ void next() {
+    wait_for_copies<0>();
+    __syncthreads();
+  }
+
   static constexpr int units = width / 8, pass = attention_threads / units;  // rows that all threads copy at once
 
   static __device__ __forceinline__ int row() { return int(threadIdx.x) / units; }

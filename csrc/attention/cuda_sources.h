@@ -146,37 +146,34 @@ class SourceScores {
 
   // Before the first pair of the first stage.
   __device__ __forceinline__ void begin(Stage stage) {
+    if constexpr (MT == 2) {
 #pragma unroll
-    for (int i = 0; i < 2 * MT - 1; ++i) load_window(stage, -1 - i, window_[i]);
+      for (int half = 0; half < 2; ++half) load_window(stage, half - 2, before_[half]);
+    }
   }
 
   // Scores of the pair of eights 2 y, 2 y + 1 of a stage; pairs and stages are taken in their order.
   __device__ __forceinline__ void pair(Stage stage, int y, float (&s)[MT][2][4]) {
+    static_assert(MT <= 2, "of a third 16 sources the window would be that of four eights before");
     int lane = lane_of_warp();
 #pragma unroll
-    for (int m = 0; m < MT; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) s[m][half][0] = s[m][half][1] = s[m][half][2] = s[m][half][3] = 0.0f;
-    }
-    // window_[i] is that of eight 2 y + 1 - i.
-#pragma unroll
-    for (int i = 2 * MT; i >= 2; --i) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) window_[i][j] = window_[i - 2][j];
-    }
-    load_window(stage, 2 * y + 1, window_[0]);
-    load_window(stage, 2 * y, window_[1]);
-#pragma unroll
     for (int half = 0; half < 2; ++half) {
-      Pair<T> slots[4];
+      Pair<T> slots[4], window[2][4];
       load_matrices(slots, stage.slot_tile() + Tile<T, 32>::place(lane % 8, lane / 8) + (2 * y + half) * 8 * 32);
+      load_window(stage, 2 * y + half, window);
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
-        auto &low = window_[1 - half + 2 * m], &high = window_[2 - half + 2 * m];
+        // Sources 16 later meet the same offsets two eights later.
+        auto& a = m == 0 ? window : before_[half];
+        s[m][half][0] = s[m][half][1] = s[m][half][2] = s[m][half][3] = 0.0f;
+        mma<T>(s[m][half], a[0], slots[0], slots[1]);
+        mma<T>(s[m][half], a[1], slots[2], slots[3]);
+      }
+      if constexpr (MT == 2) {
 #pragma unroll
         for (int k = 0; k < 2; ++k) {
-          Pair<T> a[4] = {low[2 * k], high[2 * k], low[2 * k + 1], high[2 * k + 1]};
-          mma<T>(s[m][half], a, slots[2 * k], slots[2 * k + 1]);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) before_[half][k][i] = window[k][i];
         }
       }
     }
@@ -184,15 +181,17 @@ class SourceScores {
   }
 
  private:
-  // The warp's lowest eight sources with the eight targets x: slots 2 i and 2 i + 1 in pair i.
-  static __device__ __forceinline__ void load_window(Stage stage, int x, Pair<T> (&pairs)[4]) {
+  // The window of the warp's lowest 16 sources with the eight targets x, as operands of 4 slots each.
+  static __device__ __forceinline__ void load_window(Stage stage, int x, Pair<T> (&a)[2][4]) {
     int lane = lane_of_warp(), warp = threadIdx.x / 32;
-    int row = attention_step - 8 - 8 * x + 16 * MT * warp + lane % 8 + 2 * (lane / 8);
-    load_matrices(pairs, stage.window_tile() + row * 8);
+    int row = attention_step - 8 + 16 * MT * warp + lane % 8 + lane / 8 % 2 * 8 + lane / 16 * 2;
+    const T* from = stage.window_tile() + (row - 8 * x) * 8;
+    load_matrices(a[0], from);
+    load_matrices(a[1], from + 4 * 8);
   }
 
   Pair<T> keys_[MT][score_channels / 16][4];
-  Pair<T> window_[2 * MT + 1][4];
+  Pair<T> before_[2][2][4];  // the windows of the last pair
 };
 
 // Which targets see a block's sources; those that are padding have none.

@@ -2,6 +2,7 @@
 // and delta, the sum over uses and channels of grad out; sums over sequences of what targets add to de.
 #include "attention/attention.h"
 #include "common/launch.h"
+#include "common/vectors.h"
 
 namespace zk {
 
@@ -14,8 +15,8 @@ __host__ __device__ __forceinline__ unsigned blocks_of(int64_t frames) {
   return unsigned((frames + pack_rows - 1) / pack_rows);
 }
 
-// Eight lanes have a target or a source of a sequence and head.
-template <class T>
+// Eight lanes have a target or a source of a sequence and head, N channels at a time.
+template <class T, int N>
 __global__ void __launch_bounds__(pack_threads) pack_kernel(const AttentionPack n) {
   const unsigned of_targets = blocks_of(n.targets), blocks = of_targets + blocks_of(n.sources);
   const unsigned pair = blockIdx.x / blocks, block = blockIdx.x % blocks, sequences = unsigned(n.sequences);
@@ -36,10 +37,14 @@ __global__ void __launch_bounds__(pack_threads) pack_kernel(const AttentionPack 
       const T *row = from + frame * rows.frame, *result = out + frame * n.use.out.frame;
       T* packed = to + frame * n.width;
 #pragma unroll 1
-      for (int c = lane; c < width; c += lanes) {
-        T x = c < channels ? row[c] : narrow<T>(0.0f);
-        packed[c] = x;
-        if (target && c < channels) sum += widen(x) * widen(result[c]);
+      for (int c = lane * N; c < width; c += lanes * N) {
+        Pack<T, N> x{};
+        if (c < channels) x = *reinterpret_cast<const Pack<T, N>*>(row + c);
+        store_pack(packed + c, x);
+        if (!target || c >= channels) continue;
+        auto y = *reinterpret_cast<const Pack<T, N>*>(result + c);
+#pragma unroll
+        for (int i = 0; i < N; ++i) sum += widen(x.element[i]) * widen(y.element[i]);
       }
     }
     if (!target) continue;
@@ -79,8 +84,14 @@ __global__ void __launch_bounds__(columns* groups) offsets_kernel(const Attentio
 void attention_pack_cuda(const AttentionPack& args, void* stream) {
   int64_t blocks = args.heads * args.sequences * (blocks_of(args.targets) + int64_t(blocks_of(args.sources)));
   dispatch_gpu(args.dtype, [&](auto element) {
-    launch("attention_pack", pack_kernel<decltype(element)>, dim3(grid_size(blocks)), dim3(pack_threads), 0, stream,
-           args);
+    using T = decltype(element);
+    bool by_four = (args.use.channels | args.first | args.end) % 4 == 0;
+    for (const AttentionRows* rows : {&args.use.v, &args.use.out, &args.use.grad}) {
+      by_four = by_four && reinterpret_cast<uintptr_t>(rows->data) % (4 * sizeof(T)) == 0;
+      by_four = by_four && (rows->frame | rows->sequence | rows->head) % 4 == 0;
+    }
+    auto kernel = by_four ? pack_kernel<T, 4> : pack_kernel<T, 1>;
+    launch("attention_pack", kernel, dim3(grid_size(blocks)), dim3(pack_threads), 0, stream, args);
   });
 }
 
