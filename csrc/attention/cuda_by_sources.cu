@@ -95,8 +95,6 @@ __global__ void __launch_bounds__(attention_threads, 2) by_sources(const Attenti
     const int first = begin + n * attention_step;
     // Rows of padded sources come to nothing in the end, unless there is a penalty.
     const bool free = penalty == 0.0f && masks.all_see(w, first);
-    float of_step[MT][score_channels / 8][4] = {};
-    float (&sums)[MT][score_channels / 8][4] = sums_by_step<T> ? of_step : acc;
     if (n == 0) scores.begin(stage);
 #pragma unroll(wide ? 4 : unrolled<T>)
     for (int y = 0; y < attention_step / 16; ++y) {
@@ -138,9 +136,8 @@ __global__ void __launch_bounds__(attention_threads, 2) by_sources(const Attenti
       }
 #pragma unroll
       for (int m = 0; m < MT; ++m) to_operand<T>(dw[m], a[m]);
-      multiply_rows<T, score_channels, score_channels / 8, MT>(stage.query_tile(), a, y, sums);
+      multiply_rows<T, score_channels, score_channels / 8, MT>(stage.query_tile(), a, y, acc);
     }
-    if constexpr (sums_by_step<T>) add_sums(of_step, acc);
     if (n + 1 < steps) loader.finish(stage_of(n + 1));
   }
 

@@ -107,8 +107,10 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
 
     float dq[1][score_channels / 8][4] = {}, dp[1][1][4] = {}, de[2][4] = {};
     for (int n = 0; n < steps; ++n) {
-      float dw_all[wide ? 4 : 1][1][2][4] = {};
+      float dw_all[wide ? 4 : 1][1][2][4];
       if constexpr (wide) {
+#pragma unroll
+        for (int i = 0; i < 32; ++i) dw_all[i / 8][0][i / 4 % 2][i % 4] = negative[i % 4 / 2];
         channel_blocks.multiply(dw_all, 16 * warp, [&] {
           if (n + 1 < steps) load(n + 1);
         });
@@ -125,13 +127,11 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
       // Sums over diagonals that this step ends begin with those of targets before.
       float* sums = offsets + (int64_t(targets) - first_target + first) * 8;
       float before[4];
-      if (offsets) {
+      if (keeps && offsets) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) before[i] = sums[i / 2 * 64 + i % 2];
       }
       const bool free = penalty == 0.0f && !w.mask && first >= all_seen.begin && first + attention_step <= all_seen.end;
-      float dq_of_step[1][score_channels / 8][4] = {};
-      float (&dq_sums)[1][score_channels / 8][4] = sums_by_step<T> ? dq_of_step : dq;
       if (n == 0) scores.begin(stage);
 #pragma unroll(wide ? 4 : unrolled<T>)
       for (int y = 0; y < attention_step / 16; ++y) {
@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
         for (int half = 0; half < 2; ++half) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            dw[0][half][i] = wide ? dw_all[wide ? y : 0][0][half][i] + negative[i / 2] : negative[i / 2];
+            dw[0][half][i] = wide ? dw_all[wide ? y : 0][0][half][i] : negative[i / 2];
           }
         }
         if constexpr (!wide) multiply<1, T>(stage.value_tile(), own_grads, y, dw);
@@ -163,17 +163,10 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
         Pair<T> a[1][4];
         to_operand<T>(dw[0], a[0]);
         diagonals.store(a[0], y);
-        multiply_rows<T, score_channels, score_channels / 8, 1>(stage.key_tile(), a, y, dq_sums);
+        multiply_rows<T, score_channels, score_channels / 8, 1>(stage.key_tile(), a, y, dq);
       }
-      if constexpr (sums_by_step<T>) add_sums(dq_of_step, dq);
       __syncwarp();
-      if constexpr (sums_by_step<T>) {
-        float dp_of_step[1][1][4] = {};
-        diagonals.multiply_window(stage.window_tile(), dp_of_step[0][0]);
-        add_sums(dp_of_step, dp);
-      } else {
-        diagonals.multiply_window(stage.window_tile(), dp[0][0]);
-      }
+      diagonals.multiply_window(stage.window_tile(), dp[0][0]);
       __syncthreads();
       if (offsets) {
         if constexpr (!keeps) diagonals.load_positions(p, w, b, h, first_target);
@@ -181,7 +174,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
         diagonals.multiply_positions(p, 16 * warp + attention_step, de[1]);
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          sums[i / 2 * 64 + i % 2] = before[i] + de[0][i];
+          sums[i / 2 * 64 + i % 2] = (keeps ? before[i] : sums[i / 2 * 64 + i % 2]) + de[0][i];
           de[0][i] = de[1][i];
           de[1][i] = 0.0f;
         }
@@ -222,8 +215,10 @@ void attention_by_targets_cuda(const AttentionScoresGradients& given, void* stre
   args.weights = for_kernels(given.weights);
   dispatch_attention(args.weights, [&](auto element) {
     using T = decltype(element);
-    if (args.channels > 32) return run<T, true>(args, stream);
-    run<T, false>(args, stream);
+    if constexpr (sizeof(T) == 2) {
+      if (args.channels <= 32) return run<T, false>(args, stream);
+    }
+    run<T, true>(args, stream);  // of float always: gradients of 32 channels take too many registers
   });
 }
 

@@ -41,11 +41,14 @@ class TargetScores {
     for (int high = 0; high < 2; ++high) {
       int64_t row = first + g + 8 * high;
       Pair<T> mine = row < w.targets && t / 2 == slot % 2 ? load_pair(p + row * w.p.frame) : no_pair<T>();
+      given_[high] = mine;
+      if constexpr (keeps) {
 #pragma unroll
-      for (int two = 0; two < 4; ++two) {
-        Pair<T>& pair = slots_[two / 2][two % 2 * 2 + high];
-        pair = slot / 2 == two ? mine : no_pair<T>();
-        hold<T>(pair);
+        for (int two = 0; two < 4; ++two) {
+          Pair<T>& pair = slots_[two / 2][two % 2 * 2 + high];
+          pair = slot / 2 == two ? mine : no_pair<T>();
+          hold<T>(pair);
+        }
       }
     }
   }
@@ -78,13 +81,24 @@ class TargetScores {
     Pair<T> b[4];
     load_matrices(b, stage.window_tile() + (attention_step - 7 - 16 * warp + 8 * x + lane % 8 + 2 * (lane / 8)) * 8);
     c[0] = c[1] = c[2] = c[3] = 0.0f;
-    mma<T>(c, slots_[0], b[0], b[1]);
-    mma<T>(c, slots_[1], b[2], b[3]);
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      if constexpr (keeps) {
+        mma<T>(c, slots_[k], b[2 * k], b[2 * k + 1]);
+      } else {
+        Pair<T> a[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) a[i] = (7 - lane / 4) / 2 == 2 * k + i / 2 ? given_[i % 2] : no_pair<T>();
+        mma<T>(c, a, b[2 * k], b[2 * k + 1]);
+      }
+    }
   }
 
   Pair<T> queries_[1][score_channels / 16][4];
-  Pair<T> slots_[2][4];  // position queries, each in its slot
-  float next_[2];        // of the next eight sources and the upper eight targets
+  static constexpr bool keeps = sizeof(T) == 2;  // of float operands take twice as many registers
+  Pair<T> given_[2];                             // position queries of the lower and the upper eight targets
+  Pair<T> slots_[2][4];                          // the same, each in its slot
+  float next_[2];                                // of the next eight sources and the upper eight targets
 };
 
 // The gradient of the scores of 64 targets and 64 sources by offsets, in shared memory.

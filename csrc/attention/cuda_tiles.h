@@ -223,16 +223,6 @@ __device__ __forceinline__ float penalty_of(float score, float penalty, float li
   return (score > limit ? penalty : 0.0f) - (score < -limit ? penalty : 0.0f);
 }
 
-// Whether sums of a step are added up by themselves first. In float the rounding of sums over all frames would show.
-template <class T>
-constexpr bool sums_by_step = sizeof(T) == 4;
-
-template <int M, int N>
-__device__ __forceinline__ void add_sums(const float (&from)[M][N][4], float (&to)[M][N][4]) {
-#pragma unroll
-  for (int n = 0; n < M * N * 4; ++n) to[n / 4 / N][n / 4 % N][n % 4] += from[n / 4 / N][n / 4 % N][n % 4];
-}
-
 // Stores a warp's sums, 16 MT rows of N eights of channels, where they lie inside of `rows` and `width`.
 template <class T, int MT, int N>
 __device__ __forceinline__ void store_rows(T* to, int64_t stride, int first, int rows, int width,

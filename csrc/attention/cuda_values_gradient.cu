@@ -70,8 +70,6 @@ __global__ void __launch_bounds__(attention_threads, N == 2 && sizeof(T) == 2 ? 
     const T* grad_tile = grads_of(n);
     const int first = begin + n * attention_step;
     const bool free = !masks.any_empty && masks.all_see(w, first);
-    float of_step[MT][N][4] = {};
-    float (&sums)[MT][N][4] = sums_by_step<T> ? of_step : acc;
     if (n == 0) scores.begin(stage);
 #pragma unroll(N == 24 ? 2 : unrolled<T>)
     for (int y = 0; y < attention_step / 16; ++y) {
@@ -101,9 +99,8 @@ __global__ void __launch_bounds__(attention_threads, N == 2 && sizeof(T) == 2 ? 
       }
 #pragma unroll
       for (int m = 0; m < MT; ++m) to_operand<T>(s[m], a[m]);
-      multiply_rows<T, channels, N, MT>(grad_tile, a, y, sums);
+      multiply_rows<T, channels, N, MT>(grad_tile, a, y, acc);
     }
-    if constexpr (sums_by_step<T>) add_sums(of_step, acc);
     if (n + 1 < steps) loader.finish(stage_of(n + 1));
   }
 

@@ -49,13 +49,14 @@ __device__ __forceinline__ T* row_of(const NonlinRows& x, int64_t frame, int64_t
 // `lanes` threads have a row, N elements each at a time.
 template <class Gate, class T, int N>
 __global__ void __launch_bounds__(threads) map_rows(const NonlinMap args, int lanes) {
-  int64_t row = int64_t(blockIdx.x) * (threads / lanes) + threadIdx.x / lanes;
-  if (int(threadIdx.x) >= threads / lanes * lanes || row >= args.frames * args.sequences) return;
-  int64_t frame = row / args.sequences, sequence = row - frame * args.sequences;
+  const unsigned rows = unsigned(args.frames * args.sequences), sequences = unsigned(args.sequences);
+  const unsigned row = blockIdx.x * unsigned(threads / lanes) + threadIdx.x / unsigned(lanes);
+  if (int(threadIdx.x) >= threads / lanes * lanes || row >= rows) return;
+  int64_t frame = row / sequences, sequence = row % sequences;
   const T* from[3] = {row_of<T>(args.first, frame, sequence), row_of<T>(args.second, frame, sequence),
                       row_of<T>(args.third, frame, sequence)};
   T *out = row_of<T>(args.out, frame, sequence), *other = row_of<T>(args.other, frame, sequence);
-  for (int64_t c = threadIdx.x % lanes * N; c < args.channels; c += lanes * N) {
+  for (int64_t c = threadIdx.x % unsigned(lanes) * N; c < args.channels; c += lanes * N) {
     float in[3][N], results[2][N];
 #pragma unroll
     for (int i = 0; i < Gate::inputs; ++i) load(from[i] + c, in[i]);
@@ -80,6 +81,7 @@ bool aligned(const NonlinMap& args) {
 
 template <class Gate>
 void run(const char* name, const NonlinMap& args, void* stream) {
+  if (args.frames * args.sequences > 0x7fffffff) throw std::invalid_argument("more rows than 31 bits count");
   dispatch_gpu(args.dtype, [&](auto element) {
     using T = decltype(element);
     auto run_with = [&](auto width) {
