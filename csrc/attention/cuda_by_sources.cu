@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_sources(const Attenti
   }
 
   SourceScores<T, MT> scores(w, b, h, own);
+  [[maybe_unused]] const int eight = first_eight<T>();
   Pair<T> own_values[MT][2][4];
   if constexpr (!wide) load_operands<T, 32, MT>(own_values, values, channels, own, sources, channels);
 
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_sources(const Attenti
           for (int m = 0; m < MT; ++m) dw[m][half][i] = wide ? dw_all[wide ? y : 0][m][half][i] + negative : negative;
         }
       }
-      if constexpr (!wide) multiply<MT, T>(grads_of(n), own_values, y, dw);
+      if constexpr (!wide) multiply<MT, T>(grads_of(n), eight, own_values, y, dw);
       Pair<T> a[MT][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {

@@ -89,6 +89,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
     }
 
     TargetScores<T> scores(w, b, h, own);
+    [[maybe_unused]] const int eight = first_eight<T>();
     Pair<T> own_grads[1][2][4], p[4][2];
     if constexpr (!wide) load_operands<T, 32, 1>(own_grads, grads, channels, own, targets, channels);
     constexpr bool keeps = sizeof(T) == 2;  // for float that takes too many registers
@@ -144,7 +145,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
             dw[0][half][i] = wide ? dw_all[wide ? y : 0][0][half][i] : negative[i / 2];
           }
         }
-        if constexpr (!wide) multiply<1, T>(stage.value_tile(), own_grads, y, dw);
+        if constexpr (!wide) multiply<1, T>(stage.value_tile(), eight, own_grads, y, dw);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
 #pragma unroll

@@ -116,15 +116,21 @@ __device__ __forceinline__ void load_operands(Pair<T> (&a)[MT][channels / 16][4]
   }
 }
 
-// s += a b^T, b two eights of rows of a tile of 32 channels.
-template <int MT, class T>
-__device__ __forceinline__ void multiply(const T* tile, const Pair<T> (&a)[MT][2][4], int y, float (&s)[MT][2][4]) {
+// Where a lane reads of the first eight rows of a tile of 32 channels; the next ones lie 8 * 32 further on.
+template <class T>
+__device__ __forceinline__ int first_eight() {
   int lane = lane_of_warp();
-  const T* from = tile + Tile<T, 32>::place(lane % 8, lane / 8) + 16 * y * 32;
+  return held(Tile<T, 32>::place(lane % 8, lane / 8));
+}
+
+// s += a b^T, b two eights of rows of a tile of 32 channels; `from` is `first_eight`.
+template <int MT, class T>
+__device__ __forceinline__ void multiply(const T* tile, int from, const Pair<T> (&a)[MT][2][4], int y,
+                                         float (&s)[MT][2][4]) {
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     Pair<T> b[4];
-    load_matrices(b, from + half * 8 * 32);
+    load_matrices(b, tile + from + (2 * y + half) * 8 * 32);
 #pragma unroll
     for (int m = 0; m < MT; ++m) {
       mma<T>(s[m][half], a[m][0], b[0], b[1]);
@@ -139,7 +145,8 @@ class SourceScores {
  public:
   using Stage = TargetStage<T, MT>;
 
-  __device__ SourceScores(const AttentionWeights& w, int b, int h, int first) {
+  __device__ SourceScores(const AttentionWeights& w, int b, int h, int first)
+      : eight_(first_eight<T>()), window_from_(held(window_from())) {
     load_operands<T, score_channels, MT>(keys_, head_of<T>(w.k, b, h), w.k.frame, first, int(w.sources),
                                          int(w.query_channels));
   }
@@ -155,11 +162,10 @@ class SourceScores {
   // Scores of the pair of eights 2 y, 2 y + 1 of a stage; pairs and stages are taken in their order.
   __device__ __forceinline__ void pair(Stage stage, int y, float (&s)[MT][2][4]) {
     static_assert(MT <= 2, "of a third 16 sources the window would be that of four eights before");
-    int lane = lane_of_warp();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       Pair<T> slots[4], window[2][4];
-      load_matrices(slots, stage.slot_tile() + Tile<T, 32>::place(lane % 8, lane / 8) + (2 * y + half) * 8 * 32);
+      load_matrices(slots, stage.slot_tile() + eight_ + (2 * y + half) * 8 * 32);
       load_window(stage, 2 * y + half, window);
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
@@ -177,19 +183,23 @@ class SourceScores {
         }
       }
     }
-    multiply<MT, T>(stage.query_tile(), keys_, y, s);
+    multiply<MT, T>(stage.query_tile(), eight_, keys_, y, s);
   }
 
  private:
   // The window of the warp's lowest 16 sources with the eight targets x, as operands of 4 slots each.
-  static __device__ __forceinline__ void load_window(Stage stage, int x, Pair<T> (&a)[2][4]) {
-    int lane = lane_of_warp(), warp = threadIdx.x / 32;
-    int row = attention_step - 8 + 16 * MT * warp + lane % 8 + lane / 8 % 2 * 8 + lane / 16 * 2;
-    const T* from = stage.window_tile() + (row - 8 * x) * 8;
+  __device__ __forceinline__ void load_window(Stage stage, int x, Pair<T> (&a)[2][4]) const {
+    const T* from = stage.window_tile() + window_from_ - 8 * x * 8;
     load_matrices(a[0], from);
     load_matrices(a[1], from + 4 * 8);
   }
 
+  static __device__ __forceinline__ int window_from() {
+    int lane = lane_of_warp(), warp = threadIdx.x / 32;
+    return (attention_step - 8 + 16 * MT * warp + lane % 8 + lane / 8 % 2 * 8 + lane / 16 * 2) * 8;
+  }
+
+  int eight_, window_from_;  // where this thread reads: of eight targets, and of the window for the eight targets 0
   Pair<T> keys_[MT][score_channels / 16][4];
   Pair<T> before_[2][2][4];  // the windows of the last pair
 };

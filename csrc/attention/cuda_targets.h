@@ -32,7 +32,8 @@ struct SourceStage {
 template <class T>
 class TargetScores {
  public:
-  __device__ TargetScores(const AttentionWeights& w, int b, int h, int first) {
+  __device__ TargetScores(const AttentionWeights& w, int b, int h, int first)
+      : eight_(first_eight<T>()), window_from_(held(window_from())) {
     load_operands<T, score_channels, 1>(queries_, head_of<T>(w.q, b, h), w.q.frame, first, int(w.targets),
                                         int(w.query_channels));
     int lane = lane_of_warp(), g = lane / 4, t = lane % 4, slot = 7 - g;
@@ -71,15 +72,15 @@ class TargetScores {
       s[0][half][0] = c[0], s[0][half][1] = c[1], s[0][half][2] = next_[0], s[0][half][3] = next_[1];
       next_[0] = c[2], next_[1] = c[3];
     }
-    multiply<1, T>(stage.key_tile(), queries_, y, s);
+    multiply<1, T>(stage.key_tile(), eight_, queries_, y, s);
   }
 
  private:
   template <class Stage>
   __device__ __forceinline__ void multiply_window(Stage stage, int x, float (&c)[4]) {
-    int lane = lane_of_warp(), warp = threadIdx.x / 32;
+    [[maybe_unused]] int lane = lane_of_warp();
     Pair<T> b[4];
-    load_matrices(b, stage.window_tile() + (attention_step - 7 - 16 * warp + 8 * x + lane % 8 + 2 * (lane / 8)) * 8);
+    load_matrices(b, stage.window_tile() + window_from_ + 8 * x * 8);
     c[0] = c[1] = c[2] = c[3] = 0.0f;
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
@@ -95,6 +96,12 @@ class TargetScores {
   }
 
   Pair<T> queries_[1][score_channels / 16][4];
+  static __device__ __forceinline__ int window_from() {
+    int lane = lane_of_warp(), warp = threadIdx.x / 32;
+    return (attention_step - 7 - 16 * warp + lane % 8 + 2 * (lane / 8)) * 8;
+  }
+
+  int eight_, window_from_;  // where this thread reads: of eight sources, and of the window for the eight sources 0
   static constexpr bool keeps = sizeof(T) == 2;  // of float operands take twice as many registers
   Pair<T> given_[2];                             // position queries of the lower and the upper eight targets
   Pair<T> slots_[2][4];                          // the same, each in its slot
@@ -111,30 +118,33 @@ class Diagonals {
 
   // Columns that a row has no source for stay zero.
   __device__ explicit Diagonals(T* memory) : memory_(memory) {
+    int lane = lane_of_warp(), warp = threadIdx.x / 32, row = 16 * warp + lane / 4;
+    store_to_ = held(place(row) + attention_step - row - row % 2 + lane % 4 * 2);
+    row_from_ = held(place(16 * warp + lane % 16) + attention_step - 16 - 16 * warp + lane / 16 * 8);
+    window_from_ = held((attention_step - 16 - 16 * warp + lane) * 8);
+    column_from_ = held((lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8);
     for (int n = threadIdx.x; n < elements; n += attention_threads) memory[n] = narrow<T>(0.0f);
   }
 
   // Stores a warp's operand of 16 targets and the sources 16 y to 16 y + 15.
   __device__ __forceinline__ void store(const Pair<T> (&a)[4], int y) {
-    int lane = lane_of_warp(), g = lane / 4, t = lane % 4;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      int row = 16 * int(threadIdx.x / 32) + g + i % 2 * 8;
-      store_pair(memory_ + place(row) + (attention_step - row - row % 2) + 16 * y + i / 2 * 8 + 2 * t, a[i]);
+    for (int i = 0; i < 4; ++i) {  // eight rows on, a column has another offset
+      store_pair(memory_ + store_to_ + i % 2 * (8 / 2 * pitch - 8) + 16 * y + i / 2 * 8, a[i]);
     }
   }
 
   // Adds a warp's rows times e: columns 0 to 3 are of even targets, 4 to 7 of odd ones.
   __device__ __forceinline__ void multiply_window(const T* window, float (&sums)[4]) const {
-    int lane = lane_of_warp(), warp = threadIdx.x / 32, first = attention_step - 16 - 16 * warp;
+    const int half = lane_of_warp() / 16 * 16;  // of the last sixteen rows there are no more
 #pragma unroll
     for (int k = 0; k < 5; k += 2) {
       Pair<T> b[4];
-      load_transposed(b, window + (first + 16 * k + (k < 4 ? lane : lane % 16)) * 8);
+      load_transposed(b, window + window_from_ + (16 * k - (k < 4 ? 0 : half)) * 8);
 #pragma unroll
       for (int i = 0; i < (k < 4 ? 2 : 1); ++i) {
         Pair<T> a[4];
-        load_matrices(a, memory_ + place(16 * warp + lane % 16) + first + 16 * (k + i) + lane / 16 * 8);
+        load_matrices(a, memory_ + row_from_ + 16 * (k + i));
         mma<T>(sums, a, b[2 * i], b[2 * i + 1]);
       }
     }
@@ -142,12 +152,10 @@ class Diagonals {
 
   // Adds, of the 16 offsets from `first` on, the sums over all targets of the gradient times `p`.
   __device__ __forceinline__ void multiply_positions(const Pair<T> (&p)[4][2], int first, float (&sums)[4]) const {
-    int lane = lane_of_warp();
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      int row = 16 * (k % 2) + lane / 16 * 8 + lane % 8;
       Pair<T> a[4];
-      load_transposed(a, memory_ + k / 2 * odd + row * pitch + first + lane / 8 % 2 * 8);
+      load_transposed(a, memory_ + column_from_ + k / 2 * odd + 16 * (k % 2) * pitch + first);
       mma<T>(sums, a, p[k][0], p[k][1]);
     }
   }
@@ -177,6 +185,7 @@ class Diagonals {
   static __device__ __forceinline__ int place(int row) { return row % 2 * odd + row / 2 * pitch; }
 
   T* memory_;
+  int store_to_, row_from_, window_from_, column_from_;  // of this thread
 };
 
 }  // namespace zk

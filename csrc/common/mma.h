@@ -68,6 +68,14 @@ __device__ __forceinline__ void hold(Pair<T>& pair) {
 #endif
 }
 
+// The same of a number, such as where a thread reads in every step of a loop.
+__device__ __forceinline__ int held(int x) {
+#if defined(__CUDACC__)
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // 2^x, 0 for -infinity; within 2 ulp on the device.
 __device__ __forceinline__ float exp2_of(float x) {
 #if defined(__CUDACC__)
