@@ -303,6 +303,7 @@ def test_a_peer_that_fails_apart_says_why():
 def test_jobs_whose_peers_run_apart_can_be_sent_to_them():
     apart = [its for name in suite.MODELS for its in suite.jobs(name, every=True) if its.apart]
     models = {"conv-embed", "encoder-forward", "training-step", "streaming-chunk", "encoder-products"}
+    models |= {"rel-pos-attention"}
     assert {its.benchmark for its in apart} == models
     for its in apart:
         assert pickle.loads(pickle.dumps(its.prepare)).func == its.prepare.func

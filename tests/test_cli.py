@@ -350,7 +350,7 @@ def test_info_tells_what_is_tuned(command):
     assert [line for line in lines if "overridden" in line] == [
         "attention.stored_bytes = 7 bytes  overridden, not 33554432"
     ]
-    assert "attention.triton_query_2_bytes = 64x16x4x64x3 targets, sources, warps, channels, stages" in lines
+    assert "attention.triton_score_2_bytes = 64x32x4x64x1 targets, sources, warps, channels, stages" in lines
 
 
 def test_info_tells_versions_build_and_every_op(command):

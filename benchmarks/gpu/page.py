@@ -178,8 +178,8 @@ def layer_tables(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> lis
     head = ["case", "direction", *(f"instructions, {name}" for name in names), *(f"us, {name}" for name in names)]
     text = (
         "NonlinAttention uses the first head, two self-attentions use all. Instructions are those of all kernels of "
-        "attention, for each score of the layer; us include gates, and PyTorch's products and passes. *Stored* and *recomputed* "
-        "say how attention weights are held; *before* is the commit that attention-before.json names."
+        "attention, for each score of the layer; us include gates, and PyTorch's products and passes. *Stored* and "
+        "*recomputed* say how attention weights are held; *before* is the commit that attention-before.json names."
     )
     return [f"{text}\n\n{table(head, lines)}", layer_kernels(now)]
 

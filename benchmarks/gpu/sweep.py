@@ -32,19 +32,18 @@ from zipformer_kernels.core import tuning
 from zipformer_kernels.ops import attention
 from zipformer_kernels.ops.attention.tiles import TILES, Tile, tile_of
 
-KERNELS = ("position", "key", "query", "aggregate", "softmax", "value")
-"""Those that take longest first. `value` serves wide values, such as NonlinAttention's."""
-WIDE = ("value",)
-ROWS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (2, 3)
+KERNELS = ("score", "value", "wide_aggregate", "aggregate", "position", "key", "softmax")
+"""Those that take longest first."""
+WIDE = ("value", "wide_aggregate")  # they serve wide values, such as NonlinAttention's
+ROWS, WARPS, STAGES = (16, 32, 64, 128), (4, 8), (1, 2)
 LARGEST = 64 * 64  # scores of a tile: beyond that registers do not hold them, and compiling takes half a minute
 
 
-def tiles(kernel: str, now: Tile) -> Iterator[Tile]:
-    """What to try in place of a tile, the nearest to it first. `position` always takes twice as many sources."""
-    shapes = [(n, 2 * n) for n in ROWS] if kernel == "position" else itertools.product(ROWS, ROWS)
+def tiles(now: Tile) -> Iterator[Tile]:
+    """What to try in place of a tile, the nearest to it first."""
     found = [
         now._replace(targets=targets, sources=sources, warps=warps, stages=stages)
-        for (targets, sources), warps, stages in itertools.product(shapes, WARPS, STAGES)
+        for (targets, sources), warps, stages in itertools.product(itertools.product(ROWS, ROWS), WARPS, STAGES)
         if targets * sources <= LARGEST
     ]
     others = [tile for tile in found if tile != now]
@@ -62,7 +61,7 @@ def work(kernel: str) -> tuple[Callable[[], Any], Callable[[], list[Tensor]]]:
         run = partial(attention._op.variants["softmax"], *scores, backend="triton")
         return run, lambda: [run()]
     passes = Passes(partial(ops.get(name), backend="triton"), args)
-    return passes.forward if kernel == "aggregate" else passes.both, passes.results
+    return passes.forward if kernel.endswith("aggregate") else passes.both, passes.results
 
 
 def timed(run: Callable[[], Any], results: Callable[[], list[Tensor]], expected: list[Tensor]) -> dict[str, Any]:
@@ -82,7 +81,7 @@ def sweep(found: Found, kernel: str, end: float) -> Tile:
     expected = results()
     least = timed(run, results, expected)["us"]
     found.add(f"{kernel:10s} {short(best)} {least:9.1f} us, as it is", kernel=kernel, tile=best._asdict(), us=least)
-    for tile in tiles(kernel, best):
+    for tile in tiles(best):
         if time.monotonic() > end:
             break
         with tuning.override(**{entry_of(kernel): tile}):

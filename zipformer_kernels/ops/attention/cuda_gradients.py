@@ -23,7 +23,7 @@ STEP = 64
 PACKED, PACKED_WIDE = 32, 128
 """Channels of all uses side by side are as many as the first number, or a multiple of as many as fill so many bytes."""
 
-MOST_PARTS = 6
+MOST_PARTS = tuning.entry("attention.cuda_parts")
 """Into so many the targets of a sequence and head are shared out at most: each part sums the gradient of the position
 projections in memory of its own, 8 floats for each of T + S - 1 offsets."""
 
@@ -166,7 +166,7 @@ def _launch(
         return
     blocks = cdiv(targets, STEP)
     wanted = cdiv(BLOCKS_PER_MULTIPROCESSOR.value * multiprocessors(q), batch * heads)
-    parts = min(blocks, wanted, MOST_PARTS if de is not None else blocks)
+    parts = min(blocks, wanted, MOST_PARTS.value if de is not None else blocks)
     length = targets + whole_groups(sources, STEP) + STEP
     offsets = None
     if de is not None:

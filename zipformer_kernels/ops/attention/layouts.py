@@ -8,13 +8,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zipformer_kernels.core import tuning
 from zipformer_kernels.core.launch import cdiv, next_power_of_2, on_device
 from zipformer_kernels.ops.attention import kernels
 from zipformer_kernels.ops.attention.scores import Masks, Scores
 from zipformer_kernels.ops.attention.tiles import Tile, tile_of
 
 FRONT = BACK = 256  # rows of zeros around a table of e: twice what a tile may have of targets or sources
-SPREAD_ROWS, FILLED = 128, 512  # of a table and of a filling, that one program writes
+TABLE_ROWS = tuning.entry("attention.triton_table_rows")
+FILLING = tuning.entry("attention.triton_filling")
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,12 @@ def table_of(e: Tensor, targets: int, sources: int) -> Table:
     rows = cdiv(16 * lead + sources + BACK, 16) * 16
     data = e.new_empty(heads, copies, rows, tile)
     with on_device(e):
-        kernels.spread_kernel[(cdiv(rows, SPREAD_ROWS), heads)](
+        kernels.spread_kernel[(cdiv(rows, TABLE_ROWS.value), heads)](
             *(e, *e.stride(), data, offsets, rows, 16 * lead - targets),
             P=channels,
             P_TILE=tile,
             COPIES=copies,
-            ROWS=SPREAD_ROWS,
+            ROWS=TABLE_ROWS.value,
         )
     return Table(data, lead, term, channels, tile)
 
@@ -175,7 +177,7 @@ def filling_of(padding: Tensor | None, sources: int, like: Tensor) -> Tensor:
     filling = torch.empty(sequences, length, dtype=torch.float32, device=like.device)
     given = filling if padding is None else padding.contiguous().view(torch.uint8)
     with on_device(like):
-        kernels.filling_kernel[(cdiv(length, FILLED), sequences)](
-            given, filling, sources, length, PADDING=padding is not None, BLOCK=FILLED
+        kernels.filling_kernel[(cdiv(length, FILLING.value), sequences)](
+            given, filling, sources, length, PADDING=padding is not None, BLOCK=FILLING.value
         )
     return filling

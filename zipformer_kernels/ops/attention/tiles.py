@@ -57,6 +57,7 @@ TILES = {
         "masked_softmax",
         "weights",
         "aggregate",
+        "wide_aggregate",
         "value",
         "masked_value",
         "score",

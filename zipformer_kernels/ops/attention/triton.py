@@ -14,6 +14,7 @@ from zipformer_kernels.ops.attention.launchers import AttentionLaunchers
 from zipformer_kernels.ops.attention.layouts import Weights, unit_stride, weights_of
 from zipformer_kernels.ops.attention.reference import empty_rows
 from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, Use, by_heads, grouped
+from zipformer_kernels.ops.attention.tiles import tile_of
 
 
 def softmax_rows(*args: Tensor | int | None) -> tuple[Tensor]:
@@ -49,7 +50,8 @@ def average_values(scores: Scores, softmax: Tensor, masks: Masks, values: Tensor
     if out.numel() > 0:
         weights, values = weights_of(scores, softmax, masks), unit_stride(values)
         channels = values.shape[3]
-        tile = weights.tile("aggregate")
+        narrow = channels <= tile_of("aggregate", values.dtype).channels
+        tile = weights.tile("aggregate" if narrow else "wide_aggregate")
         programs, shares = tile.shares(channels)
         with on_device(values):
             kernels.aggregate_kernel[(weights.programs(weights.targets, tile.targets), programs)](
