@@ -10,8 +10,6 @@ from test_attention import OP, allocations, both_ways, storing
 from zipformer_kernels import BackendError, ChunkMask, rel_pos_attention
 from zipformer_kernels.core import tuning
 
-CLOSE = {"rtol": 1e-5, "atol": 1e-6}
-
 every_lane = pytest.mark.parametrize("lane", lanes(OP))
 
 
@@ -103,7 +101,7 @@ def test_every_mask(lane, masks, stored):
         out = check(lane, tensors, **options)
     if masks == "all masked":
         mean = tensors[2].mean(2, keepdim=True).expand(out.shape)
-        torch.testing.assert_close(out.cpu(), mean, **CLOSE)
+        torch.testing.assert_close(out.cpu(), mean, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("isa")
@@ -141,8 +139,8 @@ def test_without_positions_it_is_torchs(lane):
     with lane.active():
         out = rel_pos_attention(*tensors, attn_mask=mask)
         scaled = rel_pos_attention(*tensors, scale=1.0)
-    torch.testing.assert_close(out, F.scaled_dot_product_attention(*tensors, attn_mask=~mask), **CLOSE)
-    torch.testing.assert_close(scaled, F.scaled_dot_product_attention(*tensors, scale=1.0), **CLOSE)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(*tensors, attn_mask=~mask), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scaled, F.scaled_dot_product_attention(*tensors, scale=1.0), rtol=1e-5, atol=1e-6)
 
 
 @both_ways
