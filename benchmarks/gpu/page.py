@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.roofline import MACHINES
-from zipformer_kernels.ops.cases import stacks
 
 BEGIN, END = "<!-- written by benchmarks/instructions.py -->", "<!-- end -->"
 DIRECTIONS = ("forward", "backward", "step")
@@ -159,12 +158,12 @@ def layer_tables(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> lis
     kinds.insert(0, ("triton", "before"))
     found = {(r["stack"], r["direction"], r["backend"], r["weights"]): r for r in (*before, *now)}
     lines, sums = [], {kind: {m.name: 0.0 for m in MACHINES} for kind in kinds}
-    for stack, layers in zip(stacks("L")[:4], LAYERS, strict=True):
+    for stack, layers in zip(stacks_of(now), LAYERS, strict=True):
         for direction in ("forward", "backward"):
-            rows = [found[(stack.name, direction, *kind)] for kind in kinds]
+            rows = [found[(stack, direction, *kind)] for kind in kinds]
             lines.append(
                 (
-                    stack.name.removesuffix(", 30 x 30 s"),
+                    stack.removesuffix(", 30 x 30 s"),
                     direction,
                     *(number(row["instructions"]) for row in rows),
                     *(pair(row["predicted_us"]) for row in rows),
@@ -182,6 +181,11 @@ def layer_tables(now: list[dict[str, Any]], before: list[dict[str, Any]]) -> lis
         "*recomputed* say how attention weights are held; *before* is the commit that attention-before.json names."
     )
     return [f"{text}\n\n{table(head, lines)}", layer_kernels(now)]
+
+
+def stacks_of(rows: list[dict[str, Any]]) -> list[str]:
+    """The stacks that rows are of, in their order."""
+    return list(dict.fromkeys(row["stack"] for row in rows))
 
 
 LAYERS = (2, 4, 8, 5)
@@ -204,7 +208,7 @@ def layer_kernels(rows: list[dict[str, Any]]) -> str:
             one["bound"]["H100"],
         )
         for row in rows
-        if row["stack"] == stacks("L")[0].name
+        if row["stack"] == stacks_of(rows)[0]
         for one in row["kernels"]
     ]
     head = "kernel, backend, weights, direction, registers, shared, warps, instructions, us, bound"
