@@ -79,9 +79,10 @@ def test_tiles_that_masks_touch_are_not_counted():
     """But a vote that no branch skips is."""
     usage = USAGE.replace("4loop", "6masked")
     kernel = sass.parse(TEXT + MASKED, USAGE + usage)["_ZN2zk6maskedEPf"]
-    often = kernel.executed(lambda number: 1)
+    often = trips.executed("attention.average", True, kernel, {})
     assert [one.opcode for one in kernel.main if often[one] == 0] == ["LDG.E.U8", "VOTE.ANY", "FSEL", "MUFU.EX2"]
     assert sum(often.values()) == 5
+    assert sum(trips.executed("swoosh.forward", True, kernel, {}).values()) == 9, "other kernels have no masks"
 
 
 def test_instructions_are_counted_by_trips_without_what_hardly_runs(kernel):

@@ -59,15 +59,15 @@ class Kernels:
         return launch.name, self._triton[key]
 
 
-def scores_of(launch: Launch, otherwise: int = 0) -> int:
+def scores_of(launch: Launch) -> int:
     """Scores that an attention kernel turns into weights: one for each target, source, sequence and head.
 
-    Triton's launches tell, and CUDA's that are given weights; of others it is `otherwise`.
+    Triton's launches tell, and CUDA's that are given weights; of others it is 0.
     """
     n = launch.numbers
     if launch.kind == "cuda":
         weights = n.get("weights")
-        return otherwise if weights is None else weights.targets * weights.sources * weights.sequences * weights.heads
+        return 0 if weights is None else weights.targets * weights.sources * weights.sequences * weights.heads
     if "S" not in n or "H" not in n:
         return 0
     return (block_of_targets(n) if "targets" in n else n["T"]) * n["S"] * n["B"] * n["H"]
@@ -78,14 +78,13 @@ def floor(moved: int, scores: int, machine: Machine) -> float:
     return max(machine.moved(moved), machine.cycles(scores / 32 / dict(machine.rates)["mufu"]), machine.launch)
 
 
-def counted(launch: Launch, kernels: Kernels, elements: int, scores: int = 0) -> dict[str, Any]:
+def counted(launch: Launch, kernels: Kernels, elements: int) -> dict[str, Any]:
     """The row of one launch of Triton's or CUDA's: counts, predictions and floors.
 
     Args:
         launch: as recorded.
         kernels: the compiled ones.
         elements: of the op; instructions are given for each, or for each score where the kernel makes scores.
-        scores: of the op, if it is attention.
     """
     name, kernel = kernels(launch)
     often = executed(name, launch.kind == "cuda", kernel, launch.numbers | {"grid": launch.grid})
@@ -93,7 +92,7 @@ def counted(launch: Launch, kernels: Kernels, elements: int, scores: int = 0) ->
     static = kernel.shared if launch.kind == "cuda" else 0  # Triton's number is the whole
     shared = launch.shared + static
     work = work_of(kernel, often, launch.blocks, launch.threads, launch.shared - kernel.shared + static, moved)
-    scores = scores_of(launch, scores)
+    scores = scores_of(launch)
     accesses = Counter()
     for one, count in often.items():
         if one.global_bytes and count > 0:
@@ -182,7 +181,7 @@ def op_row(
     if name in ATTENTION:
         q, k = args[:2]
         scores = k.shape[0] * q.shape[:3].numel()
-    rows = [counted(launch, kernels, elements, scores) for launch in own]
+    rows = [counted(launch, kernels, elements) for launch in own]
     products = {m.name: m.multiplied(sum(launch.flops for launch in others)) for m in MACHINES}
     return {
         "op": name,

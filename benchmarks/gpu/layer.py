@@ -90,7 +90,7 @@ def row(
 ) -> dict[str, Any]:
     """Counts and predictions of one pass."""
     scores = stack.frames**2 * BATCH * stack.heads
-    own = [counts.counted(launch, kernels, scores, scores) for launch in recorded if launch.kind != "torch"]
+    own = [counts.counted(launch, kernels, scores) for launch in recorded if launch.kind != "torch"]
     others = [launch for launch in recorded if launch.kind == "torch"]
     return {
         "stack": stack.name,

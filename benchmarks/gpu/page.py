@@ -11,6 +11,8 @@ from typing import Any
 from benchmarks.gpu.roofline import MACHINES
 
 BEGIN, END = "<!-- written by benchmarks/instructions.py -->", "<!-- end -->"
+BEFORE = Path(__file__).parents[1] / "results/attention-before.json"
+"""What was counted before attention was written anew."""
 DIRECTIONS = ("forward", "backward", "step")
 
 
@@ -68,9 +70,9 @@ def page(counts: dict[str, Any], results: Path) -> str:
 
     Args:
         counts: what benchmarks/results/instructions.json holds.
-        results: the folder with what was measured, and with what was counted before attention was written anew.
+        results: the folder with what was measured.
     """
-    before = json.loads((results / "attention-before.json").read_text())["layers"]
+    before = json.loads(BEFORE.read_text())["layers"]
     rows = sorted(counts["ops"], key=lambda row: (row["op"], row["case"], DIRECTIONS.index(row["direction"])))
     parts = [
         f"Written from [counts](../benchmarks/results/instructions.json) of {counts['versions']}.",
