@@ -148,9 +148,10 @@ def test_without_positions_it_is_torchs(lane):
 def test_any_strides(lane, stored):
     """Heads of one projection as layers make them, positions expanded, and a gradient of one element."""
     torch.manual_seed(3)
-    projected = torch.randn(2, 20, 3, 3, 8, device=lane.device, requires_grad=True)  # batch, frames, parts, heads
-    bias = torch.randn(3, 1, 8, device=lane.device, requires_grad=True)
-    pos = torch.randn(1, 39, 3, 16, device=lane.device, requires_grad=True)
+    width = 4 if lane.backend == "cuda" else 8  # as wide as it takes position queries
+    projected = torch.randn(2, 20, 3, 3, width, device=lane.device, requires_grad=True)  # batch, frames, parts, heads
+    bias = torch.randn(3, 1, width, device=lane.device, requires_grad=True)
+    pos = torch.randn(1, 39, 3, 2 * width, device=lane.device, requires_grad=True)
     leaves = projected, bias, pos
     with lane.active(), storing(stored):
         results = []
@@ -219,7 +220,8 @@ def test_no_frames(lane, targets, sources):
 
 @pytest.mark.parametrize("lane", lanes(OP, "eager"))
 def test_no_tensor_grows_with_the_square_of_the_frames(lane, monkeypatch):
-    """The largest is linear in T: twice as long for twice the frames. The interpreter's kernels are skipped.
+    """The largest is linear in T: twice as long for twice the frames. The interpreter's and the
+    emulator's kernels are skipped.
 
     Triton's backward pass takes no more scratch than it must.
     """
@@ -227,10 +229,13 @@ def test_no_tensor_grows_with_the_square_of_the_frames(lane, monkeypatch):
         from triton.runtime.interpreter import GridExecutor
 
         monkeypatch.setattr(GridExecutor, "__call__", lambda *args, **kwargs: None)
-    heads, width = 4, 32
+    if lane.device.type == "cpu" and lane.backend == "cuda":
+        monkeypatch.setattr("zipformer_kernels.ops.attention.cuda.call_cuda", lambda *args: None)
+        monkeypatch.setattr("zipformer_kernels.ops.attention.cuda_gradients.call_cuda", lambda *args: None)
+    heads, width, positions = 4, 32, 4 if lane.backend == "cuda" else 32
     largest = []
     for frames in (2048, 4096):
-        leaves = [x.to(lane.device).requires_grad_() for x in inputs(frames, frames, width, 1, heads, width, width)]
+        leaves = [x.to(lane.device).requires_grad_() for x in inputs(frames, frames, positions, 1, heads, width, width)]
         with lane.active(), storing(False), tuning.override(**{"attention.triton_scratch_bytes": 0}):
             step = lambda: torch.autograd.grad(rel_pos_attention(*leaves).sum(), leaves)  # noqa: E731, B023
             largest.append(allocations(step))

@@ -37,7 +37,7 @@ def test_compiles_without_spills(op):
 def test_a_layer_of_preset_l_spills_nothing():
     rows = printed_by("triton_training.py", "kernels")
     kernels = {row["kernel"] for row in rows}
-    assert {"aggregate_kernel", "score_gradient_kernel", "value_gradient_kernel", "sum_parts"} <= kernels
+    assert {"weights_kernel", "score_gradient_kernel", "position_gradient_kernel", "sum_parts"} <= kernels
     assert [row for row in rows if row["spills"] > 0] == []
 
 

@@ -33,7 +33,7 @@ from zipformer_kernels.ops.attention.kernels import (
 )
 
 
-@triton.jit(do_not_specialize=["rows", "B", "H"])
+@triton.jit(do_not_specialize=["rows", "B", "H"], do_not_specialize_on_alignment=["x_ptr", "out_ptr"])
 def pack_kernel(
     x_ptr, x_st, x_sb, x_sh, out_ptr, out_st, out_sb, out_sh, packed_ptr, packed_st, delta_ptr, rows, B, H, C, CHANNELS,
     BM: tl.constexpr, BC: tl.constexpr, PACK: tl.constexpr, DELTA: tl.constexpr,
@@ -134,7 +134,7 @@ def score_gradient_walk(
     return dq, slots
 
 
-@triton.jit(do_not_specialize=[*VARYING, "first", "targets"])
+@triton.jit(do_not_specialize=[*VARYING, "first", "targets"], do_not_specialize_on_alignment=["p_ptr", "dp_ptr"])
 def score_gradient_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
     filling_ptr, filling_sb, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
