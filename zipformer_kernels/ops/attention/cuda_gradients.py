@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,7 +14,7 @@ from zipformer_kernels.core.launch import DTYPE_CODES, call_cuda, cdiv, multipro
 from zipformer_kernels.ops.attention import arguments
 from zipformer_kernels.ops.attention.aligned import GROUP, aligned_scores, aligned_values, whole_groups
 from zipformer_kernels.ops.attention.arguments import NO_ROWS, Arguments, projections, rows, unit_stride
-from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, Use
+from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, Use, by_heads
 
 STEP = 64
 """Targets that a block takes at once, and sources that it goes forward: `attention_step` of csrc."""
@@ -74,8 +73,8 @@ def scores_gradients(
         return gradients
     given = aligned_scores(scores)
     written = [_writable(x, like) for x, like in zip(gradients[:3], given[:3], strict=True)]
-    for heads, of_them in _groups(scores.q.shape[2], uses):
-        packed = _pack(scores.of_heads(heads), [_of_heads(use, heads) for use in of_them])
+    for heads, of_them in by_heads(scores.q.shape[2], uses):
+        packed = _pack(scores.of_heads(heads), of_them)
         weights = Arguments(given.of_heads(heads), softmax[heads], masks)
         results = [None if x is None else x[:, :, heads] for x in written]
         de = None if gradients[3] is None else gradients[3][:, heads]
@@ -112,27 +111,11 @@ def _writable(x: Tensor | None, like: Tensor | None) -> Tensor | None:
     return like.new_empty(like.shape)
 
 
-def _groups(heads: int, uses: Sequence[Use]) -> list[tuple[slice, list[Use]]]:
-    """Ranges of heads, and the uses that each of their heads has."""
-    ranges = [range(heads)[use.heads] for use in uses]
-    cuts = sorted({0, heads, *(cut for r in ranges for cut in (r.start, r.stop))})
-    return [
-        (slice(first, end), [use for use, r in zip(uses, ranges, strict=True) if first in r])
-        for first, end in pairwise(cuts)
-    ]
-
-
-def _of_heads(use: Use, heads: slice) -> Use:
-    """The part of a use that has these heads, which it has all."""
-    first = use.heads.start or 0
-    own = slice(heads.start - first, heads.stop - first)
-    return Use(heads, *(x[:, :, own] for x in use[1:]))
-
-
-def _pack(scores: Scores, uses: Sequence[Use]) -> _Packed:
+def _pack(scores: Scores, uses: Sequence[tuple[Tensor, Tensor, Tensor]]) -> _Packed:
+    """Values and gradients side by side, of uses that have all heads of the scores: values, result and gradient."""
     q, k = scores.q, scores.k
     (targets, batch, heads, _), sources = q.shape, k.shape[0]
-    given = sum(use.values.shape[3] for use in uses)
+    given = sum(values.shape[3] for values, *_ in uses)
     channels = PACKED if given <= PACKED else whole_groups(given, PACKED_WIDE // q.element_size())
     make = torch.empty if uses else torch.zeros
     options = {"device": q.device}
@@ -143,7 +126,7 @@ def _pack(scores: Scores, uses: Sequence[Use]) -> _Packed:
     )
     first = 0
     for use in uses:
-        v, out, grad = (unit_stride(x.to(q.dtype)) for x in use[1:])
+        v, out, grad = (unit_stride(x.to(q.dtype)) for x in use)
         own, width = arguments.Use(rows(v), rows(out), rows(grad), v.shape[3]), v.shape[3]
         end = channels if use is uses[-1] else first + width
         sizes = targets, sources, batch, heads, first, end, channels
