@@ -45,6 +45,9 @@ _op = Op(
     fake=lambda a, *rest: (a.new_empty(a.shape, dtype=rest[-1]),),
 )
 
+BY_TORCH = eager.launchers
+"""The passes of a layer by torch's operations, on any device: `zipformer_kernels.ops.conv_module.launchers`."""
+
 _op.variant(
     "infer",
     "Tensor x, Tensor? x_bias, Tensor? left, Tensor weight, Tensor? bias, Tensor? causal_weight, Tensor? causal_bias, "
