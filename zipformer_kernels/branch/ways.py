@@ -160,7 +160,7 @@ def settle(
         and way.gradients in (None, not when)
         and (way.autocast or cast is None)
     )
-    backend = settled_backend() if device == "cpu" else None
+    backend = settled_backend() if IN_PLACE in ways else None
     if not ways or (backend is None and IN_PLACE in ways):  # that one launches kernels itself
         return MODULES
     if NODE in ways and backends.candidates(device, ("eager",))[:1] == ("eager",):
