@@ -173,7 +173,8 @@ _ON_GPU = [
     Entry("conv_module.triton_parts", 4, "groups a multiprocessor", "of frames summed apart", GPU, _PER_MULTIPROCESSOR),
     _warps("conv_module.triton_warps"),
     Entry(
-        "products.triton_tile", (128, 128, 64, 8, 3), "rows, channels, operand's channels, warps, stages", "of a product",
+        "products.triton_tile", (128, 128, 64, 8, 3), "rows, channels, operand's channels, warps, stages",
+        "of a product",
         SM_90, _TILES,
     ),
     Entry("products.triton_lowered", (128, 64, 8), "rows, channels, warps", "of a cast with sums", SM_90, _TILES),

@@ -17,11 +17,17 @@ VARYING = ["rows", "B"]  # lengths and batches differ from call to call: nothing
 
 @triton.jit
 def place(rows, N, BM: tl.constexpr, BN: tl.constexpr):
-    """The program's tile: its first row and column, its rows and columns, and how many rows there are from there on."""
+    """The program's tile: its first row, its rows and columns, and how many rows there are from the first on."""
     across = tl.cdiv(N, BN)
-    m = (tl.program_id(0) // across).to(tl.int64) * BM
-    n = tl.program_id(0) % across * BN
-    return m, tl.arange(0, BM), n + tl.arange(0, BN), (rows - m).to(tl.int32)
+    m = tl.program_id(0) // across * BM
+    return m, tl.arange(0, BM), tl.program_id(0) % across * BN + tl.arange(0, BN), rows - m
+
+
+@triton.jit
+def sequence(m, r, B):
+    """The sequences of a tile's rows, (m + r) % B, by a quotient in float32, which is right up to 2^21 (`LIMIT`)."""
+    row = m % B + r
+    return row - ((row.to(tl.float32) + 0.5) * (1.0 / B)).to(tl.int32) * B
 
 
 @triton.jit
@@ -48,7 +54,7 @@ def product(
     """
     k = tl.arange(0, BK)
     columns = c if WHOLE_N else c % N
-    x_ptrs = x_ptr + m * K + (tl.minimum(r, left - 1)[:, None] * K + k[None, :])
+    x_ptrs = x_ptr + m.to(tl.int64) * K + (tl.minimum(r, left - 1)[:, None] * K + k[None, :])
     w_ptrs = w_ptr + (columns[None, :] * w_sn + k[:, None] * w_sk)
     tile = tl.zeros([BM, BN], tl.float32)
     for done in range(0, K, BK):
@@ -64,19 +70,17 @@ def product(
 
 
 @triton.jit
-def masked(value, mask_ptr, m, r, c, B, N, inside):
-    """The value times the mask of each row's sequence, (B, N), if there is one."""
+def mask_of(mask_ptr, m, r, c, B, N, inside):
+    """The mask of a tile, of each row's sequence, (B, N); 1 where there is none."""
     if mask_ptr is None:
-        return value
-    b = ((m + r) % B).to(tl.int32)
-    return value * tl.load(mask_ptr + (b[:, None] * N + c[None, :]), inside, other=0.0).to(tl.float32)
+        return 1.0
+    return tl.load(mask_ptr + (sequence(m, r, B)[:, None] * N + c[None, :]), inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def store_sums(sums_ptr, value, m, c, N, inside, BM: tl.constexpr):
     """The sums of a tile's columns, to the part of its rows."""
-    part = m // BM
-    tl.store(sums_ptr + part * N + c, tl.sum(tl.where(inside, value, 0.0), 0), c < N)
+    tl.store(sums_ptr + (m // BM).to(tl.int64) * N + c, tl.sum(tl.where(inside, value, 0.0), 0), c < N)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -106,12 +110,12 @@ def activated_kernel(
     hidden = product(x_ptr, w_ptr, m, r, c, left, N, K, w_sn, w_sk, WHOLE_N, WHOLE_K, BM, BN, BK)
     if bias_ptr is not None:
         hidden += tl.load(bias_ptr + c, c < N, other=0.0).to(tl.float32)[None, :]
-    i, inside = r[:, None] * N + c[None, :], (r < left)[:, None] & (c < N)[None, :]
+    i, inside = m.to(tl.int64) * N + (r[:, None] * N + c[None, :]), (r < left)[:, None] & (c < N)[None, :]
     hidden = hidden.to(a_ptr.dtype.element_ty)  # as backward will read it
     if hidden_ptr is not None:
-        tl.store(hidden_ptr + m * N + i, hidden, inside)
-    a = masked(swoosh_value(hidden.to(tl.float32), SHIFT, OFFSET), mask_ptr, m, r, c, B, N, inside)
-    tl.store(a_ptr + m * N + i, a.to(a_ptr.dtype.element_ty), inside)
+        tl.store(hidden_ptr + i, hidden, inside)
+    a = swoosh_value(hidden.to(tl.float32), SHIFT, OFFSET) * mask_of(mask_ptr, m, r, c, B, N, inside)
+    tl.store(a_ptr + i, a.to(a_ptr.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -140,12 +144,14 @@ def activated_gradient_kernel(
     """dhidden = (grad W) * mask * swoosh'(hidden) with its sums, and a = mask * swoosh(hidden)."""
     m, r, c, left = place(rows, N, BM, BN)
     da = product(grad_ptr, w_ptr, m, r, c, left, N, K, w_sn, w_sk, WHOLE_N, WHOLE_K, BM, BN, BK)
-    i, inside = r[:, None] * N + c[None, :], (r < left)[:, None] & (c < N)[None, :]
-    hidden = tl.load(hidden_ptr + m * N + i, inside, other=0.0).to(tl.float32)
-    a = masked(swoosh_value(hidden, SHIFT, OFFSET), mask_ptr, m, r, c, B, N, inside)
-    tl.store(a_ptr + m * N + i, a.to(a_ptr.dtype.element_ty), inside)
-    dhidden = masked(da * swoosh_derivative(hidden, SHIFT), mask_ptr, m, r, c, B, N, inside)
-    tl.store(dhidden_ptr + m * N + i, dhidden.to(dhidden_ptr.dtype.element_ty), inside)
+    i, inside = m.to(tl.int64) * N + (r[:, None] * N + c[None, :]), (r < left)[:, None] & (c < N)[None, :]
+    low = a_ptr.dtype.element_ty
+    da = da.to(low)  # so the tile takes half as many registers, and half of the way through shared memory
+    hidden = tl.load(hidden_ptr + i, inside, other=0.0).to(tl.float32)
+    mask = mask_of(mask_ptr, m, r, c, B, N, inside)
+    tl.store(a_ptr + i, (swoosh_value(hidden, SHIFT, OFFSET) * mask).to(low), inside)
+    dhidden = da.to(tl.float32) * mask * swoosh_derivative(hidden, SHIFT)
+    tl.store(dhidden_ptr + i, dhidden.to(low), inside)
     store_sums(sums_ptr, dhidden, m, c, N, inside, BM)
 
 
@@ -177,12 +183,12 @@ def added_kernel(
     if bias_ptr is not None:
         y += tl.load(bias_ptr + c, c < N, other=0.0).to(tl.float32)[None, :]
     if chosen_ptr is not None:
-        y *= tl.load(chosen_ptr + (m + r) % B).to(tl.float32)[:, None]
-    i, inside = r[:, None] * N + c[None, :], (r < left)[:, None] & (c < N)[None, :]
-    y += tl.load(src_ptr + m * N + i, inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + m * N + i, y.to(y_ptr.dtype.element_ty), inside)
+        y *= tl.load(chosen_ptr + sequence(m, r, B)).to(tl.float32)[:, None]
+    i, inside = m.to(tl.int64) * N + (r[:, None] * N + c[None, :]), (r < left)[:, None] & (c < N)[None, :]
+    y += tl.load(src_ptr + i, inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), inside)
     if low_ptr is not None:
-        tl.store(low_ptr + m * N + i, y.to(low_ptr.dtype.element_ty), inside)
+        tl.store(low_ptr + i, y.to(low_ptr.dtype.element_ty), inside)
     if sums_ptr is not None:
         store_sums(sums_ptr, y, m, c, N, inside, BM)
 
@@ -191,10 +197,10 @@ def added_kernel(
 def lowered_kernel(grad_ptr, chosen_ptr, low_ptr, sums_ptr, rows, B, N, BM: tl.constexpr, BN: tl.constexpr):
     """chosen * grad in low precision, unless it is not wanted, and its sums."""
     m, r, c, left = place(rows, N, BM, BN)
-    i, inside = r[:, None] * N + c[None, :], (r < left)[:, None] & (c < N)[None, :]
-    grad = tl.load(grad_ptr + m * N + i, inside, other=0.0).to(tl.float32)
+    i, inside = m.to(tl.int64) * N + (r[:, None] * N + c[None, :]), (r < left)[:, None] & (c < N)[None, :]
+    grad = tl.load(grad_ptr + i, inside, other=0.0).to(tl.float32)
     if chosen_ptr is not None:
-        grad *= tl.load(chosen_ptr + (m + r) % B).to(tl.float32)[:, None]
+        grad *= tl.load(chosen_ptr + sequence(m, r, B)).to(tl.float32)[:, None]
     if low_ptr is not None:
-        tl.store(low_ptr + m * N + i, grad.to(low_ptr.dtype.element_ty), inside)
+        tl.store(low_ptr + i, grad.to(low_ptr.dtype.element_ty), inside)
     store_sums(sums_ptr, grad, m, c, N, inside, BM)
