@@ -74,7 +74,8 @@ def mask_of(mask_ptr, m, r, c, B, N, inside):
     """The mask of a tile, of each row's sequence, (B, N); 1 where there is none."""
     if mask_ptr is None:
         return 1.0
-    return tl.load(mask_ptr + (sequence(m, r, B)[:, None] * N + c[None, :]), inside, other=0.0).to(tl.float32)
+    else:  # without it Triton would compile both
+        return tl.load(mask_ptr + (sequence(m, r, B)[:, None] * N + c[None, :]), inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
