@@ -61,12 +61,15 @@ class Nodes:
         src, parameters = src.contiguous(), Weights(*_of(branch.in_proj), *_of(branch.out_proj))
         site = self._site(src, parameters)
         plan = branch.plan(site, *context, **settings) if state is None else None
+        if plan is None and torch.is_grad_enabled():
+            return None
+        weights = self._low(parameters)
         if plan is None:
-            return None if torch.is_grad_enabled() else self._by_middle(branch, src, state, context, settings, parameters)
+            return self._by_middle(branch, src, state, context, settings, weights, chosen())
         if balancer is not None:
             plan = plan._replace(changes=acting(*plan.changes, balancer.change(site.result, src.shape[-1])))
         x, made = self._lowered(src)
-        call = Call(plan, self._products, self.low, self._handed, made, (self._low(parameters), chosen()))
+        call = Call(plan, self._products, self.low, self._handed, made, (weights, chosen()))
         y, low = add(call, src, x, parameters)
         self._source = y, low, True
         return y, None
@@ -101,14 +104,14 @@ class Nodes:
         state: Tensor | None,
         context: Sequence[Any],
         settings: dict[str, Any],
-        parameters: Weights,
+        weights: Weights,
+        chosen: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Without gradients, by what the branch computes between its products."""
-        weights = self._low(parameters)
         hidden = F.linear(self._lowered(src)[0], weights.first, weights.first_bias)
         x, state = branch.middle(hidden, state, *context, **settings)
         x = branch.activated(x).to(self.low)
-        y, low = without_autocast(self._products.added, src, x, weights.last, weights.last_bias, None, self.low)
+        y, low = without_autocast(self._products.added, src, x, weights.last, weights.last_bias, chosen, self.low)
         self._source = y, low, True
         return y, state
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from zipformer_kernels.branch.branch import Branch
 from zipformer_kernels.branch.nodes import Nodes
 from zipformer_kernels.branch.plain import When, matches, takes
-from zipformer_kernels.branch.ways import MODULES, NODE, WAYS, Given, settle
+from zipformer_kernels.branch.ways import MODULES, WAYS, Given, has_nodes, settle
 from zipformer_kernels.core.call import PLAIN, unreadable
 from zipformer_kernels.ops.attention import AttentionWeights
 from zipformer_kernels.training import FloatLike
@@ -67,9 +67,10 @@ class Run:
         self._differentiates = self.trains or torch.is_grad_enabled()
         if not self._differentiates:
             self.settled = settle(layer, src, others, when, masks)
-        elif states is None and NODE in WAYS.get(src.device.type, ()):
+        elif states is None and has_nodes(WAYS.get(src.device.type, ())):
             self.settled = settle(layer, src, others, When.ANY, masks)
-        self.nodes = Nodes(src, self.settled.low, self._linears()) if NODE in self.settled.ways else None
+        low = self.settled.low
+        self.nodes = None if low is None else Nodes(src, low, self._linears())
         self._owns = False  # whether src may be overwritten: the layer's input may not, nor what others have seen
         self._dtype = src.dtype
 

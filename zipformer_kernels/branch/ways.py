@@ -120,7 +120,7 @@ class Settlement(NamedTuple):
         ways: the ways to try, in order; none where modules are called.
         backend: what the ops of those ways run on; None: each chooses its own.
         fused: the names of the layer's parts whose calls may be left out.
-        low: the dtype of products: that of autocast, or of src.
+        low: the dtype of products, that of autocast or of src, where branches may run as one node; else None.
     """
 
     ways: tuple[Way, ...] = ()
@@ -163,7 +163,8 @@ def settle(
     backend = settled_backend() if IN_PLACE in ways else None
     if not ways or (backend is None and IN_PLACE in ways):  # that one launches kernels itself
         return MODULES
-    if NODE in ways and backends.candidates(device, ("eager",))[:1] == ("eager",):
+    nodes = has_nodes(ways)
+    if nodes and backends.candidates(device, ("eager",))[:1] == ("eager",):
         return MODULES
     fused = plain_parts(module, when)
     if not fused:
@@ -175,7 +176,12 @@ def settle(
         return MODULES
     if unreadable([src, *others, *parameters, *masks]) is not None:
         return MODULES
-    return Settlement(ways, backend, fused, low)
+    return Settlement(ways, backend, fused, low if nodes else None)
+
+
+def has_nodes(ways: Sequence[Way]) -> bool:
+    """Whether branches may run as one node."""
+    return any(way.name == NODE.name for way in ways)
 
 
 def settled_backend() -> SettledBackend | None:
