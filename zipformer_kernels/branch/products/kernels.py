@@ -24,6 +24,18 @@ def place(rows, N, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def columns(N, half, BN: tl.constexpr):
+    """The columns of one half of the program's tile."""
+    return tl.program_id(0) % tl.cdiv(N, BN) * BN + half * (BN // 2) + tl.arange(0, BN // 2)
+
+
+@triton.jit
+def elements(m, r, c, left, N):
+    """The elements of a tile in a tensor of N channels, and which of them exist."""
+    return m.to(tl.int64) * N + (r[:, None] * N + c[None, :]), (r < left)[:, None] & (c < N)[None, :]
+
+
+@triton.jit
 def sequence(m, r, B):
     """The sequences of a tile's rows, (m + r) % B, by a quotient in float32, which is right up to 2^21 (`LIMIT`)."""
     row = m % B + r
@@ -70,6 +82,12 @@ def product(
 
 
 @triton.jit
+def halves(tile, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile's columns in two tiles: what is done to one after the other takes half of the registers."""
+    return tl.split(tl.permute(tl.reshape(tile, [BM, 2, BN // 2]), [0, 2, 1]))
+
+
+@triton.jit
 def mask_of(mask_ptr, m, r, c, B, N, inside):
     """The mask of a tile, of each row's sequence, (B, N); 1 where there is none."""
     if mask_ptr is None:
@@ -111,7 +129,7 @@ def activated_kernel(
     hidden = product(x_ptr, w_ptr, m, r, c, left, N, K, w_sn, w_sk, WHOLE_N, WHOLE_K, BM, BN, BK)
     if bias_ptr is not None:
         hidden += tl.load(bias_ptr + c, c < N, other=0.0).to(tl.float32)[None, :]
-    i, inside = m.to(tl.int64) * N + (r[:, None] * N + c[None, :]), (r < left)[:, None] & (c < N)[None, :]
+    i, inside = elements(m, r, c, left, N)
     hidden = hidden.to(a_ptr.dtype.element_ty)  # as backward will read it
     if hidden_ptr is not None:
         tl.store(hidden_ptr + i, hidden, inside)
@@ -144,16 +162,19 @@ def activated_gradient_kernel(
 ):
     """dhidden = (grad W) * mask * swoosh'(hidden) with its sums, and a = mask * swoosh(hidden)."""
     m, r, c, left = place(rows, N, BM, BN)
-    da = product(grad_ptr, w_ptr, m, r, c, left, N, K, w_sn, w_sk, WHOLE_N, WHOLE_K, BM, BN, BK)
-    i, inside = m.to(tl.int64) * N + (r[:, None] * N + c[None, :]), (r < left)[:, None] & (c < N)[None, :]
     low = a_ptr.dtype.element_ty
-    da = da.to(low)  # so the tile takes half as many registers, and half of the way through shared memory
-    hidden = tl.load(hidden_ptr + i, inside, other=0.0).to(tl.float32)
-    mask = mask_of(mask_ptr, m, r, c, B, N, inside)
-    tl.store(a_ptr + i, (swoosh_value(hidden, SHIFT, OFFSET) * mask).to(low), inside)
-    dhidden = da.to(tl.float32) * mask * swoosh_derivative(hidden, SHIFT)
-    tl.store(dhidden_ptr + i, dhidden.to(low), inside)
-    store_sums(sums_ptr, dhidden, m, c, N, inside, BM)
+    da = product(grad_ptr, w_ptr, m, r, c, left, N, K, w_sn, w_sk, WHOLE_N, WHOLE_K, BM, BN, BK).to(low)
+    first, second = halves(da, BM, BN)
+    for half in tl.static_range(2):
+        c = columns(N, half, BN)
+        i, inside = elements(m, r, c, left, N)
+        hidden = tl.load(hidden_ptr + i, inside, other=0.0).to(tl.float32)
+        mask = mask_of(mask_ptr, m, r, c, B, N, inside)
+        tl.store(a_ptr + i, (swoosh_value(hidden, SHIFT, OFFSET) * mask).to(low), inside)
+        da = first if half == 0 else second
+        dhidden = da.to(tl.float32) * mask * swoosh_derivative(hidden, SHIFT)
+        tl.store(dhidden_ptr + i, dhidden.to(low), inside)
+        store_sums(sums_ptr, dhidden, m, c, N, inside, BM)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -180,25 +201,29 @@ def added_kernel(
 ):
     """y = src + chosen * (x W^T + b), the same in low precision, and its sums: all but y only where they are wanted."""
     m, r, c, left = place(rows, N, BM, BN)
-    y = product(x_ptr, w_ptr, m, r, c, left, N, K, w_sn, w_sk, WHOLE_N, WHOLE_K, BM, BN, BK)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + c, c < N, other=0.0).to(tl.float32)[None, :]
-    if chosen_ptr is not None:
-        y *= tl.load(chosen_ptr + sequence(m, r, B)).to(tl.float32)[:, None]
-    i, inside = m.to(tl.int64) * N + (r[:, None] * N + c[None, :]), (r < left)[:, None] & (c < N)[None, :]
-    y += tl.load(src_ptr + i, inside, other=0.0).to(tl.float32)
-    tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), inside)
-    if low_ptr is not None:
-        tl.store(low_ptr + i, y.to(low_ptr.dtype.element_ty), inside)
-    if sums_ptr is not None:
-        store_sums(sums_ptr, y, m, c, N, inside, BM)
+    tile = product(x_ptr, w_ptr, m, r, c, left, N, K, w_sn, w_sk, WHOLE_N, WHOLE_K, BM, BN, BK)
+    first, second = halves(tile, BM, BN)
+    for half in tl.static_range(2):
+        c = columns(N, half, BN)
+        i, inside = elements(m, r, c, left, N)
+        y = first if half == 0 else second
+        if bias_ptr is not None:
+            y += tl.load(bias_ptr + c, c < N, other=0.0).to(tl.float32)[None, :]
+        if chosen_ptr is not None:
+            y *= tl.load(chosen_ptr + sequence(m, r, B)).to(tl.float32)[:, None]
+        y += tl.load(src_ptr + i, inside, other=0.0).to(tl.float32)
+        tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), inside)
+        if low_ptr is not None:
+            tl.store(low_ptr + i, y.to(low_ptr.dtype.element_ty), inside)
+        if sums_ptr is not None:
+            store_sums(sums_ptr, y, m, c, N, inside, BM)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def lowered_kernel(grad_ptr, chosen_ptr, low_ptr, sums_ptr, rows, B, N, BM: tl.constexpr, BN: tl.constexpr):
     """chosen * grad in low precision, unless it is not wanted, and its sums."""
     m, r, c, left = place(rows, N, BM, BN)
-    i, inside = m.to(tl.int64) * N + (r[:, None] * N + c[None, :]), (r < left)[:, None] & (c < N)[None, :]
+    i, inside = elements(m, r, c, left, N)
     grad = tl.load(grad_ptr + i, inside, other=0.0).to(tl.float32)
     if chosen_ptr is not None:
         grad *= tl.load(chosen_ptr + sequence(m, r, B)).to(tl.float32)[:, None]
