@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from zipformer_kernels.branch.plain import made_of
 from zipformer_kernels.core.module import Module
-from zipformer_kernels.ops.bypass import bypass
+from zipformer_kernels.ops.bypass import bypass, random_scale
 from zipformer_kernels.training import FloatLike, ScheduledFloat, limit_param_value
 from zipformer_kernels.training.randomness import number
 
@@ -54,11 +54,13 @@ class BypassModule(Module):
         if not self.training:
             return self.bypass_scale
         scale = limit_param_value(self.bypass_scale, number(self.scale_min), number(self.scale_max))
+        device, skips, straight = scale.device, None, None
         skip_rate = number(self.skip_rate)
         if skip_rate != 0.0:
-            scale = scale * (torch.rand((batch, 1), device=scale.device) > skip_rate)
+            skips = torch.rand((batch, 1), device=device)
         straight_through_rate = number(self.straight_through_rate)
         if straight_through_rate != 0.0:
-            straight = torch.rand((batch, 1), device=scale.device) < straight_through_rate
-            scale = torch.maximum(scale, straight.to(scale.dtype))
-        return scale
+            straight = torch.rand((batch, 1), device=device)
+        if skips is None and straight is None:
+            return scale
+        return random_scale(scale, skips, straight, skip_rate, straight_through_rate, batch)
