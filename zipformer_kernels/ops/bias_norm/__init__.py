@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from zipformer_kernels.core.backend import BackendError
 from zipformer_kernels.core.op import Op, triton_launchers
 from zipformer_kernels.ops.bias_norm import cpu, cuda, eager, reference
 
@@ -110,6 +111,17 @@ def bias_norm_bypass(
     if scale.shape != shape[-1:] and scale.shape != shape[-2:]:
         raise ValueError(f"scale must have shape {shape[-1:]} or {shape[-2:]}, got {tuple(scale.shape)}")
     return _op.variants["bypass"](x, bias, log_scale, src_orig, scale, backend=backend)
+
+
+def one_pass_backend(*args: Tensor) -> str | None:
+    """The backend on which `bias_norm_bypass` with these arguments reads and writes everything once, if the call gets
+    one; None where the two ops, one after the other, do as well.
+    """
+    try:
+        name = _op.variants["bypass"].select(None, *args)
+    except BackendError:
+        return None
+    return None if name in ("eager", "cpu") else name
 
 
 def _check(**tensors: Tensor) -> None:

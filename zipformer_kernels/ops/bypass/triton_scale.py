@@ -93,10 +93,10 @@ def scale_gradient_kernel(
 def limit_kernel(grad_ptr, x_ptr, y_ptr, least, most, count, BLOCK: tl.constexpr):
     """BLOCK gradients per program, turned where they would push x further out of its limits."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    grad = tl.load(grad_ptr + i, i < count, other=0.0)
+    grad = tl.load(grad_ptr + i, i < count, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + i, i < count, other=0.0).to(tl.float32)
     outwards = ((grad > 0) & (x < least)) | ((grad < 0) & (x > most))
-    tl.store(y_ptr + i, tl.where(outwards, -grad, grad), i < count)
+    tl.store(y_ptr + i, tl.where(outwards, -grad, grad).to(y_ptr.dtype.element_ty), i < count)
 
 
 def _scale(
