@@ -1,9 +1,10 @@
 """Measures the time that the host needs for an encoder layer on a GPU, upstream's and ours, without a GPU.
 
-``python benchmarks/host.py [--rounds N] [--output FILE] [--profile PEER]`` calls a layer with launchers that do nothing:
-tiny tensors of the CPU stand for a GPU's (`benchmarks.gpu.pretending`). PyTorch's operations run on them: to dispatch
-and compute one takes about as long as to launch it. Triton's launchers and those of CUDA kernels return at once. What
-remains is Python, autograd and PyTorch's dispatcher: the time below which no GPU can bring a layer, however fast it is.
+``python benchmarks/host.py [--rounds N] [--output FILE] [--profile PEER]`` calls a layer with launchers that do
+nothing: tiny tensors of the CPU stand for a GPU's (`benchmarks.gpu.pretending`). PyTorch's operations run on them: to
+dispatch and compute one takes about as long as to launch it. Triton's launchers and those of CUDA kernels return at
+once. What remains is Python, autograd and PyTorch's dispatcher: the time below which no GPU can bring a layer, however
+fast it is.
 
 Both layers are called by turns, on one thread, under the same seeds, forward in eval mode, and forward and backward in
 training, in float32 and under bfloat16 autocast. Counts beside the times say where they go: of PyTorch's operations,
@@ -192,7 +193,7 @@ def measure(native: ModuleType, training: bool, dtype: str, rounds: int) -> dict
 def profiled(native: ModuleType, peer: str, training: bool, dtype: str, rounds: int) -> pstats.Stats:
     """Where a peer's time goes, by function; profiling makes calls of functions longer than they are."""
     layer = layers()[peer]
-    call, profile = call_of(layer, training, dtype), cProfile.Profile()
+    call, profile = call_of(layer, training, dtype), cProfile.Profile(time.thread_time)
     with as_on_a_gpu(recording.silent(native)):
         for number in range(-WARM_UP, rounds):
             seed(number % 1000, layer)

@@ -14,7 +14,6 @@ import contextlib
 import ctypes
 import importlib.util
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
