@@ -225,7 +225,8 @@ def _forward(
     variance, mean = contiguous(variance, mean) if known else (None, None)
     grid = _Grid.of(x, x.shape[channel_dim])
     with on_device(x):
-        tensors = grad, rows, variance, mean, None if known else _partials(rows, x_row, grid), out
+        partials = None if known else _partials(rows, x_row, grid)
+        tensors = grad, rows, variance, mean, partials, out
         constants = known, TINY, LEAST, PARTS.value, ROWS.value, CHANNELS.value
         change_kernel[grid.blocks](
             *tensors, grad_row, x_row, *grid, grid.parts, *limits, *constants, num_warps=WARPS.value
