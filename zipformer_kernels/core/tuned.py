@@ -101,7 +101,7 @@ _ON_CPU = [
     ),
     Entry("conv_module.parts", 64, "groups", "of frames at most that are summed apart", CPU, _EVENLY),
     Entry(
-        "conv_module.part_frames", 128, "frames", "of such a group at least, in CUDA too",
+        "conv_module.part_frames", 128, "frames", "of such a group at least",
         CPU, "reasoned: the tile of csrc/conv_module/cpu.cpp",
     ),
     Entry("depthwise_conv2d.parts", 64, "groups", "of frames at most that are summed apart", CPU, _EVENLY),
