@@ -37,7 +37,7 @@ def elements(m, r, c, left, N):
 
 @triton.jit
 def sequence(m, r, B):
-    """The sequences of a tile's rows, (m + r) % B, by a quotient in float32, which is right up to 2^21 (`LIMIT`)."""
+    """The sequences of a tile's rows, (m + r) % B, by a quotient in float32, which is right for B up to 2^19."""
     row = m % B + r
     return row - ((row.to(tl.float32) + 0.5) * (1.0 / B)).to(tl.int32) * B
 
