@@ -52,6 +52,7 @@ _LONG = "reasoned: so long that adding up the groups costs little beside them"
 _PER_MULTIPROCESSOR = "reasoned: so many that some compute while others load"
 _WARPS = "reasoned: Triton's usual number; no kernel spills, benchmarks/results/instructions.json"
 _NO_SPILL = "reasoned: no kernel spills; what it costs is counted in benchmarks/results/instructions.json"
+_PRODUCT = "rows, channels, operand's channels, warps, stages"
 _TILES = "counted: docs/kernels.md, by registers, spills and instructions"
 
 
@@ -191,12 +192,10 @@ _ON_GPU = [
     Entry("conv_module.triton_part_frames", 128, "frames", "of which a program takes sums, at least", GPU, _LONG),
     Entry("conv_module.triton_parts", 4, "groups a multiprocessor", "of frames summed apart", GPU, _PER_MULTIPROCESSOR),
     _warps("conv_module.triton_warps"),
-    Entry(
-        "products.triton_tile", (128, 128, 64, 8, 3), "rows, channels, operand's channels, warps, stages",
-        "of a product",
-        SM_90, _TILES,
-    ),
-    Entry("products.triton_lowered", (128, 64, 8), "rows, channels, warps", "of a cast with sums", SM_90, _TILES),
+    Entry("products.triton_tile", (128, 128, 64, 8, 3), _PRODUCT, "of a product", SM_90, _TILES),
+    Entry("products.triton_narrow_tile", (128, 64, 64, 8, 3), _PRODUCT,
+          "of a product where wide ones would lie idle by a quarter", SM_90, _TILES),
+    Entry("products.triton_lowered_tile", (128, 64, 8), "rows, channels, warps", "of a cast with sums", SM_90, _TILES),
     Entry(
         "scaled_adam.triton_chunk", 1 << 15, "elements", "of a program's share",
         GPU, "reasoned: as scaled_adam.chunk, with twice as much for each program",
