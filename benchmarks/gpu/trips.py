@@ -58,6 +58,18 @@ def chunk_loop(n: dict[str, Any], body: Body, depth: int) -> float:
     return n["tensors"].bit_length() if sum(body.values()) < 30 else n["CHUNK"] // n["BLOCK"]
 
 
+def conv_module_kernel(n: dict[str, Any], body: Body, depth: int) -> float:
+    """A program writes what its convolution reads, then takes one tap after another."""
+    return n["ROWS"] / n["FILL"] if body["STG"] else n["K"]
+
+
+def add_parts_kernel(n: dict[str, Any], body: Body, depth: int) -> float:
+    """The mean of the programs for parameters and those for the inputs."""
+    others = n["grid"][0] - n["blocks"]
+    both = n["blocks"] * ceil_div(n["parts"], n["PARTS"]) + others * ceil_div(n["tiles"], n["PARTS"])
+    return both / n["grid"][0]
+
+
 # ---- CUDA: numbers of the call, and what a loop holds tells loops apart ----
 
 
@@ -195,8 +207,9 @@ def scaled_adam_plan(lanes: int | str, tensors: str) -> Rule:
 RULES: dict[str, Rule] = {
     "bias_norm.backward_tiles": lambda n, body, depth: ceil_div(n["rows"], n["R"] * n["grid"][0]),
     "bias_norm.sum_parts": lambda n, body, depth: ceil_div(n["parts"], n["PARTS"]),
-    "conv_module.forward_kernel": lambda n, body, depth: n["K"],
-    "conv_module.backward_kernel": lambda n, body, depth: n["K"],
+    "conv_module.forward_kernel": conv_module_kernel,
+    "conv_module.backward_kernel": conv_module_kernel,
+    "conv_module.add_parts_kernel": add_parts_kernel,
     "conv_module.taps_kernel": lambda n, body, depth: n["tiles"] / n["parts"],
     "attention.softmax_kernel": walk("S", "BN"),
     "attention.weights_kernel": walk("w_st", "BN"),

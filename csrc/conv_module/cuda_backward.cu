@@ -1,6 +1,6 @@
-// The convolution module on the GPU, backward: da, ds and their sums over rows, SwooshR(y) again and, but for chunks, the
-// parameters' partial sums in one kernel. The gradient of y lies in a strip with the frames that the kernel reaches on
-// either side; both sums of products read it:
+// The convolution module on the GPU, backward: da, ds and their sums over rows, SwooshR(y) again and, but for chunks,
+// the parameters' partial sums in one kernel. The gradient of y lies in a strip with the frames that the kernel reaches
+// on either side; both sums of products read it:
 //   dx_u = sum_k w_(K - 1 - k) d_(u - H + k),   dw_(K - 1 - k) = sum_u x_u d_(u - H + k).
 #include "conv_module/cuda_gradients.h"
 
@@ -169,7 +169,8 @@ __global__ void __launch_bounds__(warps* lanes, 2) backward(ConvModuleInputs in,
       convolve<N>(mine, strips.weight + at.lane, kernel, sums);
     }
     // Lane i looks at frame i of the warp's.
-    unsigned present = __ballot_sync(0xffffffffu, at.lane < group && heard(in.padding, frames, here.b, t0 + first + at.lane));
+    unsigned present =
+        __ballot_sync(0xffffffffu, at.lane < group && heard(in.padding, frames, here.b, t0 + first + at.lane));
     if (!at.inside) present = 0;
     int64_t from = strided(n, here.b, t0 + first, at.channel);
     Frames<X> a(in.a, from, n.frame_stride), s(in.s, from, n.frame_stride);

@@ -1,11 +1,11 @@
 // The convolution module on the GPU, forward: gate, zeros on padding, convolution and SwooshR in one kernel.
-#include "conv_module/cuda_strips.h"
+#include "conv_module/cuda_chunks.h"
 
 namespace zk {
 
 namespace {
 
-constexpr int groups = 2;                      // that a warp sums one after the other
+constexpr int groups = 2;                     // that a warp sums one after the other
 constexpr int tile = warps * groups * group;  // frames of a block
 
 // Rows of the strip from frame t0 - H on: those of the tile, and as many as the padded taps reach beyond them.

@@ -1,8 +1,8 @@
 """Triton kernels of conv_module over frames and channels: forward, and the gradients of its inputs.
 
 A program takes a tile of frames of one sequence by a block of channels. What the convolution reads, shifted by one tap
-after another, it writes into memory of its own first, with the frames around the tile that the kernel reaches: the gated
-input, or in backward the gradient of y.
+after another, it writes into memory of its own first, with the frames around the tile that the kernel reaches: the
+gated input, or in backward the gradient of y.
 """
 
 from __future__ import annotations
@@ -10,11 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from zipformer_kernels.ops.conv_module.sum_kernels import dense, load_frames
+from zipformer_kernels.ops.conv_module.sum_kernels import dense
 from zipformer_kernels.ops.swoosh.triton import sigmoid, swoosh_derivative, swoosh_value
-
-SHIFT_R = tl.constexpr(1.0)
-OFFSET_R = tl.constexpr(0.313261687)
 
 
 @triton.jit
@@ -85,6 +82,7 @@ def forward_kernel(
     y_ptr, activated_ptr, own_ptr, T, B, C, S, frame_stride, batch_stride, across,
     K: tl.constexpr, CHUNKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAUSAL_BIAS: tl.constexpr,
     PADDED: tl.constexpr, BIASED: tl.constexpr, STORES: tl.constexpr, ACTIVATES: tl.constexpr,
+    SHIFT: tl.constexpr, OFFSET: tl.constexpr,
     FRAMES: tl.constexpr, ROWS: tl.constexpr, FILL: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """y if STORES, SwooshR(y) if ACTIVATES; a and s with the projection's bias if BIASED."""
@@ -120,7 +118,7 @@ def forward_kernel(
     if STORES:
         tl.store(y_ptr + o, y.to(y_ptr.dtype.element_ty), present)
     if ACTIVATES:
-        activated = swoosh_value(y, SHIFT_R, OFFSET_R)
+        activated = swoosh_value(y, SHIFT, OFFSET)
         tl.store(activated_ptr + o, activated.to(activated_ptr.dtype.element_ty), present)
 
 
@@ -130,7 +128,8 @@ def backward_kernel(
     da_ptr, ds_ptr, activated_ptr, x_ptr, d_ptr, scaled_ptr, sums_ptr, own_ptr, own_scaled_ptr,
     T, B, C, S, frame_stride, batch_stride, step, across,
     K: tl.constexpr, CHUNKED: tl.constexpr, PADDED: tl.constexpr, ACTIVATED: tl.constexpr, INPUTS: tl.constexpr,
-    PARAMETERS: tl.constexpr, FRAMES: tl.constexpr, ROWS: tl.constexpr, FILL: tl.constexpr, CHANNELS: tl.constexpr,
+    PARAMETERS: tl.constexpr, SHIFT: tl.constexpr, OFFSET: tl.constexpr,
+    FRAMES: tl.constexpr, ROWS: tl.constexpr, FILL: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """da, ds and their sums if INPUTS; SwooshR(y) if ACTIVATED, where dy is its gradient; for PARAMETERS x and d = dy.
 
@@ -150,8 +149,8 @@ def backward_kernel(
         d = tl.load(dy_ptr + o, present, other=0.0).to(tl.float32)
         if ACTIVATED:
             y = tl.load(y_ptr + o, present, other=0.0).to(tl.float32)
-            d *= swoosh_derivative(y, SHIFT_R)
-            activated = swoosh_value(y, SHIFT_R, OFFSET_R)
+            d *= swoosh_derivative(y, SHIFT)
+            activated = swoosh_value(y, SHIFT, OFFSET)
             tl.store(activated_ptr + o, activated.to(activated_ptr.dtype.element_ty), mine)
             if PARAMETERS:
                 tl.store(d_ptr + o, d.to(d_ptr.dtype.element_ty), mine)

@@ -15,6 +15,7 @@ from zipformer_kernels.ops.conv_module.kernels import backward_kernel, forward_k
 from zipformer_kernels.ops.conv_module.passes import Outputs, Passes
 from zipformer_kernels.ops.conv_module.sum_kernels import add_parts_kernel, edges_kernel, taps_kernel
 from zipformer_kernels.ops.conv_module.sums import Sums
+from zipformer_kernels.ops.swoosh.reference import OFFSET, SHIFT
 
 FRAMES = tuning.entry("conv_module.triton_frames")
 CHANNELS = tuning.entry("conv_module.triton_channels")
@@ -40,6 +41,7 @@ class _Tiles:
         self.across = cdiv(frames, tall)
         self.grid = batch * self.across, cdiv(channels, wide)
         self.constants = {"FRAMES": tall, "ROWS": rows, "FILL": fill, "CHANNELS": wide, "num_warps": WARPS.value}
+        self.constants |= {"SHIFT": SHIFT["r"], "OFFSET": OFFSET["r"]}
 
     def own(self, like: Tensor, dtype: torch.dtype) -> Tensor:
         """Memory of each program for the tile and the frames around it."""
