@@ -64,6 +64,7 @@ HARD = {
     "TENSOR_PLAN": "the layout of a table",
     "TINY": "keeps quotients finite",
     "WIDEST": "the shared memory of every GPU holds so much",
+    "WIDEST_FRAME": "32 bits address so much",
 }
 """Numbers that may stand at the top of files of these rooms, besides references and cases."""
 

@@ -58,6 +58,18 @@ def chunk_loop(n: dict[str, Any], body: Body, depth: int) -> float:
     return n["tensors"].bit_length() if sum(body.values()) < 30 else n["CHUNK"] // n["BLOCK"]
 
 
+def conv_module_kernel(n: dict[str, Any], body: Body, depth: int) -> float:
+    """A program writes what its convolution reads, then takes one tap after another."""
+    return n["ROWS"] / n["FILL"] if body["STG"] else n["K"]
+
+
+def add_parts_kernel(n: dict[str, Any], body: Body, depth: int) -> float:
+    """The mean of the programs for parameters and those for the inputs."""
+    others = n["grid"][0] - n["blocks"]
+    both = n["blocks"] * ceil_div(n["parts"], n["PARTS"]) + others * ceil_div(n["tiles"], n["PARTS"])
+    return both / n["grid"][0]
+
+
 # ---- CUDA: numbers of the call, and what a loop holds tells loops apart ----
 
 
@@ -114,25 +126,56 @@ def bias_norm_backward(n: dict[str, Any], body: Body, depth: int) -> float:
     return 2 if body["BAR"] else 1
 
 
-def conv_module(n: dict[str, Any], body: Body, depth: int) -> float:
-    """Strips are filled four rows a time and warp, taps taken sixteen at a time."""
-    taps, padded = n["shape"].kernel, n["padding"] != 0
-    rows = 128 + 16 * ceil_div(taps, 16)
-    gates = body["MUFU"] // 2
-    if body["FFMA"] >= 256:
-        return ceil_div(taps, 16)
-    if gates:
-        wanted = bool(body["LDG.E.U8"]) == padded
-        return (rows // 8 // 4 if gates >= 4 else rows // 8 % 4) if wanted else 0
-    loads = body["LDG.E.U16"]
-    return rows // 8 // 4 if loads >= 4 else rows // 8 % 4 if loads else 1
+def convolved(n: dict[str, Any], body: Body) -> float:
+    """Taps are taken sixteen at a time; those that see the past alone are half as many, and compare no positions."""
+    taps = n["shape"].kernel
+    past = n["causal_weight"] != 0 and body["ISETP"] < 100
+    return ceil_div(taps // 2 + 1 if past else taps, 16)
+
+
+def conv_module_forward(n: dict[str, Any], body: Body, depth: int) -> float:
+    """Taps are written 32 at a time; the strip is filled two rows a warp; a warp sums two groups."""
+    padded = 16 * ceil_div(n["shape"].kernel, 16)
+    passes = ceil_div(192 + padded, 256)
+    if body["FFMA"] >= 190:
+        return convolved(n, body) if depth > 0 else 2
+    if body["MUFU"]:
+        biased = body["FADD"] > body["MUFU"] / 2  # beside 1 + exp(-s)
+        return ((192 + padded) / 16 / passes if depth > 0 else passes) if biased == (n["projection_bias"] != 0) else 0
+    return ceil_div(padded, 32)
+
+
+def conv_module_backward(n: dict[str, Any], body: Body, depth: int) -> float:
+    """The tiles of a block; in each the gradient of y, dx and the taps' gradients; then what warps have is added up."""
+    shape, padded = n["shape"], 16 * ceil_div(n["shape"].kernel, 16)
+    taps, own = padded // 16, 39  # rows that the taps' gradients load: 12 of x, 27 of the gradient
+    shares = next(parts for most, parts in ((1, 8), (2, 4), (4, 2), (8, 1)) if taps <= most)
+    if body["BAR"]:
+        return shape.batch * ceil_div(shape.frames, 96) / n["grid"][0]
+    if body["FFMA"] >= 190:
+        return 8 / shares if body["LDS"] == own else convolved(n, body)
+    if depth > 0 and body["LDG"]:
+        tile = body["STG"] or (body["FADD"] and not body["MUFU"])
+        return 2 if tile else padded / 16 if body["STS"] == 2 else (96 + padded) / 8
+    if body["LDS"]:
+        return ceil_div(shape.kernel, 8) if depth == 0 else shares
+    return ceil_div(padded, 32)
 
 
 def conv_module_parameters(n: dict[str, Any], body: Body, depth: int) -> float:
-    """Around all of that, the tiles of a block."""
-    if depth == 0 and body["FFMA"] > 256:
-        return n["shape"].batch * ceil_div(n["shape"].frames, 128) / n["grid"][0]
-    return conv_module(n, body, depth) if depth > 0 else 1
+    """Of chunks. The tiles of a block; in each strips are filled, and all taps' gradients added up."""
+    shape = n["shape"]
+    if depth == 0 and body["BAR"]:
+        return shape.batch * ceil_div(shape.frames, 96) / n["grid"][0]
+    if body["FFMA"] >= 190:
+        return convolved(n, body)
+    return (96 + 16 * ceil_div(shape.kernel, 16)) / 8 if body["MUFU"] else 1
+
+
+def conv_module_add_parts(n: dict[str, Any], body: Body, depth: int) -> float:
+    """Eight warps share the parts, four at a time; then what is left."""
+    parts = ceil_div(n["parts"], 8)
+    return parts // 4 if body["LDG"] >= 4 else parts % 4
 
 
 def scaled_adam(loads: int, stores: int) -> Rule:
@@ -176,8 +219,9 @@ RULES: dict[str, Rule] = {
     "balancer.change_kernel": balancer_change,
     "bias_norm.backward_tiles": lambda n, body, depth: ceil_div(n["rows"], n["R"] * n["grid"][0]),
     "bias_norm.sum_parts": lambda n, body, depth: ceil_div(n["parts"], n["PARTS"]),
-    "conv_module.forward_kernel": lambda n, body, depth: n["K"],
-    "conv_module.backward_kernel": lambda n, body, depth: n["K"],
+    "conv_module.forward_kernel": conv_module_kernel,
+    "conv_module.backward_kernel": conv_module_kernel,
+    "conv_module.add_parts_kernel": add_parts_kernel,
     "conv_module.taps_kernel": lambda n, body, depth: n["tiles"] / n["parts"],
     "products.activated_kernel": walk("K", "BK"),
     "products.activated_gradient_kernel": walk("K", "BK"),
@@ -205,9 +249,10 @@ RULES: dict[str, Rule] = {
     "attention.by_targets": attention_gradients(1),
     "attention.offsets_kernel": attention_offsets,
     "nonlin_attention.map_rows": lambda n, body, depth: ceil_div(n["channels"], 256 * 8),
-    "conv_module.forward": conv_module,
-    "conv_module.backward": conv_module,
+    "conv_module.forward": conv_module_forward,
+    "conv_module.backward": conv_module_backward,
     "conv_module.backward_parameters": conv_module_parameters,
+    "conv_module.add_parts": conv_module_add_parts,
 }
 
 CUDA_RULES: dict[str, Rule] = {

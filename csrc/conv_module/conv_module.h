@@ -37,8 +37,8 @@ struct ConvModuleInputs {
   DType x_dtype, y_dtype;  // of a and s; of y: the same, or float32
   int threads;             // on the CPU
   // In inference only, null elsewhere:
-  const void* left = nullptr;             // (batch, channels, H), gated input before the first frame; or null for zeros;
-                                          // on the CPU
+  const void* left = nullptr;  // (batch, channels, H), gated input before the first frame; or null for zeros;
+                               // on the CPU
   const void* projection_bias = nullptr;  // (2, channels), added to a and to s, of x_dtype; or null
 
   bool chunked() const { return causal_weight != nullptr; }
@@ -85,8 +85,8 @@ struct ConvModuleGradients : ConvModuleBackward {
   // As the forward pass returned it, of y_dtype; then dy is the gradient of SwooshR(y). Or null.
   const void* y = nullptr;
   void* activated = nullptr;  // SwooshR(y) again, with y
-  // (P,), float: the parameters' gradients, then, with da, the sums of da and of ds over rows; with partials, whose rows
-  // are as long. Where da or the parameters are not wanted, they have no place there.
+  // (P,), float: the parameters' gradients, then, with da, the sums of da and of ds over rows; with partials, whose
+  // rows are as long. Where da or the parameters are not wanted, they have no place there.
   void* sums = nullptr;
   bool parameters = false;  // whether they are wanted
 

@@ -1,6 +1,6 @@
-// The convolution module on the GPU, backward: da, ds and their sums over rows, SwooshR(y) again and, but for chunks, the
-// parameters' partial sums in one kernel. The gradient of y lies in a strip with the frames that the kernel reaches on
-// either side; both sums of products read it:
+// The convolution module on the GPU, backward: da, ds and their sums over rows, SwooshR(y) again and, but for chunks,
+// the parameters' partial sums in one kernel. The gradient of y lies in a strip with the frames that the kernel reaches
+// on either side; both sums of products read it:
 //   dx_u = sum_k w_(K - 1 - k) d_(u - H + k),   dw_(K - 1 - k) = sum_u x_u d_(u - H + k).
 #include "conv_module/cuda_gradients.h"
 
@@ -12,7 +12,8 @@ void conv_module_add_parts(const ConvModuleGradients& args, int64_t parts, void*
 
 namespace {
 
-constexpr int at_once = 2;  // rows of which a warp waits for memory together
+constexpr int at_once = 6;  // rows of a tile of which a warp waits for memory together, and of those around it:
+constexpr int around_at_once = 2;
 
 // Where a block's rows lie in shared memory.
 template <int N, bool chunked>
@@ -56,6 +57,7 @@ __device__ __forceinline__ void write_sums(const ConvModuleShape& n, const Row<N
   for (int k = at.warp; k < kernel; k += warps) {
     const Row<N>* own = scratch + k * lanes + at.lane;
     Row<N> sum = {};
+#pragma unroll 1
     for (int part = 0; part < frames; ++part) {
 #pragma unroll
       for (int c = 0; c < N; ++c) sum.of[c] += own[part * groups * tap_group * lanes].of[c];
@@ -93,67 +95,59 @@ __global__ void __launch_bounds__(warps* lanes, 2) backward(ConvModuleInputs in,
   Share share(kernel, at.warp);
   Row<N> dw[tap_group] = {}, db = {}, sum_a = {}, sum_s = {};
 
-  int end = int(blockIdx.x + 1) * given.tiles_each;
+  int begin = int(blockIdx.x) * given.tiles_each, end = begin + given.tiles_each;
   if (end > given.tiles) end = given.tiles;
+  Tile here(n, begin, tile);
 #pragma unroll 1
-  for (int i = int(blockIdx.x) * given.tiles_each; i < end; ++i) {
-    Tile here(n, i, tile);
-    int t0 = int(here.t0);
-    Frames<Y> dy(given.dy, dense(n, here.b, t0, at.channel), n.batch * n.channels);
+  for (int i = begin; i < end; ++i, here.t0 += tile) {
+    if (here.t0 >= n.frames) {
+      here.t0 = 0;
+      ++here.b;
+    }
+    int t0 = int(here.t0), before = t0 - half;
 
     // The gradient of y: each warp its own frames of the tile, then some of those around it.
-    {
-      int64_t from = dense(n, here.b, t0 + first, at.channel);
-      Frames<Y> dy(given.dy, from, n.batch * n.channels), y(given.y, from, n.batch * n.channels);
-      Frames<Y> a(given.activated, from, n.batch * n.channels);
-      Row<N>* to = strips.gradient + (half + first) * lanes + at.lane;
+    int64_t from_y = dense(n, here.b, before, at.channel), step_y = n.batch * n.channels;
+    Frames<Y> dy(given.dy, from_y, step_y), y(given.y, from_y, step_y), activated(given.activated, from_y, step_y);
 #pragma unroll 1
-      for (int r = 0; r < group; r += at_once) {
-        bool is[at_once];
-        Bits<Y, N> dy_bits[at_once], y_bits[at_once] = {};
+    for (int r = half + first; r < half + first + group; r += at_once) {
+      bool is[at_once];
+      Bits<Y, N> dy_bits[at_once], y_bits[at_once] = {};
 #pragma unroll
-        for (int j = 0; j < at_once; ++j) {
-          is[j] = at.inside && t0 + first + r + j < frames;
-          dy_bits[j] = load_bits<N>(dy.at(j), is[j]);
-          if constexpr (through_swoosh) y_bits[j] = load_bits<N>(y.at(j), is[j]);
-        }
+      for (int j = 0; j < at_once; ++j) {
+        is[j] = at.inside && before + r + j < frames;
+        dy_bits[j] = load_bits<N>(dy.at(r + j), is[j]);
+        if constexpr (through_swoosh) y_bits[j] = load_bits<N>(y.at(r + j), is[j]);
+      }
 #pragma unroll
-        for (int j = 0; j < at_once; ++j) {
-          Row<N> activated, gradient = gradient_of<Y, through_swoosh, N>(dy_bits[j], y_bits[j], &activated);
-          if (through_swoosh && is[j]) store_row<N>(a.to(j), activated);
+      for (int j = 0; j < at_once; ++j) {
+        Row<N> value, gradient = gradient_of<Y, through_swoosh, N>(dy_bits[j], y_bits[j], &value);
+        if (through_swoosh && is[j]) store_row<N>(activated.to(r + j), value);
 #pragma unroll
-          for (int c = 0; c < N; ++c) db.of[c] += gradient.of[c];
-          to[j * lanes] = gradient;
-        }
-        to += at_once * lanes;
-        dy.advance(at_once);
-        y.advance(at_once);
-        a.advance(at_once);
+        for (int c = 0; c < N; ++c) db.of[c] += gradient.of[c];
+        strips.gradient[(r + j) * lanes + at.lane] = gradient;
       }
     }
 #pragma unroll 1
-    for (int h = at.warp; h < padded(kernel); h += at_once * warps) {
-      Bits<Y, N> dy_bits[at_once], y_bits[at_once] = {};
-      int row[at_once];
+    for (int h = at.warp; h < padded(kernel); h += around_at_once * warps) {
+      Bits<Y, N> dy_bits[around_at_once], y_bits[around_at_once] = {};
+      int row[around_at_once];
 #pragma unroll
-      for (int j = 0; j < at_once; ++j) {
-        row[j] = h + j * warps < half ? h + j * warps : h + j * warps + tile;
-        int t = t0 - half + row[j];
-        bool is = at.inside && t >= 0 && t < frames;
-        int64_t from = dense(n, here.b, t, at.channel);
-        dy_bits[j] = load_bits<N>(given.dy + from, is);
-        if constexpr (through_swoosh) y_bits[j] = load_bits<N>(given.y + from, is);
+      for (int j = 0; j < around_at_once; ++j) {
+        row[j] = h + j * warps + (h + j * warps < half ? 0 : tile);
+        bool is = at.inside && unsigned(before + row[j]) < unsigned(frames);
+        dy_bits[j] = load_bits<N>(dy.at(row[j]), is);
+        if constexpr (through_swoosh) y_bits[j] = load_bits<N>(y.at(row[j]), is);
       }
 #pragma unroll
-      for (int j = 0; j < at_once; ++j) {
-        strips.gradient[row[j] * lanes + at.lane] =
-            gradient_of<Y, through_swoosh, N>(dy_bits[j], y_bits[j], nullptr);
+      for (int j = 0; j < around_at_once; ++j) {
+        strips.gradient[row[j] * lanes + at.lane] = gradient_of<Y, through_swoosh, N>(dy_bits[j], y_bits[j], nullptr);
       }
     }
     __syncthreads();
     if (chunked) {
       for (int r = at.warp; r < strips.rows; r += warps) {
-        int t = t0 - half + r;
+        int t = before + r;
         Row<N> row = strips.gradient[r * lanes + at.lane];
 #pragma unroll
         for (int c = 0; c < N; ++c) {
@@ -175,7 +169,8 @@ __global__ void __launch_bounds__(warps* lanes, 2) backward(ConvModuleInputs in,
       convolve<N>(mine, strips.weight + at.lane, kernel, sums);
     }
     // Lane i looks at frame i of the warp's.
-    unsigned present = __ballot_sync(0xffffffffu, at.lane < group && heard(in.padding, frames, here.b, t0 + first + at.lane));
+    unsigned present =
+        __ballot_sync(0xffffffffu, at.lane < group && heard(in.padding, frames, here.b, t0 + first + at.lane));
     if (!at.inside) present = 0;
     int64_t from = strided(n, here.b, t0 + first, at.channel);
     Frames<X> a(in.a, from, n.frame_stride), s(in.s, from, n.frame_stride);
@@ -183,22 +178,30 @@ __global__ void __launch_bounds__(warps* lanes, 2) backward(ConvModuleInputs in,
     Frames<X> da(given.da, to, n.batch * given.step), ds(given.ds, to, n.batch * given.step);
     int count = at.inside && given.da ? frames - t0 - first : 0;
 #pragma unroll
-    for (int r = 0; r < group; ++r) {
-      bool is = present >> r & 1;
-      Row<N> in_a = load_row<N>(a.at(r), is), in_s = load_row<N>(s.at(r), is), x, out_a, out_s;
+    for (int r0 = 0; r0 < group; r0 += at_once) {
+      Bits<X, N> a_bits[at_once], s_bits[at_once];  // loaded before stores that might, for all nvcc knows, change them
 #pragma unroll
-      for (int c = 0; c < N; ++c) {
-        float gate = open(in_s.of[c]);
-        x.of[c] = in_a.of[c] * gate;
-        out_a.of[c] = is ? sums[r].of[c] * gate : 0.0f;
-        out_s.of[c] = out_a.of[c] * (in_a.of[c] - x.of[c]);
-        sum_a.of[c] += out_a.of[c];
-        sum_s.of[c] += out_s.of[c];
+      for (int r = r0; r < r0 + at_once; ++r) {
+        a_bits[r - r0] = load_bits<N>(a.at(r), present >> r & 1);
+        s_bits[r - r0] = load_bits<N>(s.at(r), present >> r & 1);
       }
-      if (!chunked) strips.x[(first + r) * lanes + at.lane] = x;
-      if (r < count) {
-        store_row<N>(da.to(r), out_a);
-        store_row<N>(ds.to(r), out_s);
+#pragma unroll
+      for (int r = r0; r < r0 + at_once; ++r) {
+        Row<N> in_a = widened<X, N>(a_bits[r - r0]), in_s = widened<X, N>(s_bits[r - r0]), x, out_a, out_s;
+#pragma unroll
+        for (int c = 0; c < N; ++c) {
+          float gate = open(in_s.of[c]);
+          x.of[c] = in_a.of[c] * gate;
+          out_a.of[c] = present >> r & 1 ? sums[r].of[c] * gate : 0.0f;
+          out_s.of[c] = out_a.of[c] * (in_a.of[c] - x.of[c]);
+          sum_a.of[c] += out_a.of[c];
+          sum_s.of[c] += out_s.of[c];
+        }
+        if (!chunked) strips.x[(first + r) * lanes + at.lane] = x;
+        if (r < count) {
+          store_row<N>(da.to(r), out_a);
+          store_row<N>(ds.to(r), out_s);
+        }
       }
     }
     __syncthreads();

@@ -1,11 +1,11 @@
 // The convolution module on the GPU, forward: gate, zeros on padding, convolution and SwooshR in one kernel.
-#include "conv_module/cuda_strips.h"
+#include "conv_module/cuda_chunks.h"
 
 namespace zk {
 
 namespace {
 
-constexpr int groups = 2;                      // that a warp sums one after the other
+constexpr int groups = 2;                     // that a warp sums one after the other
 constexpr int tile = warps * groups * group;  // frames of a block
 
 // Rows of the strip from frame t0 - H on: those of the tile, and as many as the padded taps reach beyond them.
@@ -24,7 +24,7 @@ __device__ __forceinline__ void fill_gated(Row<N>* strip, int rows, int64_t firs
   if (biased) {
     auto bias = static_cast<const X*>(in.projection_bias);
     bias_a = values_of<N>(bias, at);
-    bias_s = values_of<N>(bias ? bias + n.channels : nullptr, at);
+    bias_s = values_of<N>(bias + n.channels, at);
   }
   int64_t from = strided(n, b, first + at.warp, at.channel);
   Frames<X> a(in.a, from, n.frame_stride), s(in.s, from, n.frame_stride);
@@ -81,7 +81,11 @@ __global__ void __launch_bounds__(warps* lanes, 3) forward(ConvModuleInputs in, 
   Row<N>* causal = weight + padded(kernel) * tap_row;
   fill_taps<N>(weight, in.weight, kernel, n.channels, false, at, blockIdx.y);
   if (chunked) fill_taps<N>(causal, in.causal_weight, half + 1, n.channels, false, at, blockIdx.y);
-  fill_gated<X, results == Results::activated, N>(x, rows, here.t0 - half, in, here.b, at);
+  if (results == Results::activated && in.projection_bias) {
+    fill_gated<X, true, N>(x, rows, here.t0 - half, in, here.b, at);
+  } else {
+    fill_gated<X, false, N>(x, rows, here.t0 - half, in, here.b, at);
+  }
   Row<N> bias = values_of<N>(static_cast<const float*>(in.bias), at);
   __syncthreads();
 

@@ -1,7 +1,7 @@
 // Device code of the convolution module's gradients: the gradient of y, and partial sums that blocks leave.
 #pragma once
 
-#include "conv_module/cuda_strips.h"
+#include "conv_module/cuda_chunks.h"
 
 namespace zk {
 

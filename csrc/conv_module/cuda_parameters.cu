@@ -145,9 +145,7 @@ constexpr int slices = 8;  // of the parts, each added up by a warp
 // Where the sum of a row for a channel goes: each parameter's gradient is laid out as the parameter, and the sums of da
 // and ds follow.
 __device__ __forceinline__ int64_t place_of(const ConvModuleShape& n, const SumRows& rows, int row, int channel) {
-  auto of = [&](int begin, int taps) {
-    return n.channels * begin + int64_t(channel) * taps + (row - begin);
-  };
+  auto of = [&](int begin, int taps) { return n.channels * begin + int64_t(channel) * taps + (row - begin); };
   int kernel = int(n.kernel);
   if (row >= rows.da || row == rows.bias) return of(row, 1);
   if (row < rows.bias) return of(0, kernel);

@@ -1,6 +1,6 @@
 // Device code that the convolution module's kernels share. A block takes tiles of frames of one sequence and 32 lanes
-// of N channels. Strips of frames lie in shared memory, a row of N floats for each lane, with the frames that the kernel
-// reaches on either side. A warp sums neighbouring results in registers.
+// of N channels. Strips of frames lie in shared memory, a row of N floats for each lane, with the frames that the
+// kernel reaches on either side. A warp sums neighbouring results in registers.
 #pragma once
 
 #include <initializer_list>
@@ -17,9 +17,9 @@ namespace {
 
 constexpr int lanes = 32;
 constexpr int warps = 8;
-constexpr int group = 12;    // neighbouring results of a warp
-constexpr int tap_group = 16;  // taps that it takes at a time
-constexpr int tap_row = lanes + 1;  // of taps in shared memory: so they are written there without bank conflicts
+constexpr int group = 12;                  // neighbouring results of a warp
+constexpr int tap_group = 16;              // taps that it takes at a time
+constexpr int tap_row = lanes + 1;         // of taps in shared memory: so they are written there without bank conflicts
 constexpr size_t most_shared = 99 * 1024;  // bytes of shared memory that a block has on every GPU
 
 // N channels of a lane.
@@ -205,8 +205,8 @@ __device__ __forceinline__ void convolve(const Row<N>* rows, const Row<N>* taps,
   for (int k = 0; k < count; k += tap_group) correlate<tap_group, tap_row>(rows + k * lanes, taps + k * tap_row, sums);
 }
 
-// sigmoid(s): as `sigmoid` of common/math.h, whose exponential must not pass 1 on the host. Where it overflows here, its
-// reciprocal is 0, and that is the result.
+// sigmoid(s): as `sigmoid` of common/math.h, whose exponential must not pass 1 on the host. Where it overflows here,
+// its reciprocal is 0, and that is the result.
 __device__ __forceinline__ float open(float s) {
 #if defined(__CUDA_ARCH__)
   float power;
@@ -224,15 +224,12 @@ struct SwooshRAt {
   using Kind = Swoosh<SwooshKind::r, float>;
   float x, u, z;
 
-  __device__ explicit SwooshRAt(float x)
-      : x(x), u(x - Kind::shift), z(exp_nonpositive(-magnitude(u))) {}
+  __device__ explicit SwooshRAt(float x) : x(x), u(x - Kind::shift), z(exp_nonpositive(-magnitude(u))) {}
 
   __device__ __forceinline__ float value() const {
     return (u > 0.0f ? u : 0.0f) + logarithm() - (Kind::slope * x + Kind::offset);
   }
-  __device__ __forceinline__ float derivative() const {
-    return ratio(u > 0.0f ? 1.0f : z, 1.0f + z) - Kind::slope;
-  }
+  __device__ __forceinline__ float derivative() const { return ratio(u > 0.0f ? 1.0f : z, 1.0f + z) - Kind::slope; }
 
  private:
   __device__ __forceinline__ float logarithm() const {
@@ -246,62 +243,6 @@ struct SwooshRAt {
     return log1p_unit(z);
   }
 };
-
-// ---- chunks ----
-
-// Where frame t stands in its chunk. Frames are counted in 32 bits: a division of 64 is a call.
-__device__ __forceinline__ int position_of(const ConvModuleShape& n, int64_t t) {
-  return int(unsigned(t) % unsigned(n.chunk));
-}
-
-// e_p of frame t, of a channel.
-__device__ __forceinline__ float factor_of(const ConvModuleInputs& in, int64_t t, int channel) {
-  const ConvModuleShape& n = in.shape;
-  auto left = static_cast<const float*>(in.edge_scale) + int64_t(channel) * n.kernel;
-  return edge_factor(left, left + n.channels * n.kernel, position_of(n, t), n.chunk, n.kernel);
-}
-
-// Where each of `count` frames from t on stands in its chunk.
-template <int count>
-struct Positions {
-  int position[count], chunk;
-
-  __device__ Positions(const ConvModuleShape& n, int64_t t) : chunk(int(n.chunk)) {
-    int p = position_of(n, t);
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      position[i] = p;
-      p = p + 1 == chunk ? 0 : p + 1;
-    }
-  }
-
-  // Whether frame i, moved by `distance`, stays in its chunk.
-  __device__ __forceinline__ bool stays(int i, int distance) const {
-    return unsigned(position[i] + distance) < unsigned(chunk);
-  }
-};
-
-// As `convolve`, of frames at `positions`, inside of their chunks only; the first row is frame -before.
-template <int N>
-__device__ __forceinline__ void convolve_inside(const Row<N>* rows, const Row<N>* taps, int count, int before,
-                                                const Positions<group>& positions, Row<N> (&sums)[group]) {
-#pragma unroll 1
-  for (int k = 0; k < count; k += tap_group) {
-    Row<N> held[group + tap_group - 1];
-#pragma unroll
-    for (int i = 0; i < group + tap_group - 1; ++i) held[i] = rows[(k + i) * lanes];
-#pragma unroll
-    for (int j = 0; j < tap_group; ++j) {
-      Row<N> tap = taps[(k + j) * tap_row];
-#pragma unroll
-      for (int i = 0; i < group; ++i) {
-        bool stays = positions.stays(i, k + j - before);
-#pragma unroll
-        for (int c = 0; c < N; ++c) sums[i].of[c] += tap.of[c] * (stays ? held[i + j].of[c] : 0.0f);
-      }
-    }
-  }
-}
 
 // ---- launching ----
 

@@ -15,7 +15,7 @@ from zipformer_kernels.ops.conv_module.sums import Sums
 
 BLOCKS_PER_MULTIPROCESSOR = tuning.entry("conv_module.cuda_blocks")
 WIDEST = {False: 127, True: 47}  # kernels whose strips fit into the shared memory of every GPU; in chunks
-WIDEST_FRAME = 2**31 // 16  # elements of all sequences and both halves
+WIDEST_FRAME = 2**31 // 4  # elements of all sequences and both halves
 
 
 def _unsupported(a: Tensor, s: Tensor, weight: Tensor, *rest: Any) -> str | None:

@@ -125,9 +125,7 @@ class Passes:
 
     # ---- without gradients ----
 
-    def _unsupported_infer(
-        self, x: Tensor, x_bias: Tensor | None, left: Tensor | None, *rest: Any
-    ) -> str | None:
+    def _unsupported_infer(self, x: Tensor, x_bias: Tensor | None, left: Tensor | None, *rest: Any) -> str | None:
         if left is not None:
             return "it takes no left context of a stream"
         if x_bias is not None and x_bias.dtype != x.dtype:
@@ -135,9 +133,7 @@ class Passes:
         reason = unsupported_dtype(x, GPU_DTYPES)
         return reason or self.supports(*x.chunk(2, dim=2), *rest, x.dtype)
 
-    def _infer(
-        self, x: Tensor, x_bias: Tensor | None, left: None, *rest: Any
-    ) -> tuple[Tensor, Tensor]:
+    def _infer(self, x: Tensor, x_bias: Tensor | None, left: None, *rest: Any) -> tuple[Tensor, Tensor]:
         arguments = Arguments(*x.chunk(2, dim=2), *rest, x.dtype)
         activated = arguments.result()
         if activated.numel() > 0:
