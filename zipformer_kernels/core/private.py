@@ -78,6 +78,12 @@ FakeTensor: type = private("torch._subclasses.fake_tensor.FakeTensor", Absent)
 """Tensors of a FakeTensorMode. Without: torch raises its own error where their numbers are looked at."""
 
 
+# ---- where launches go: `zipformer_kernels.core.launch` and `jit` ----
+
+current_device: Callable[[], int] = private("torch._C._cuda_getDevice", torch.cuda.current_device)
+"""The number of the current GPU, once CUDA has started."""
+
+
 # ---- backward passes: `zipformer_kernels.ops.attention` ----
 
 will_execute: Callable[[Any], bool] = private("torch._C._will_engine_execute_node", None)

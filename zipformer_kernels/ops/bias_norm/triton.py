@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipformer_kernels.core import tuning
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, multiprocessors, next_power_of_2, on_device
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.bias_norm.rows import Gradients, Rows, unsupported
@@ -31,7 +32,7 @@ def rescaling(mean):
     return tl.where(mean < 1e-30, 1.2676506e30, tl.where(mean > 1e30, 7.8886091e-31, 1.0))
 
 
-@triton.jit
+@jit
 def forward_tiles(x_ptr, bias_ptr, log_scale_ptr, y_ptr, inverse_ptr, rows, C, R: tl.constexpr, BLOCK: tl.constexpr):
     """R whole rows per program, of BLOCK >= C channels each."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -61,7 +62,7 @@ def sum_of_squares(x_ptr, bias_ptr, start, scale, C, BLOCK: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit
+@jit
 def forward_row(x_ptr, bias_ptr, log_scale_ptr, y_ptr, inverse_ptr, C, BLOCK: tl.constexpr):
     """One row per program, BLOCK channels at a time."""
     row = tl.program_id(0).to(tl.int64)
@@ -79,7 +80,7 @@ def forward_row(x_ptr, bias_ptr, log_scale_ptr, y_ptr, inverse_ptr, C, BLOCK: tl
     tl.store(inverse_ptr + row, r)
 
 
-@triton.jit
+@jit
 def backward_tiles(
     dy_ptr,
     x_ptr,
@@ -124,7 +125,7 @@ def backward_tiles(
         tl.store(share + C, gain * tl.sum(total, 0))
 
 
-@triton.jit
+@jit
 def backward_row(
     dy_ptr,
     x_ptr,
@@ -169,7 +170,7 @@ def backward_row(
         tl.store(share + C, gain * total)
 
 
-@triton.jit
+@jit
 def sum_parts(
     partials_ptr,
     dbias_ptr,

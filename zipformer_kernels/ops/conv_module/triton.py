@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipformer_kernels.core import tuning
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, multiprocessors, on_device
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.conv_module.arguments import Arguments, Gradients, unsupported
@@ -61,7 +62,7 @@ def edge_factor(edge_ptr, p, c, present, C, S, K: tl.constexpr):
     return factor + tl.load(right, present & (p >= S - K)[:, None], other=0.0)
 
 
-@triton.jit
+@jit
 def gate_kernel(
     a_ptr, s_ptr, padding_ptr, x_ptr, T, B, C, frame_stride, batch_stride, across,
     PADDED: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
@@ -79,7 +80,7 @@ def gate_kernel(
     tl.store(x_ptr + dense(b, t, c, B, C), x.to(x_ptr.dtype.element_ty), present)
 
 
-@triton.jit
+@jit
 def scale_kernel(
     dy_ptr, edge_ptr, scaled_ptr, T, B, C, S, across,
     K: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
@@ -108,7 +109,7 @@ def convolve(x_ptr, weight_ptr, b, t, c, exists, T, B, C, S, shift, K: tl.conste
     return total
 
 
-@triton.jit
+@jit
 def forward_kernel(
     x_ptr, weight_ptr, bias_ptr, causal_weight_ptr, causal_bias_ptr, edge_ptr, y_ptr, T, B, C, S, across,
     K: tl.constexpr, CHUNKED: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_CAUSAL_BIAS: tl.constexpr,
@@ -128,7 +129,7 @@ def forward_kernel(
     tl.store(y_ptr + dense(b, t, c, B, C), y.to(y_ptr.dtype.element_ty), present)
 
 
-@triton.jit
+@jit
 def backward_kernel(
     dy_ptr, scaled_ptr, a_ptr, s_ptr, padding_ptr, weight_ptr, causal_weight_ptr, da_ptr, ds_ptr,
     T, B, C, S, frame_stride, batch_stride, across,
@@ -154,7 +155,7 @@ def backward_kernel(
     tl.store(ds_ptr + o, ds.to(ds_ptr.dtype.element_ty), present)
 
 
-@triton.jit
+@jit
 def taps_kernel(
     x_ptr, d_ptr, partials_ptr, T, B, C, S, across, tiles, parts, blocks, total, weight_at, bias_at,
     K: tl.constexpr, TAPS: tl.constexpr, WITHIN: tl.constexpr,
@@ -189,7 +190,7 @@ def taps_kernel(
     tl.store(share + bias_at + c, tl.sum(bias, 0), exists & (tl.program_id(1) == 0))
 
 
-@triton.jit
+@jit
 def edges_kernel(
     x_ptr, dy_ptr, weight_ptr, bias_ptr, partials_ptr, T, B, C, S, chunks, parts, blocks, total, edge_at,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
