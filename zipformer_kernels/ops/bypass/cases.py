@@ -39,8 +39,8 @@ def _scale_case(
         drawn = (None if rate is None else torch.rand(batch, 1, device=device, dtype=dtype) for rate in rates)
         return scale, *drawn, skip_rate or 0.0, straight_rate or 0.0, batch
 
-    moved = dict.fromkeys(("forward", "backward"), n + channels)
-    flops = dict.fromkeys(moved, 2 * n)
+    moved = {direction: n + channels for direction in ("forward", "backward")}
+    flops = {direction: 2 * n for direction in moved}
     return Case(name, inputs, lambda size: {key: size * count for key, count in moved.items()}, flops, large)
 
 
@@ -53,7 +53,7 @@ def _limit_case(name: str, *shape: int, large: bool = False) -> Case:
         return grad, torch.linspace(-1.0, 2.0, n, device=device).view(shape).to(dtype), 0.25, 0.875
 
     moved = {"forward": 3 * n, "backward": 3 * n}
-    flops = dict.fromkeys(moved, 3 * n)
+    flops = {direction: 3 * n for direction in moved}
     return Case(name, inputs, lambda size: {key: size * count for key, count in moved.items()}, flops, large)
 
 
