@@ -255,7 +255,7 @@ def recording(native: ModuleType | None = None, target: str = TARGET) -> Iterato
         launches.append(
             Launch(
                 "triton",
-                f"{self.fn.__module__.split('.')[-2]}.{self.fn.__name__}",
+                f"{self.fn.__module__.split('.')[2]}.{self.fn.__name__}",
                 sum(map(extent, tensors.values())),
                 grid=(*(grid(given) if callable(grid) else grid), 1, 1)[:3],
                 threads=32 * compiled.metadata.num_warps,

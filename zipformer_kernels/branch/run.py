@@ -182,6 +182,10 @@ class Run:
         self._owns = False  # who has seen its result may hold it
         return src
 
+    def joins(self, *names: str) -> bool:
+        """Whether the calls of these modules may be left out for a function of all of them, also with gradients."""
+        return self.nodes is not None and self.settled.fused.issuperset(names)
+
     def normalise(self, name: str, src: Tensor) -> Tensor:
         """The norm of a name."""
         norm = self.parts[name]
