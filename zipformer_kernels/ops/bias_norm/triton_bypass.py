@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipformer_kernels.core import tuning
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.core.launch import cdiv, multiprocessors, next_power_of_2, on_device
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.bias_norm.bypass import BypassGradients, BypassRows, unsupported
@@ -24,7 +25,7 @@ SUM_COLUMNS = tuning.entry("bias_norm.triton_sum_columns")
 SUM_PARTS = tuning.entry("bias_norm.triton_sum_parts")
 
 
-@triton.jit
+@jit
 def bypass_forward(
     x_ptr,
     bias_ptr,
@@ -57,7 +58,7 @@ def bypass_forward(
     tl.store(inverse_ptr + row, r, frame < frames)
 
 
-@triton.jit
+@jit
 def bypass_backward(
     dy_ptr,
     x_ptr,
@@ -129,7 +130,7 @@ def sums_of(from_ptr, parts, stride, inside, PARTS: tl.constexpr, COLUMNS: tl.co
     return tl.sum(sums, 0)
 
 
-@triton.jit
+@jit
 def bypass_sum_parts(
     partials_ptr,
     dbias_ptr,

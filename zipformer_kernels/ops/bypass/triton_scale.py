@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipformer_kernels.core import tuning
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.core.launch import as_empty_like, cdiv, contiguous, on_device
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.bypass.reference import limit_backward
@@ -31,7 +32,7 @@ def passed(draws_ptr, b, B, rate, DRAWN: tl.constexpr):
     return tl.where(tl.load(draws_ptr + b, b < B, other=1.0) < rate, 1.0, 0.0) if DRAWN else b * 0.0
 
 
-@triton.jit
+@jit
 def scale_kernel(
     scale_ptr,
     skips_ptr,
@@ -56,7 +57,7 @@ def scale_kernel(
     tl.store(y_ptr + b.to(tl.int64) * C + c, y.to(y_ptr.dtype.element_ty), c < C)
 
 
-@triton.jit
+@jit
 def scale_gradient_kernel(
     dy_ptr,
     scale_ptr,
@@ -89,7 +90,7 @@ def scale_gradient_kernel(
     tl.store(dscale_ptr + c, tl.sum(sums, 0).to(dscale_ptr.dtype.element_ty), c < C)
 
 
-@triton.jit
+@jit
 def limit_kernel(grad_ptr, x_ptr, y_ptr, least, most, count, BLOCK: tl.constexpr):
     """BLOCK gradients per program, turned where they would push x further out of its limits."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
