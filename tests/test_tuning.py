@@ -35,6 +35,7 @@ in_checkout = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="no checko
 
 ROOMS = ("core", "ops", "training", "branch", "modules", "optim")
 HARD = {
+    "ACCESS": "16 bytes is the most that an instruction moves",
     "BACK": "tiles are at most half as long",
     "BY_GATHER": "a name",
     "BY_LOADS": "a name",

@@ -38,6 +38,7 @@ TARGET = "9.0"
 MULTIPROCESSORS = 132  # of an H100 and of an H200
 
 with mock.patch("torch.cuda.is_available", return_value=True):  # else the package leaves Triton out
+    from zipformer_kernels.branch import ways
     from zipformer_kernels.core import backend, launch
 
 
@@ -269,7 +270,7 @@ def recording(native: ModuleType | None = None, target: str = TARGET) -> Iterato
         launches.append(
             Launch(
                 "triton",
-                f"{self.fn.__module__.split('.')[2]}.{self.fn.__name__}",
+                f"{self.fn.__module__.split('.')[-2]}.{self.fn.__name__}",
                 sum(map(extent, tensors.values())),
                 grid=(*(grid(given) if callable(grid) else grid), 1, 1)[:3],
                 threads=32 * compiled.metadata.num_warps,
@@ -297,6 +298,7 @@ def recording(native: ModuleType | None = None, target: str = TARGET) -> Iterato
             "zipformer_kernels.core.call.count_dispatch_modes", return_value=0
         ),  # who looks on here does not count
         mock.patch("zipformer_kernels.training.randomness.has_values", return_value=False),
+        mock.patch.dict(ways.WAYS, cpu=ways.WAYS["cuda"]),
     ]
     for user in [m for name, m in sys.modules.items() if name.startswith("zipformer_kernels")]:
         if getattr(user, "multiprocessors", None) is launch.multiprocessors:

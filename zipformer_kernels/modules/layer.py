@@ -214,7 +214,7 @@ class ZipformerEncoderLayer(Module):
         # A rate is read before its module runs, so that numbers are drawn in upstream's order.
         skip_rate = run.rate(self.attention_skip_rate)
         masks = {"attn_mask": attn_mask, "key_padding_mask": src_key_padding_mask}
-        weights = self._weights(run, src, pos_emb, masks)
+        weights, src = self._weights(run, src, pos_emb, masks)
         return self._run(run, src, weights, src_key_padding_mask, skip_rate, chunks, time_emb)
 
     def _run(
@@ -246,17 +246,19 @@ class ZipformerEncoderLayer(Module):
         src = run.normalise("norm", run.watch(src, "balancer1"))
         return run.watch(run.mix("bypass", src_orig, src), "balancer2", "whiten")
 
-    def _weights(self, run: Run, src: Tensor, pos_emb: Tensor, masks: dict[str, Any]) -> AttentionWeights | Tensor:
-        """The attention weights of whole sequences."""
+    def _weights(
+        self, run: Run, src: Tensor, pos_emb: Tensor, masks: dict[str, Any]
+    ) -> tuple[AttentionWeights | Tensor, Tensor]:
+        """The attention weights of whole sequences, and src for all that uses it further."""
         attention = self.self_attn_weights
         if "self_attn_weights" in run.settled.fused:
             made = run.settled.backend and attention.tensor(run.settled.backend, src, pos_emb, **masks)
-            return made[0] if made else attention.handle(src, pos_emb, **masks)
+            return (made[0], src) if made else attention.handle(src, pos_emb, **masks, project=run.project)
         plain = "self_attn_weights" in plain_parts(self, When.ANY)
-        weights = (attention.handle if plain else attention)(src, pos_emb=pos_emb, **masks)
+        weights = attention.handle(src, pos_emb, **masks)[0] if plain else attention(src, pos_emb=pos_emb, **masks)
         if isinstance(weights, Tensor):
             run.check(weights)
-        return weights
+        return weights, src
 
     def _first_head(self, run: Run, weights: AttentionWeights | Tensor) -> AttentionWeights | Tensor:
         """The weights for NonlinAttention: those of the first head, or, drawn in training, constant ones."""

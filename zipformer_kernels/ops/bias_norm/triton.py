@@ -15,7 +15,9 @@ from torch import Tensor
 from zipformer_kernels.core import tuning
 from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, multiprocessors, next_power_of_2, on_device
 from zipformer_kernels.core.op import Launchers
+from zipformer_kernels.ops.bias_norm import triton_bypass
 from zipformer_kernels.ops.bias_norm.rows import Gradients, Rows, unsupported
+from zipformer_kernels.ops.bias_norm.triton_rows import inverse_rms, rescaling
 
 TILE = tuning.entry("bias_norm.triton_tile")
 MOST_ROWS = tuning.entry("bias_norm.triton_rows")
@@ -23,12 +25,6 @@ WARPS = tuning.entry("bias_norm.triton_warps")
 PROGRAMS_PER_MULTIPROCESSOR = tuning.entry("bias_norm.triton_programs")
 SUM_COLUMNS = tuning.entry("bias_norm.triton_sum_columns")
 SUM_PARTS = tuning.entry("bias_norm.triton_sum_parts")
-
-
-@triton.jit
-def rescaling(mean):
-    """A factor, 2^100 or 2^-100, that brings squares into float32's range where their mean is not; else 1."""
-    return tl.where(mean < 1e-30, 1.2676506e30, tl.where(mean > 1e30, 7.8886091e-31, 1.0))
 
 
 @triton.jit
@@ -40,10 +36,7 @@ def forward_tiles(x_ptr, bias_ptr, log_scale_ptr, y_ptr, inverse_ptr, rows, C, R
     i = row[:, None] * C + c[None, :]
     x = tl.load(x_ptr + i, inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, c < C, other=0.0)
-    d = tl.where(inside, x - bias[None, :], 0.0)
-    scale = rescaling(tl.sum(d * d, 1) / C)
-    d = d * scale[:, None]
-    r = scale * tl.rsqrt(tl.sum(d * d, 1) / C)
+    r = inverse_rms(tl.where(inside, x - bias[None, :], 0.0), C)
     s = tl.exp(tl.load(log_scale_ptr)) * r
     tl.store(y_ptr + i, (x * s[:, None]).to(y_ptr.dtype.element_ty), inside)
     tl.store(inverse_ptr + row, r, row < rows)
@@ -240,4 +233,6 @@ def _backward(needs: tuple, grads: tuple, saved: tuple, x: Tensor, bias: Tensor,
     return out.returned()
 
 
-launchers = Launchers(partial(unsupported, GPU_DTYPES), _forward, _backward)
+launchers = Launchers(
+    partial(unsupported, GPU_DTYPES), _forward, _backward, variants={"bypass": triton_bypass.launchers}
+)
