@@ -217,6 +217,8 @@ RULES: dict[str, Rule] = {
     "balancer.moments_kernel": walk("part_rows", "R"),
     "balancer.merge_kernel": parts_merged,
     "balancer.change_kernel": balancer_change,
+    "downsample.bias_kernel": parts_merged,
+    "upsample_bypass.sum_parts": parts_merged,
     "bias_norm.backward_tiles": lambda n, body, depth: ceil_div(n["rows"], n["R"] * n["grid"][0]),
     "bias_norm.sum_parts": lambda n, body, depth: ceil_div(n["parts"], n["PARTS"]),
     "conv_module.forward_kernel": conv_module_kernel,
