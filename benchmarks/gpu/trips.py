@@ -114,6 +114,43 @@ def bias_norm_backward(n: dict[str, Any], body: Body, depth: int) -> float:
     return 2 if body["BAR"] else 1
 
 
+def bias_norm_bypass_backward(n: dict[str, Any], body: Body, depth: int) -> float:
+    """The loop over frames that writes both gradients; then eight warps take turns, twice."""
+    if depth > 0:
+        return 1
+    if body["MUFU"] or body["SHFL"]:
+        return ceil_div(n["frames"], 8 * n["parts"])
+    return 2 if body["BAR"] else 1
+
+
+def bias_norm_bypass_sums(n: dict[str, Any], body: Body, depth: int) -> float:
+    """One row of programs adds up all parts, the others each sequence's: the mean over all, of two loops."""
+    parts, sequences = n["parts"], n["sequences"]
+    one, other = ceil_div(parts, n["PARTS"]) * sequences, ceil_div(parts * sequences, n["PARTS"])
+    return (one + other) / (sequences + 1) / 2
+
+
+def parts_of_columns(parts: float, body: Body) -> float:
+    """32 groups of threads share the parts: a loop takes several at once, one what is left; then their sums."""
+    each, at_once = parts / 32, body["LDG"]
+    if at_once == 0:
+        return 31 / max(body["LDS"], 1)
+    return each // at_once if at_once > 1 else each % 4
+
+
+def bias_norm_bypass_parts(n: dict[str, Any], body: Body, depth: int) -> float:
+    """As `bias_norm_bypass_sums`."""
+    sequences = n["sequences"]
+    return parts_of_columns(n["parts"] * 2 * sequences / (sequences + 1), body)
+
+
+def bypass_backward(n: dict[str, Any], body: Body, depth: int) -> float:
+    """A block's 256 threads have packs of 4 channels in float32, of 8 elsewhere, and two rows at once each."""
+    packs = n["channels"] // (4 if n["a_dtype"] == n["b_dtype"] == 0 else 8)
+    rows = 256 // min(packs, 256)
+    return ceil_div(n["rows"], 2 * rows * n["parts"]) if body["STG"] else rows - 1
+
+
 def conv_module(n: dict[str, Any], body: Body, depth: int) -> float:
     """Strips are filled four rows a time and warp, taps taken sixteen at a time."""
     taps, padded = n["shape"].kernel, n["padding"] != 0
@@ -164,6 +201,15 @@ def scaled_adam_plan(lanes: int | str, tensors: str) -> Rule:
 RULES: dict[str, Rule] = {
     "bias_norm.backward_tiles": lambda n, body, depth: ceil_div(n["rows"], n["R"] * n["grid"][0]),
     "bias_norm.sum_parts": lambda n, body, depth: ceil_div(n["parts"], n["PARTS"]),
+    "bias_norm.bypass_backward": lambda n, body, depth: ceil_div(n["frames"] * n["sequences"], n["R"] * n["grid"][0]),
+    "bias_norm.bypass_sum_parts": bias_norm_bypass_sums,
+    "bias_norm.bypass_add_parts": bias_norm_bypass_parts,
+    "bias_norm.bypass_forward": lambda n, body, depth: 1,
+    "bypass.backward_kernel": lambda n, body, depth: ceil_div(n["rows"], n["R"] * n["parts"]),
+    "bypass.sum_parts": lambda n, body, depth: ceil_div(n["parts"], n["PARTS"]),
+    "bypass.scale_gradient_kernel": lambda n, body, depth: ceil_div(n["B"], n["SEQUENCES"]),
+    "bypass.backward": bypass_backward,
+    "bypass.add_parts": lambda n, body, depth: parts_of_columns(n["parts"], body),
     "conv_module.forward_kernel": lambda n, body, depth: n["K"],
     "conv_module.backward_kernel": lambda n, body, depth: n["K"],
     "conv_module.taps_kernel": lambda n, body, depth: n["tiles"] / n["parts"],
@@ -182,7 +228,7 @@ RULES: dict[str, Rule] = {
     "scaled_adam.sums_kernel": lambda n, body, depth: 1,  # 32 parts at a time: 45 of 863 tensors of L have more
     "bias_norm.forward_in_registers": lambda n, body, depth: 1,  # a second time only where squares leave the range
     "bias_norm.backward_in_registers": bias_norm_backward,
-    "bias_norm.add_parts": lambda n, body, depth: ceil_div(n["parts"], 16),
+    "bias_norm.add_parts": lambda n, body, depth: parts_of_columns(n["parts"], body),
     "attention.softmax_rows": attention_by_targets,
     "attention.average": attention_by_targets,
     "attention.values_gradient": attention_gradients(0),
@@ -197,6 +243,7 @@ RULES: dict[str, Rule] = {
 
 CUDA_RULES: dict[str, Rule] = {
     "attention.pack_kernel": pack_uses,
+    "bias_norm.bypass_backward": bias_norm_bypass_backward,
     "scaled_adam.partials_kernel": scaled_adam(2, 0),
     "scaled_adam.update_kernel": scaled_adam(4, 3),
     "scaled_adam.plan_kernel": scaled_adam_plan(512, "tensor_count"),

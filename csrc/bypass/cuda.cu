@@ -1,6 +1,6 @@
-// The bypass on the GPU. A thread has some neighbouring channels, 16 bytes an access, of several rows; so it reads their
-// scales once. Backward leaves each block's share of the scales' gradient in `partials`, which a second kernel adds up in
-// order.
+// The bypass on the GPU. A thread has some neighbouring channels, 16 bytes an access, of several rows; so it reads
+// their scales once. Backward leaves each block's share of the scales' gradient in `partials`, which a second kernel
+// adds up in order.
 #include "bypass/bypass.h"
 #include "common/parts.h"
 #include "common/vectors.h"
