@@ -131,17 +131,23 @@ def bias_norm_bypass_sums(n: dict[str, Any], body: Body, depth: int) -> float:
 
 
 def parts_of_columns(parts: float, body: Body) -> float:
-    """32 groups of threads share the parts: a loop takes several at once, one what is left; then their sums."""
-    each, at_once = parts / 32, body["LDG"]
+    """Groups of threads share the parts: a loop takes several at once, one what is left; then their sums."""
+    groups, at_once = sum_groups(parts), body["LDG"]
     if at_once == 0:
-        return 31 / max(body["LDS"], 1)
-    return each // at_once if at_once > 1 else each % 4
+        return (groups - 1) / max(body["LDS"], 1)
+    return parts / groups // at_once if at_once > 1 else parts / groups % 4
+
+
+def sum_groups(parts: float) -> int:
+    """As csrc/common/parts.h has them."""
+    return next(groups for groups in (32, 16, 8, 4, 2, 1) if groups == 1 or groups * 8 <= parts)
 
 
 def bias_norm_bypass_parts(n: dict[str, Any], body: Body, depth: int) -> float:
-    """As `bias_norm_bypass_sums`."""
-    sequences = n["sequences"]
-    return parts_of_columns(n["parts"] * 2 * sequences / (sequences + 1), body)
+    """Blocks for the norm's sums, over all parts, and for each sequence's, over its own: the mean over all."""
+    parts, sequences, blocks = n["parts"], n["sequences"], n["grid"][0]
+    of_all = ceil_div(n["channels"] + 1, 1024 // sum_groups(parts * sequences)) / blocks
+    return of_all * parts_of_columns(parts * sequences, body) + (1 - of_all) * parts_of_columns(parts, body)
 
 
 def bypass_backward(n: dict[str, Any], body: Body, depth: int) -> float:

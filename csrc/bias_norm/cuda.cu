@@ -159,12 +159,12 @@ __global__ void __launch_bounds__(max_threads, 1)
 
 // ---- the second stage ----
 
-// The sums of 32 columns of partials per block: dbias, and dlog_scale in the last column.
+// The sums of columns of partials: dbias, and dlog_scale in the last column.
 __global__ void __launch_bounds__(sum_threads)
-    add_parts(const float* partials, float* dbias, float* dlog_scale, int64_t parts, int64_t channels) {
-  int64_t c = int64_t(blockIdx.x) * sum_columns + threadIdx.x % sum_columns;
-  float sum = sum_of_parts(c <= channels ? partials + c : nullptr, parts, channels + 1);
-  if (threadIdx.x >= sum_columns) return;
+    add_parts(const float* partials, float* dbias, float* dlog_scale, int64_t parts, int64_t channels, int columns) {
+  int64_t c = int64_t(blockIdx.x) * columns + int(threadIdx.x) % columns;
+  float sum = sum_of_parts(c <= channels ? partials + c : nullptr, parts, channels + 1, columns);
+  if (int(threadIdx.x) >= columns) return;
   if (c < channels && dbias) dbias[c] = sum;
   if (c == channels && dlog_scale) *dlog_scale = sum;
 }
@@ -237,9 +237,10 @@ void bias_norm_backward_cuda(const BiasNormBackward& args, void* stream) {
     });
   });
   if (!partials) return;
-  launch("bias_norm backward, sums", add_parts, grid_size(ceil_div(args.channels + 1, sum_columns)), sum_threads, 0,
-         stream, static_cast<const float*>(partials), static_cast<float*>(args.dbias),
-         static_cast<float*>(args.dlog_scale), args.parts, args.channels);
+  int64_t columns = sum_columns(sum_groups(args.parts));
+  launch("bias_norm backward, sums", add_parts, grid_size(ceil_div(args.channels + 1, columns)), sum_threads, 0, stream,
+         static_cast<const float*>(partials), static_cast<float*>(args.dbias), static_cast<float*>(args.dlog_scale),
+         args.parts, args.channels, int(columns));
 }
 
 }  // namespace zk

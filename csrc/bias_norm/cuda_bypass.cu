@@ -116,26 +116,26 @@ __global__ void __launch_bounds__(row_warps * 32, 1)
   if (threadIdx.x == 0) own[2 * channels] = gain * sum;
 }
 
-// A row of blocks for each sequence's dscale, over its own parts; and one for dbias, and dlog_scale in column
-// `channels`, over all.
+// The first blocks add up dbias, and dlog_scale in column `channels`, over all parts; the others dscale, as many for
+// each sequence, over its own. Each kind has as many columns a block as fit its number of parts.
 __global__ void __launch_bounds__(sum_threads)
     bypass_add_parts(const float* partials, float* dbias, float* dlog_scale, float* dscale, int64_t parts,
-                     int64_t sequences, int64_t channels) {
-  int64_t width = 2 * channels + partial_line, sequence = blockIdx.x;
-  int64_t c = int64_t(blockIdx.y) * sum_columns + threadIdx.x % sum_columns;
-  bool of_norm = sequence == sequences;
-  const float* from = partials + (of_norm ? channels : sequence * width) + c;
-  if (c >= channels + of_norm) from = nullptr;
-  int64_t count = of_norm ? parts * sequences : parts, stride = of_norm ? width : sequences * width;
-  float sum = sum_of_parts(from, count, stride);
-  if (threadIdx.x >= sum_columns || !from) return;
-  if (!of_norm) {
-    if (dscale) dscale[sequence * channels + c] = sum;
-  } else if (c < channels) {
-    if (dbias) dbias[c] = sum;
-  } else if (dlog_scale) {
-    *dlog_scale = sum;
+                     int64_t sequences, int64_t channels, int norm_columns, int columns) {
+  int64_t width = 2 * channels + partial_line, norm_blocks = (channels + norm_columns) / norm_columns;
+  if (blockIdx.x < norm_blocks) {
+    int64_t c = int64_t(blockIdx.x) * norm_columns + int(threadIdx.x) % norm_columns;
+    const float* from = c <= channels ? partials + channels + c : nullptr;
+    float sum = sum_of_parts(from, parts * sequences, width, norm_columns);
+    if (int(threadIdx.x) >= norm_columns) return;
+    if (c < channels && dbias) dbias[c] = sum;
+    if (c == channels && dlog_scale) *dlog_scale = sum;
+    return;
   }
+  int64_t blocks = (channels + columns - 1) / columns, block = blockIdx.x - norm_blocks, sequence = block / blocks;
+  int64_t c = (block - sequence * blocks) * columns + int(threadIdx.x) % columns;
+  const float* from = c < channels ? partials + sequence * width + c : nullptr;
+  float sum = sum_of_parts(from, parts, sequences * width, columns);
+  if (int(threadIdx.x) < columns && from) dscale[sequence * channels + c] = sum;
 }
 
 // Calls run(packs) as `in_registers` does; throws where no warp holds a row.
@@ -181,10 +181,12 @@ void bias_norm_bypass_backward_cuda(const BiasNormBypassBackward& args, void* st
     });
   });
   if (!partials) return;
-  dim3 blocks(grid_size(args.sequences + 1), grid_size(ceil_div(args.channels + 1, sum_columns)));
-  launch("bias_norm bypass backward, sums", bypass_add_parts, blocks, sum_threads, 0, stream,
+  int64_t norm_columns = sum_columns(sum_groups(args.parts * args.sequences));
+  int64_t columns = sum_columns(sum_groups(args.parts)), blocks = ceil_div(args.channels + 1, norm_columns);
+  if (args.dscale) blocks += args.sequences * ceil_div(args.channels, columns);
+  launch("bias_norm bypass backward, sums", bypass_add_parts, grid_size(blocks), sum_threads, 0, stream,
          static_cast<const float*>(partials), static_cast<float*>(args.dbias), static_cast<float*>(args.dlog_scale),
-         static_cast<float*>(args.dscale), args.parts, args.sequences, args.channels);
+         static_cast<float*>(args.dscale), args.parts, args.sequences, args.channels, int(norm_columns), int(columns));
 }
 
 }  // namespace zk
