@@ -57,6 +57,7 @@ HARD = {
     "NO_TERM": "a name",
     "OLDEST": "brought what kernels are made of",
     "(PACKED, PACKED_WIDE)": "as csrc has them",
+    "PARTIAL_LINE": "as csrc has it",
     "STEP": "as csrc has it",
     "SCORE_LIMIT": "upstream's",
     "SCORE_PENALTY": "upstream's",

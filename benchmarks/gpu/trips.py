@@ -162,6 +162,49 @@ def conv_module_backward(n: dict[str, Any], body: Body, depth: int) -> float:
     return ceil_div(padded, 32)
 
 
+def bias_norm_bypass_backward(n: dict[str, Any], body: Body, depth: int) -> float:
+    """The loop over frames that writes both gradients; then eight warps take turns, twice."""
+    if depth > 0:
+        return 1
+    if body["MUFU"] or body["SHFL"]:
+        return ceil_div(n["frames"], 8 * n["parts"])
+    return 2 if body["BAR"] else 1
+
+
+def bias_norm_bypass_sums(n: dict[str, Any], body: Body, depth: int) -> float:
+    """One row of programs adds up all parts, the others each sequence's: the mean over all, of two loops."""
+    parts, sequences = n["parts"], n["sequences"]
+    one, other = ceil_div(parts, n["PARTS"]) * sequences, ceil_div(parts * sequences, n["PARTS"])
+    return (one + other) / (sequences + 1) / 2
+
+
+def parts_of_columns(parts: float, body: Body) -> float:
+    """Groups of threads share the parts: a loop takes several at once, one what is left; then their sums."""
+    groups, at_once = sum_groups(parts), body["LDG"]
+    if at_once == 0:
+        return (groups - 1) / max(body["LDS"], 1)
+    return parts / groups // at_once if at_once > 1 else parts / groups % 4
+
+
+def sum_groups(parts: float) -> int:
+    """As csrc/common/parts.h has them."""
+    return next(groups for groups in (32, 16, 8, 4, 2, 1) if groups == 1 or groups * 8 <= parts)
+
+
+def bias_norm_bypass_parts(n: dict[str, Any], body: Body, depth: int) -> float:
+    """Blocks for the norm's sums, over all parts, and for each sequence's, over its own: the mean over all."""
+    parts, sequences, blocks = n["parts"], n["sequences"], n["grid"][0]
+    of_all = ceil_div(n["channels"] + 1, 1024 // sum_groups(parts * sequences)) / blocks
+    return of_all * parts_of_columns(parts * sequences, body) + (1 - of_all) * parts_of_columns(parts, body)
+
+
+def bypass_backward(n: dict[str, Any], body: Body, depth: int) -> float:
+    """A block's 256 threads have packs of 4 channels in float32, of 8 elsewhere, and two rows at once each."""
+    packs = n["channels"] // (4 if n["a_dtype"] == n["b_dtype"] == 0 else 8)
+    rows = 256 // min(packs, 256)
+    return ceil_div(n["rows"], 2 * rows * n["parts"]) if body["STG"] else rows - 1
+
+
 def conv_module_parameters(n: dict[str, Any], body: Body, depth: int) -> float:
     """Of chunks. The tiles of a block; in each strips are filled, and all taps' gradients added up."""
     shape = n["shape"]
@@ -224,6 +267,15 @@ RULES: dict[str, Rule] = {
     "conv_module.forward_kernel": conv_module_kernel,
     "conv_module.backward_kernel": conv_module_kernel,
     "conv_module.add_parts_kernel": add_parts_kernel,
+    "bias_norm.bypass_backward": lambda n, body, depth: ceil_div(n["frames"] * n["sequences"], n["R"] * n["grid"][0]),
+    "bias_norm.bypass_sum_parts": bias_norm_bypass_sums,
+    "bias_norm.bypass_add_parts": bias_norm_bypass_parts,
+    "bias_norm.bypass_forward": lambda n, body, depth: 1,
+    "bypass.backward_kernel": lambda n, body, depth: ceil_div(n["rows"], n["R"] * n["parts"]),
+    "bypass.sum_parts": lambda n, body, depth: ceil_div(n["parts"], n["PARTS"]),
+    "bypass.scale_gradient_kernel": lambda n, body, depth: ceil_div(n["B"], n["SEQUENCES"]),
+    "bypass.backward": bypass_backward,
+    "bypass.add_parts": lambda n, body, depth: parts_of_columns(n["parts"], body),
     "conv_module.taps_kernel": lambda n, body, depth: n["tiles"] / n["parts"],
     "products.activated_kernel": walk("K", "BK"),
     "products.activated_gradient_kernel": walk("K", "BK"),
@@ -243,7 +295,7 @@ RULES: dict[str, Rule] = {
     "scaled_adam.sums_kernel": lambda n, body, depth: 1,  # 32 parts at a time: 45 of 863 tensors of L have more
     "bias_norm.forward_in_registers": lambda n, body, depth: 1,  # a second time only where squares leave the range
     "bias_norm.backward_in_registers": bias_norm_backward,
-    "bias_norm.add_parts": lambda n, body, depth: ceil_div(n["parts"], 16),
+    "bias_norm.add_parts": lambda n, body, depth: parts_of_columns(n["parts"], body),
     "attention.softmax_rows": attention_by_targets,
     "attention.average": attention_by_targets,
     "attention.values_gradient": attention_gradients(0),
@@ -259,6 +311,7 @@ RULES: dict[str, Rule] = {
 
 CUDA_RULES: dict[str, Rule] = {
     "attention.pack_kernel": pack_uses,
+    "bias_norm.bypass_backward": bias_norm_bypass_backward,
     "scaled_adam.partials_kernel": scaled_adam(2, 0),
     "scaled_adam.update_kernel": scaled_adam(4, 3),
     "scaled_adam.plan_kernel": scaled_adam_plan(512, "tensor_count"),
