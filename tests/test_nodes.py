@@ -163,9 +163,7 @@ def test_a_graph_that_is_kept_gives_the_same_bits_twice():
         y = module(x, position)
         parameters = [p for p in module.parameters() if p is not module.bypass_scale]
         parameters = [x, *(p for p in parameters if p.requires_grad)]
-        once, again = (
-            torch.autograd.grad(y.sum(), parameters, retain_graph=True, allow_unused=True) for _ in range(2)
-        )
+        once, again = (torch.autograd.grad(y.sum(), parameters, retain_graph=True, allow_unused=True) for _ in range(2))
     assert sum(one is not None for one in once) > 40
     for one, other in zip(once, again, strict=True):
         assert one is other is None or torch.equal(one, other)

@@ -231,7 +231,7 @@ class DownsampledZipformerEncoder(Module):
     def is_plain(self) -> bool:
         """Whether nobody sees the calls of its parts but those of layers; src may then lack channels, which are zero."""
         matching = (self.downsample, SimpleDownsample), (self.encoder, ZipformerEncoder)
-        return AROUND <= plain_parts(self, When.ANY) and all(matches(*pair, When.ANY) for pair in matching)
+        return plain_parts(self, When.ANY) >= AROUND and all(matches(*pair, When.ANY) for pair in matching)
 
     def _combine(self, src: Tensor, output: Tensor, mask: Tensor | None = None) -> Tensor:
         """The bypass from src to the masked output, repeated."""
@@ -241,8 +241,10 @@ class DownsampledZipformerEncoder(Module):
             fits = output.shape == (-(-src.shape[0] // factor), *src.shape[1:])
             if fits and scale.shape == src.shape[-1:]:
                 return _bypass_repeated(src, output, scale, factor)
-        if AROUND <= plain_parts(self, When.ANY) and has_kernels(src):
-            return upsample_bypass(src, output, self.out_combiner.drawn_scale(src.shape[1]), self.upsample.upsample, mask)
+        if plain_parts(self, When.ANY) >= AROUND and has_kernels(src):
+            return upsample_bypass(
+                src, output, self.out_combiner.drawn_scale(src.shape[1]), self.upsample.upsample, mask
+            )
         return self.out_combiner(src, first(self.upsample(output), src.shape[0], dim=0))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.ops.conv_module.sum_kernels import dense
 from zipformer_kernels.ops.swoosh.triton import sigmoid, swoosh_derivative, swoosh_value
 
@@ -76,7 +77,7 @@ def convolve(rows_ptr, weight_ptr, c, exists, p, S, shift, K: tl.constexpr, INSI
     return total
 
 
-@triton.jit
+@jit
 def forward_kernel(
     a_ptr, s_ptr, padding_ptr, x_bias_ptr, weight_ptr, bias_ptr, causal_weight_ptr, causal_bias_ptr, edge_ptr,
     y_ptr, activated_ptr, own_ptr, T, B, C, S, frame_stride, batch_stride, across,
@@ -122,7 +123,7 @@ def forward_kernel(
         tl.store(activated_ptr + o, activated.to(activated_ptr.dtype.element_ty), present)
 
 
-@triton.jit
+@jit
 def backward_kernel(
     dy_ptr, y_ptr, a_ptr, s_ptr, padding_ptr, weight_ptr, causal_weight_ptr, edge_ptr,
     da_ptr, ds_ptr, activated_ptr, x_ptr, d_ptr, scaled_ptr, sums_ptr, own_ptr, own_scaled_ptr,

@@ -8,6 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zipformer_kernels.core.jit import jit
+
 
 @triton.jit
 def dense(b, t, c, B, C):
@@ -38,7 +40,7 @@ def convolve(x_ptr, weight_ptr, b, t, c, exists, T, B, C, S, shift, K: tl.conste
     return total
 
 
-@triton.jit
+@jit
 def taps_kernel(
     x_ptr, d_ptr, partials_ptr, T, B, C, S, across, tiles, parts, blocks, total, weight_at, bias_at,
     K: tl.constexpr, TAPS: tl.constexpr, WITHIN: tl.constexpr,
@@ -73,7 +75,7 @@ def taps_kernel(
     tl.store(share + bias_at + c, tl.sum(bias, 0), exists & (tl.program_id(1) == 0))
 
 
-@triton.jit
+@jit
 def edges_kernel(
     x_ptr, dy_ptr, weight_ptr, bias_ptr, partials_ptr, T, B, C, S, chunks, parts, blocks, total, edge_at,
     K: tl.constexpr, HAS_BIAS: tl.constexpr, FRAMES: tl.constexpr, CHANNELS: tl.constexpr,
@@ -102,7 +104,7 @@ def edges_kernel(
     tl.store(at, sums, (e < 2 * K)[:, None] & exists[None, :])
 
 
-@triton.jit
+@jit
 def add_parts_kernel(
     partials_ptr, sums_ptr, parts, total, tiles, columns, blocks, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
