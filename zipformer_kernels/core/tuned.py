@@ -139,7 +139,7 @@ _ON_GPU = [
     ),
     Entry("attention.cuda_blocks", 8, "blocks a multiprocessor", "that sum gradients of position projections", GPU,
           _PER_MULTIPROCESSOR),
-    Entry("attention.cuda_parts", 6, "parts", "of a sequence and head at most, each with sums of its own for e", GPU,
+    Entry("attention.cuda_parts", 8, "parts", "of a sequence and head at most, each with sums of its own for e", GPU,
           "reasoned: their memory is linear in the frames; more blocks run at once where sequences are few"),
     Entry("bias_norm.cuda_blocks", 4, "blocks a multiprocessor", "at most in backward", GPU, _PER_MULTIPROCESSOR),
     Entry("bias_norm.cuda_part_frames", 16, "frames", "of a sequence whose sums a block takes, at least", GPU, _LONG),

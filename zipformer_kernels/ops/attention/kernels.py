@@ -323,12 +323,15 @@ def weights_kernel(
 def aggregate_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
     filling_ptr, filling_sb, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
-    v_ptr, v_st, v_sb, v_sh, out_ptr, C,
+    v_ptr, v_st, v_sb, v_sh, out_ptr, C, y_ptr, y_st, y_sb, y_sh, gated_ptr,
     D: tl.constexpr, D_TILE: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
     MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr, REST: tl.constexpr,
+    BC: tl.constexpr, REST: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = sum_j w[i, j] v[j], contiguous, for one block of BC + REST channels: powers of two, or no REST."""
+    """out[i] = sum_j w[i, j] v[j], contiguous, for one block of BC + REST channels: powers of two, or no REST.
+
+    Where GATED also out y, of the unrounded sum.
+    """
     block, b, h = split_program(tl.cdiv(T, BM), B, H)
     q_ptr += b * q_sb + h * q_sh
     k_ptr += b * k_sb + h * k_sh
@@ -363,3 +366,11 @@ def aggregate_kernel(
     store_rows(out_ptr, sums * scale, i, B * H * C, T, c, C)
     if REST:
         store_rows(out_ptr, more * scale, i, B * H * C, T, rest, C)
+    if GATED:
+        gated_ptr += (b * H + h) * C
+        y_ptr += b * y_sb + h * y_sh
+        y = load_rows(y_ptr, i, y_st, T, c, C).to(tl.float32)
+        store_rows(gated_ptr, sums * scale * y, i, B * H * C, T, c, C)
+        if REST:
+            y = load_rows(y_ptr, i, y_st, T, rest, C).to(tl.float32)
+            store_rows(gated_ptr, more * scale * y, i, B * H * C, T, rest, C)
