@@ -124,10 +124,6 @@ _ON_CPU = [
         "scaled_adam.chunk", 1 << 14, "elements", "of a block's or thread's share, in CUDA too",
         "CPU and GPU", "reasoned: long enough to pay, short enough to share out small models",
     ),
-    Entry(
-        "scaled_adam.block", 256, "parameters", "that are looked at before a step at a time",
-        CPU, "reasoned: what is asked of a few hundred stays in cache",
-    ),
 ]  # fmt: skip
 
 _ON_GPU = [
