@@ -49,6 +49,7 @@ class Launch:
         grid: blocks.
         threads: of a block.
         shared: dynamic shared memory of a block, bytes.
+        call: of a CUDA kernel, what of the compiled module launched it, such as ``swoosh_forward``.
         numbers: the arguments that are no tensors, by name; of a CUDA kernel those of the call that launched it, the
             tensors' addresses among them.
         compiled: the compiled Triton kernel.
@@ -62,6 +63,7 @@ class Launch:
     grid: tuple[int, int, int] = (1, 1, 1)
     threads: int = 0
     shared: int = 0
+    call: str = ""
     numbers: dict[str, Any] = field(default_factory=dict, compare=False)
     compiled: Any = field(default=None, compare=False, repr=False)
 
@@ -100,7 +102,9 @@ class _Native:
                 kernel, *sizes = line.split()
                 x, y, z, threads_x, threads_y, threads_z, shared = map(int, sizes)
                 launched = {"threads": threads_x * threads_y * threads_z, "shared": shared, "grid": (x, y, z)}
-                self._record(Launch("cuda", kernel, moved, **launched, numbers=numbers))
+                self._record(
+                    Launch("cuda", kernel, moved, **launched, call=name.removesuffix("_cuda"), numbers=numbers)
+                )
                 moved = 0
 
         return call

@@ -39,7 +39,7 @@ def forward_kernel(a_ptr, b_ptr, c_ptr, y_ptr, rows, C, groups, R: tl.constexpr,
     tl.store(y_ptr + i, (a + (b - a) * scale[None, :]).to(y_ptr.dtype.element_ty), inside)
 
 
-@jit
+@jit(do_not_specialize=["parts"])  # 1 would be no tensor, which the loop makes longer
 def backward_kernel(
     g_ptr,
     a_ptr,
