@@ -300,6 +300,7 @@ RULES: dict[str, Rule] = {
     "products.activated_kernel": walk("K", "BK"),
     "products.activated_gradient_kernel": walk("K", "BK"),
     "products.added_kernel": walk("K", "BK"),
+    "products.totals_kernel": lambda n, body, depth: ceil_div(n["parts"], n["PARTS"]),
     "attention.softmax_kernel": walk("S", "BN"),
     "attention.weights_kernel": walk("w_st", "BN"),
     "attention.aggregate_kernel": walk("S", "BN"),

@@ -187,22 +187,25 @@ class Call:
         weights, stored = Weights(*rest[:PARAMETERS]), rest[PARAMETERS:]
         low, sums = self._lowered(grad, chosen, result)
         back = self.plan.middle.backward(products, low, weights, context, stored, asked)
-        last = self._of_product(low, back.a, sums, asked.parameters[2:], dtypes[1])
+        weight = self._of_weight(low, back.a, asked.parameters[2], dtypes[1])
         if back.dhidden is None:
-            return grad, Weights(None, None, *last), back.context
-        sums = products.lowered(back.dhidden, None, self.low)[1] if back.sums is None else back.sums
-        first = self._of_product(back.dhidden, x, sums, asked.parameters[:2], dtypes[0])
+            return grad, Weights(None, None, weight, self._of_biases(dtypes[1:], sums)[0]), back.context
+        own = products.lowered(back.dhidden, None, self.low)[1] if back.sums is None else back.sums
+        bias, other = self._of_biases(dtypes, own, sums)
+        gradients = Weights(self._of_weight(back.dhidden, x, asked.parameters[0], dtypes[0]), bias, weight, other)
         dsrc, *handed = products.added_gradient(grad, back.dhidden, weights.first, self.low)
         if self.hands:
             self.handed.give(dsrc, *handed)
-        return dsrc, Weights(*first, *last), back.context
+        return dsrc, gradients, back.context
 
-    def _of_product(
-        self, grad: Tensor, x: Tensor, sums: Tensor, needs: Sequence[bool], dtype: torch.dtype
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of a product's parameters."""
-        weight = self.products.weight_gradient(grad, x, dtype) if needs[0] else None
-        return weight, self.products.total(sums, dtype) if needs[1] else None
+    def _of_weight(self, grad: Tensor, x: Tensor, need: bool, dtype: torch.dtype) -> Tensor | None:
+        """The gradient of a product's weight, if it is wanted."""
+        return self.products.weight_gradient(grad, x, dtype) if need else None
+
+    def _of_biases(self, dtypes: Sequence[torch.dtype], *sums: Tensor) -> list[Tensor | None]:
+        """The gradients of biases from their sums, in one launch."""
+        totals = self.products.totals(*sums)
+        return [None if x is None else x.to(dtype) for x, dtype in zip(totals, dtypes, strict=False)]
 
     def _lowered(self, grad: Tensor, chosen: Tensor | None, result: Tensor | None) -> tuple[Tensor, Tensor]:
         """The gradient of the module's result in `low`, and its sums."""

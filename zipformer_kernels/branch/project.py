@@ -62,7 +62,7 @@ def _gradients(
     elif wants_x:
         dx = grad @ given
     dweight = products.weight_gradient(grad, x, weight.dtype) if wants_weight else None
-    dbias = products.total(products.lowered(grad, None, ctx.low)[1], bias.dtype) if wants_bias else None
+    dbias = products.totals(products.lowered(grad, None, ctx.low)[1])[0].to(bias.dtype) if wants_bias else None
     return [dsrc, dx, dweight, dbias]
 
 
