@@ -101,7 +101,8 @@ def mask_in_float64(dropout):
     """What a result is multiplied by."""
     if dropout is None:
         return None
-    return (dropout.draws > dropout.rate).double().cpu() / (1 - dropout.rate)
+    factor = torch.tensor(1 / (1 - dropout.rate))  # in float32, as the mask of a module
+    return (dropout.draws > dropout.rate).double().cpu() * factor.double()
 
 
 def chosen_of(sequences, lane):

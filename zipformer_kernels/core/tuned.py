@@ -203,7 +203,8 @@ _ON_GPU = [
     Entry("products.triton_tile", (128, 128, 64, 8, 3), _PRODUCT, "of a product", SM_90, _TILES),
     Entry("products.triton_narrow_tile", (128, 64, 64, 8, 3), _PRODUCT,
           "of a product where wide ones would lie idle by a quarter", SM_90, _TILES),
-    Entry("products.triton_totals_tile", (32, 64, 4), "channels, parts, warps", "of sums that are added up", SM_90, _TILES),
+    Entry("products.triton_totals_tile", (32, 64, 4), "channels, parts, warps", "of sums that are added up", SM_90,
+          _TILES),
     Entry("products.triton_lowered_tile", (128, 64, 8), "rows, channels, warps", "of a cast with sums", SM_90, _TILES),
     Entry(
         "scaled_adam.triton_chunk", 1 << 15, "elements", "of a program's share",

@@ -229,7 +229,7 @@ class DownsampledZipformerEncoder(Module):
         return self._combine(src, output), states
 
     def is_plain(self) -> bool:
-        """Whether nobody sees the calls of its parts but those of layers; src may then lack channels, which are zero."""
+        """Whether nobody sees the calls of its parts but those of layers. Then src may lack channels, which are zero."""
         matching = (self.downsample, SimpleDownsample), (self.encoder, ZipformerEncoder)
         return plain_parts(self, When.ANY) >= AROUND and all(matches(*pair, When.ANY) for pair in matching)
 

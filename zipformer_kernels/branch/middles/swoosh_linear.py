@@ -29,18 +29,14 @@ class SwooshMiddle(NamedTuple):
     def forward(
         self, products: Products, x: Tensor, weights: Weights, context: Tensors, stores: bool
     ) -> tuple[Tensor, Tensors]:
-        hidden, a = products.activated(
-            x, weights.first, weights.first_bias, self._dropout(context), self.kind, stores
-        )
+        hidden, a = products.activated(x, weights.first, weights.first_bias, self._dropout(context), self.kind, stores)
         return a, (hidden,)
 
     def backward(
         self, products: Products, grad: Tensor, weights: Weights, context: Tensors, stored: Tensors, asked: Asked
     ) -> Back:
         (hidden,) = stored
-        dhidden, a, sums = products.activated_gradient(
-            grad, weights.last, hidden, self._dropout(context), self.kind
-        )
+        dhidden, a, sums = products.activated_gradient(grad, weights.last, hidden, self._dropout(context), self.kind)
         if self.change is not None:
             dhidden, sums = self.change(dhidden, hidden), None
         return Back(dhidden, sums, a)

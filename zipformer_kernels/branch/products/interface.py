@@ -34,9 +34,9 @@ class Products(NamedTuple):
 
     `low` is the dtype that products take: half precision under autocast, else the dtype of src. Rows are (T, B), their
     tensors (T, B, channels), contiguous; all but src, its gradient and y are in `low`. Weights may have any strides,
-    biases are (out,), in `low` or float32. Sums in a product are taken in float32 (float64 for float64). The
-    result of Swoosh is multiplied by the mask of a `Dropout`, or None. `chosen` are factors of sequences, (B, 1), or None for
-    ones. `kind` of Swoosh is "l" or "r".
+    biases are (out,), in `low` or float32. Sums in a product are taken in float32 (float64 for float64). The result of
+    Swoosh is multiplied by the mask of a `Dropout`, or there is None. `chosen` are factors of sequences, (B, 1), or
+    None for ones. `kind` of Swoosh is "l" or "r".
 
     ``sums`` are sums over rows of a result, (parts, channels), each part of some rows, in float32 (float64 for
     float64), for `totals`; of zero rows they are zeros, or no parts.
