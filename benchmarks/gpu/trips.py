@@ -53,6 +53,13 @@ def position_gradient(n: dict[str, Any], body: Body, depth: int) -> float:
     return walked / len(starts)
 
 
+def pack_use(n: dict[str, Any], body: Body, depth: int) -> float:
+    """Programs of targets, whose loop multiplies, and of sources walk over the channels."""
+    rows = n["T"] + n["S"]
+    share = n["T"] if body["FFMA"] or body["FMUL"] or not n["S"] else n["S"]
+    return share / rows * ceil_div(n["CHANNELS"], n["BC"])
+
+
 def chunk_loop(n: dict[str, Any], body: Body, depth: int) -> float:
     """The search for a chunk's tensor, then the chunk."""
     return n["tensors"].bit_length() if sum(body.values()) < 30 else n["CHUNK"] // n["BLOCK"]
@@ -309,7 +316,7 @@ RULES: dict[str, Rule] = {
     "attention.key_gradient_kernel": lambda n, body, depth: ceil_div(block_of_targets(n), n["BM"]),
     "attention.position_query_gradient_kernel": lambda n, body, depth: ceil_div(n["S"] + n["BM"] - 1, n["BN"]),
     "attention.position_gradient_kernel": position_gradient,
-    "attention.pack_kernel": walk("CHANNELS", "BC"),
+    "attention.pack_kernel": pack_use,
     "scaled_adam.partials_kernel": chunk_loop,
     "scaled_adam.update_kernel": chunk_loop,
     "scaled_adam.plan_kernel": scaled_adam_plan("LANES", "tensors"),

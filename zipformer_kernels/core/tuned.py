@@ -150,7 +150,6 @@ _ON_GPU = [
         GPU, "reasoned: so many targets that there are programs for all multiprocessors", least=0,
     ),
     _tile("attention.triton_table_rows", 128, "rows", "of a table of e that a program writes"),
-    _tile("attention.triton_filling", 512, "sources", "whose filling a program writes"),
     _tile("nonlin_attention.triton_tile", 2048, "elements", "of a program that gates"),
     _tile("nonlin_attention.triton_channels", 256, "channels", "of such a tile at most"),
     _warps("nonlin_attention.triton_warps"),
