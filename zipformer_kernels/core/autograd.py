@@ -39,6 +39,14 @@ def stored_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
     return tuple(tensors)
 
 
+def aliases(inputs: Sequence[Any]) -> list[Any]:
+    """Inputs of a function, with an alias in the place of each tensor that has a gradient.
+
+    One input may have been computed from another. By the gradients of aliases each gets its own part alone.
+    """
+    return [torch.ops.aten.alias(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs]
+
+
 def reference_gradients(
     reference: Callable[..., Tensor], inputs: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
 ) -> list[Tensor | None]:
@@ -52,6 +60,7 @@ def reference_gradients(
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
+        inputs = aliases(inputs)
         out = reference(*inputs)
     wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph, allow_unused=True))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels.core import backend as backends
-from zipformer_kernels.core.autograd import apply_op
+from zipformer_kernels.core.autograd import aliases, apply_op
 from zipformer_kernels.core.call import barred, watcher, without_autocast
 from zipformer_kernels.core.launch import like
 
@@ -248,6 +248,7 @@ class Op:
         self, needs: Sequence[bool], grads: Sequence[Tensor], saved: Sequence[Tensor], *args: Any
     ) -> tuple[Tensor | None, ...]:
         """Launchers' backward, differentiable, through the reference."""
+        args = aliases(args)
         outputs = self.reference(*args)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         wanted = [args[i] for i, need in zip(self.tensors, needs, strict=True) if need]
