@@ -158,7 +158,7 @@ def others():
 
 if __name__ == "__main__":
     if type(ours) is not Kernel:
-        sys.exit("a Triton before 3.4")
+        sys.exit("another Triton")
     driver.set_active(Recorder())
     for call in [*calls(), *calls()]:
         print(json.dumps(row(*call)))
