@@ -59,7 +59,10 @@ def test_who_hooks_into_launches_sees_them(printed):
 
 
 def test_wrong_arguments_raise_what_triton_raises(printed):
-    assert [row["wrong"] for row in printed if "wrong" in row] == ["TypeError", "KeyError", "TypeError"]
+    errors = [row["wrong"] for row in printed if "wrong" in row]
+    assert len(errors) == 3
+    for ours, theirs in errors:
+        assert ours == theirs
 
 
 def launched(tree):
