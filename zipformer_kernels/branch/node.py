@@ -28,6 +28,7 @@ from zipformer_kernels.branch.products import Products
 from zipformer_kernels.core import backend as backends
 from zipformer_kernels.core.autograd import gradient_hook, reference_gradients, store, stored_tensors
 from zipformer_kernels.core.call import plain, without_autocast
+from zipformer_kernels.core.private import apply_of
 
 Change = Callable[[Tensor, Tensor], Tensor]
 """``(gradient, x)`` -> the gradient of x as a Balancer or a Whiten that acts has it."""
@@ -250,7 +251,7 @@ class AddBranch(torch.autograd.Function):
             needs = False, *ctx.needs_input_grad[2:]
             gradients = reference_gradients(reference, (src, x, *tensors), needs, given)
             return None, given, *gradients[1:]
-        with backends.use_backend(ctx.request):
+        with backends.as_in(ctx.request):
             gradients = without_autocast(AddBranch._gradients, ctx, given, x, tensors, stored)
         return None, gradients[0], None, *gradients[1:]
 
@@ -266,6 +267,9 @@ class AddBranch(torch.autograd.Function):
         dsrc, weights, others = ctx.call.gradients(grad, x, context, stored, asked, dtypes)
         others = others or [None] * len(context)
         return [dsrc, *(g if need else None for g, need in zip((*weights, *others), needs, strict=True))]
+
+
+_apply = apply_of(AddBranch)  # it is settled that nobody looks on
 
 
 def acting(*changes: Change | None) -> tuple[Change, ...]:
@@ -284,5 +288,5 @@ def add(call: Call, src: Tensor, x: Tensor, parameters: Weights) -> tuple[Tensor
     """
     context = call.plan.context
     if torch.is_grad_enabled():
-        return AddBranch.apply(call, src, x, *parameters, *context)
+        return _apply(call, src, x, *parameters, *context)
     return without_autocast(call.add, src, x, context, False)[:2]
