@@ -35,6 +35,7 @@ in_checkout = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="no checko
 
 ROOMS = ("core", "ops", "training", "branch", "modules", "optim")
 HARD = {
+    "ALIGNMENT": "as Triton has it",
     "ACCESS": "16 bytes is the most that an instruction moves",
     "BACK": "tiles are at most half as long",
     "BY_GATHER": "a name",
@@ -56,6 +57,7 @@ HARD = {
     "NO_TERM": "a name",
     "OLDEST": "brought what kernels are made of",
     "(PACKED, PACKED_WIDE)": "as csrc has them",
+    "PARTIAL_LINE": "as csrc has it",
     "STEP": "as csrc has it",
     "SCORE_LIMIT": "upstream's",
     "SCORE_PENALTY": "upstream's",
@@ -64,6 +66,7 @@ HARD = {
     "TENSOR_PLAN": "the layout of a table",
     "TINY": "keeps quotients finite",
     "WIDEST": "the shared memory of every GPU holds so much",
+    "WIDEST_FRAME": "32 bits address so much",
 }
 """Numbers that may stand at the top of files of these rooms, besides references and cases."""
 

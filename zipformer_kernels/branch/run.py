@@ -119,8 +119,15 @@ class Run:
             shaping = self.parts[balancer] if balancer is not None else None
             chosen = lambda: self._chosen(src, rate, mask)  # noqa: E731
             given = Given(
-                self.settled.backend, src, state and state.value, context, settings, self._owns,
-                self.nodes, shaping, chosen,
+                self.settled.backend,
+                src,
+                state and state.value,
+                context,
+                settings,
+                self._owns,
+                self.nodes,
+                shaping,
+                chosen,
             )
             added = next(filter(None, (way.add(module, given) for way in self.settled.ways)), None)
         if added is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.ops.swoosh.triton import swoosh_derivative, swoosh_value
 
 VARYING = ["rows", "B"]  # lengths and batches differ from call to call: nothing is compiled again for them
@@ -112,7 +113,7 @@ def store_sums(sums_ptr, value, m, c, N, inside, BM: tl.constexpr):
     tl.store(sums_ptr + (m // BM).to(tl.int64) * N + c, tl.sum(tl.where(inside, value, 0.0), 0), c < N)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@jit(do_not_specialize=VARYING)
 def activated_kernel(
     x_ptr,
     w_ptr,
@@ -152,7 +153,7 @@ def activated_kernel(
         tl.store(a_ptr + i, a.to(low), inside)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@jit(do_not_specialize=VARYING)
 def activated_gradient_kernel(
     grad_ptr,
     w_ptr,
@@ -192,7 +193,7 @@ def activated_gradient_kernel(
         store_sums(sums_ptr, dhidden, m, c, N, inside, BM)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@jit(do_not_specialize=VARYING)
 def added_kernel(
     src_ptr,
     x_ptr,
@@ -234,7 +235,7 @@ def added_kernel(
             store_sums(sums_ptr, y, m, c, N, inside, BM)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@jit(do_not_specialize=VARYING)
 def lowered_kernel(grad_ptr, chosen_ptr, low_ptr, sums_ptr, rows, B, N, BM: tl.constexpr, BN: tl.constexpr):
     """chosen * grad in low precision, unless it is not wanted, and its sums."""
     m, r, c, left = place(rows, N, BM, BN)
