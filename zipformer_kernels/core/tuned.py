@@ -200,6 +200,8 @@ _ON_GPU = [
     Entry("conv_module.triton_parts", 4, "groups a multiprocessor", "of frames summed apart", GPU, _PER_MULTIPROCESSOR),
     _warps("conv_module.triton_warps"),
     Entry("products.triton_tile", (128, 128, 64, 8, 3), _PRODUCT, "of a product", SM_90, _TILES),
+    Entry("products.triton_gradient_tile", (128, 128, 32, 8, 4), _PRODUCT, "of one with the gradient of Swoosh", SM_90,
+          _TILES),
     Entry("products.triton_narrow_tile", (128, 64, 64, 8, 3), _PRODUCT,
           "of a product where wide ones would lie idle by a quarter", SM_90, _TILES),
     Entry("products.triton_totals_tile", (32, 64, 4), "channels, parts, warps", "of sums that are added up", SM_90,

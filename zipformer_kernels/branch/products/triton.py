@@ -25,6 +25,7 @@ from zipformer_kernels.core.launch import cdiv, contiguous, on_device
 from zipformer_kernels.ops.swoosh.reference import OFFSET, SHIFT
 
 TILE = tuning.entry("products.triton_tile")
+GRADIENT = tuning.entry("products.triton_gradient_tile")
 NARROW = tuning.entry("products.triton_narrow_tile")
 TOTALS = tuning.entry("products.triton_totals_tile")
 LOWERED = tuning.entry("products.triton_lowered_tile")
@@ -76,7 +77,7 @@ def _activated_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, hidden = contiguous(grad, hidden)
     (frames, sequences, inner), channels = grad.shape, weight.shape[1]
-    bm, across, constants = _cut(channels, inner, TILE.value, NARROW.value)
+    bm, across, constants = _cut(channels, inner, GRADIENT.value, NARROW.value)
     rows = frames * sequences
     parts = cdiv(rows, bm)
     dhidden, a = torch.empty_like(hidden), torch.empty_like(hidden)
