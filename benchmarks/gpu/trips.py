@@ -204,7 +204,19 @@ def scaled_adam_plan(lanes: int | str, tensors: str) -> Rule:
     return rule
 
 
+def balancer_change(n: dict[str, Any], body: Body, depth: int) -> float:
+    """Parts are merged, in two walks; then the rows of a program are changed."""
+    changes = any(op.startswith("STG") for op in body)
+    return ceil_div(n["part_rows"], n["R"]) if changes else parts_merged(n, body, depth)
+
+
+parts_merged = walk("parts", "PARTS")
+
+
 RULES: dict[str, Rule] = {
+    "balancer.moments_kernel": walk("part_rows", "R"),
+    "balancer.merge_kernel": parts_merged,
+    "balancer.change_kernel": balancer_change,
     "bias_norm.backward_tiles": lambda n, body, depth: ceil_div(n["rows"], n["R"] * n["grid"][0]),
     "bias_norm.sum_parts": lambda n, body, depth: ceil_div(n["parts"], n["PARTS"]),
     "bias_norm.bypass_backward": lambda n, body, depth: ceil_div(n["frames"] * n["sequences"], n["R"] * n["grid"][0]),
@@ -219,6 +231,9 @@ RULES: dict[str, Rule] = {
     "conv_module.forward_kernel": lambda n, body, depth: n["K"],
     "conv_module.backward_kernel": lambda n, body, depth: n["K"],
     "conv_module.taps_kernel": lambda n, body, depth: n["tiles"] / n["parts"],
+    "products.activated_kernel": walk("K", "BK"),
+    "products.activated_gradient_kernel": walk("K", "BK"),
+    "products.added_kernel": walk("K", "BK"),
     "attention.softmax_kernel": walk("S", "BN"),
     "attention.weights_kernel": walk("w_st", "BN"),
     "attention.aggregate_kernel": walk("S", "BN"),

@@ -179,6 +179,17 @@ def asked_for(argument: str | None, request: str, offered: Collection[str]) -> t
     return (*names, *BEHIND[names[-1]])
 
 
+def candidates(device: str, offered: Collection[str]) -> tuple[str, ...]:
+    """The backends among which a call on a device chooses, in order, whether or not they serve it.
+
+    Args:
+        device: the type of the device.
+        offered: the backends that the op has kernels on.
+    """
+    request = requested()
+    return serving.get(device, ()) if request == "auto" else asked_for(None, request, offered)
+
+
 TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"
 """Triton kernels run in Triton's interpreter, on CPU tensors. Only for tests: ``auto`` never chooses it."""
 

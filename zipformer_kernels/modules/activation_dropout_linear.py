@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,22 +58,27 @@ class ActivationDropoutAndLinear(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x, (..., in_channels), to (..., out_channels)."""
-        mask = self._dropout_mask(x) if self.training else None
+        shape = list(x.shape)
+        if self.dropout_shared_dim is not None:
+            shape[self.dropout_shared_dim] = 1
+        mask = self.dropout_mask(shape, x.dtype, x.device)
         return swoosh_linear(x, self.weight, self.bias, mask, ACTIVATIONS[self.activation])
 
     def activated(self, x: Tensor) -> Tensor:
         """What the product takes in eval mode: Swoosh(x)."""
         return swoosh(x, ACTIVATIONS[self.activation])
 
-    def _dropout_mask(self, x: Tensor) -> Tensor | None:
-        """0 or 1 / (1 - p), in the default dtype; shaped like x, but of size 1 along a shared dimension."""
-        p = number(self.dropout_p)
+    def dropout_mask(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """In training 0 or 1 / (1 - p), in the default dtype; None where nothing is dropped.
+
+        Args:
+            shape: of x, but of size 1 along a shared dimension.
+            dtype, device: of x.
+        """
+        p = number(self.dropout_p) if self.training else 0.0
         if p == 0.0:
             return None
-        shape = list(x.shape)
-        if self.dropout_shared_dim is not None:
-            shape[self.dropout_shared_dim] = 1
-        return (torch.rand(shape, device=x.device, dtype=x.dtype) > p) * (1.0 / (1.0 - p))
+        return (torch.rand(shape, device=device, dtype=dtype) > p) * (1.0 / (1.0 - p))
 
 
 reads(ActivationDropoutAndLinear, "activation")

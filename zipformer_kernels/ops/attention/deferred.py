@@ -127,10 +127,13 @@ class Piece:
 
     def serves(self, *values: Tensor) -> bool:
         """Whether a use of values can read the tensors itself, and leave its part where there are gradients."""
-        same = [x.dtype for x in values] == [self.dtype] * len(values)
-        same = same and autocast_dtype(values[0]) in (None, self.dtype)
-        reads = self.uses is not None and (knows_backward_passes or not torch.is_grad_enabled())
-        return same and reads and plain(*values)
+        same = autocast_dtype(values[0]) in (None, self.dtype)
+        return same and all(self.reads(x.dtype) for x in values) and plain(*values)
+
+    def reads(self, dtype: torch.dtype) -> bool:
+        """Whether a use of plain values in a dtype can read the tensors itself."""
+        leaves = self.uses is not None and (knows_backward_passes or not torch.is_grad_enabled())
+        return leaves and dtype == self.dtype
 
 
 class Part(NamedTuple):
@@ -141,10 +144,15 @@ class Part(NamedTuple):
     count: int
 
 
+def part_of(piece: Piece) -> Part:
+    """A piece without its tensors."""
+    return Part(piece.reader, piece.uses, len(piece.tensors))
+
+
 class _Average(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parts: Sequence[Part], values: Tensor, *tensors: Tensor | None) -> Tensor:
-        out = without_autocast(_averages, parts, values, tensors)
+        out = without_autocast(averages, parts, values, tensors)
         ctx.parts = parts
         store(ctx, values, out if any(ctx.needs_input_grad[2:]) else None, *tensors)
         return out
@@ -154,17 +162,19 @@ class _Average(torch.autograd.Function):
         values, out, *tensors = stored_tensors(ctx)
         if torch.is_grad_enabled() or not plain(grad, values, out, *tensors):  # what is left is not differentiable
             inputs, needs = (values, *tensors), ctx.needs_input_grad[1:]
-            return None, *reference_gradients(partial(_dense_averages, ctx.parts), inputs, needs, grad)
-        gradient = without_autocast(_leave_uses, ctx, values, out, tensors, grad.to(values.dtype))
+            return None, *reference_gradients(partial(dense_averages, ctx.parts), inputs, needs, grad)
+        nodes, wants = nodes_of(ctx, tensors, 1), ctx.needs_input_grad[1]
+        args = ctx.parts, nodes, wants, values, out, tensors, grad.to(values.dtype)
+        gradient = without_autocast(leave_uses, *args)
         return None, gradient, *(None for _ in tensors)
 
 
 def average(pieces: Sequence[Piece], values: Tensor) -> Tensor:
     """W V, (T, B, H, C), of pieces that serve values (S, B, H, C), by head."""
-    parts = [Part(piece.reader, piece.uses, len(piece.tensors)) for piece in pieces]
+    parts = [part_of(piece) for piece in pieces]
     tensors = [x for piece in pieces for x in piece.tensors]
     if not torch.is_grad_enabled():
-        return without_autocast(_averages, parts, values, tensors)
+        return without_autocast(averages, parts, values, tensors)
     return _Average.apply(parts, values, *tensors)
 
 
@@ -174,8 +184,14 @@ def nodes_of(ctx: Any, tensors: Tensors, first: int) -> list[Any]:
     return [None if x is None else next(functions)[0] for x in tensors]
 
 
-def _averages(parts: Sequence[Part], values: Tensor, tensors: Tensors) -> Tensor:
-    """W V, contiguous."""
+def averages(parts: Sequence[Part], values: Tensor, tensors: Tensors) -> Tensor:
+    """W V, (T, B, H, C), contiguous, of parts that serve values (S, B, H, C), without a graph.
+
+    Args:
+        parts: by head.
+        values: as above.
+        tensors: of all parts, one after the other.
+    """
     if len(parts) == 1:
         return parts[0].reader.average(tensors, values).contiguous()
     out = None
@@ -186,15 +202,32 @@ def _averages(parts: Sequence[Part], values: Tensor, tensors: Tensors) -> Tensor
     return out
 
 
-def _leave_uses(ctx: Any, values: Tensor, out: Tensor | None, tensors: Tensors, grad: Tensor) -> Tensor | None:
-    """The gradient of the values, if it is needed; leaves what backward of the weights needs."""
-    many, dvalues, first = len(ctx.parts) > 1, None, 0
-    if ctx.needs_input_grad[1] and many:
+def leave_uses(
+    parts: Sequence[Part],
+    nodes: Sequence[Any],
+    wants_values: bool,
+    values: Tensor,
+    out: Tensor | None,
+    tensors: Tensors,
+    grad: Tensor,
+) -> Tensor | None:
+    """The gradient of the values of `averages`; leaves what backward of the weights needs.
+
+    Args:
+        parts, values, tensors: of `averages`.
+        nodes: the node of the graph that made each tensor, as `nodes_of` has them; None for one without gradient.
+        wants_values: whether the gradient of the values is wanted.
+        out: the result of `averages`; None if no part's weights have a gradient.
+        grad: the gradient of `out`, in the dtype of the values.
+    Returns:
+        (S, B, H, C), or None if it is not wanted.
+    """
+    many, dvalues, first = len(parts) > 1, None, 0
+    if wants_values and many:
         dvalues = torch.empty_like(values)
-    nodes = nodes_of(ctx, tensors, 1)
-    for part, own, heads in _split(ctx.parts, tensors):
+    for part, own, heads in _split(parts, tensors):
         v, g = (values[:, :, heads], grad[:, :, heads]) if many else (values, grad)
-        if ctx.needs_input_grad[1]:
+        if wants_values:
             gradient = part.reader.values_gradient(own, g)
             if many:
                 dvalues[:, :, heads] = gradient
@@ -206,7 +239,7 @@ def _leave_uses(ctx: Any, values: Tensor, out: Tensor | None, tensors: Tensors, 
     return dvalues
 
 
-def _dense_averages(parts: Sequence[Part], values: Tensor, *tensors: Tensor | None) -> Tensor:
+def dense_averages(parts: Sequence[Part], values: Tensor, *tensors: Tensor | None) -> Tensor:
     """W V by torch's operations."""
     averages = [part.reader.dense_average(own, values[:, :, heads]) for part, own, heads in _split(parts, tensors)]
     return averages[0] if len(averages) == 1 else torch.cat(averages, dim=2)

@@ -19,7 +19,7 @@ from torch import Tensor
 from zipformer_kernels.core.autograd import reference_gradients, store, stored_tensors
 from zipformer_kernels.core.call import plain, without_autocast
 from zipformer_kernels.core.joint import empty_beside
-from zipformer_kernels.ops.attention.deferred import Part, Piece, Tensors, nodes_of
+from zipformer_kernels.ops.attention.deferred import Part, Piece, Tensors, nodes_of, part_of
 from zipformer_kernels.ops.attention.scores import Use
 from zipformer_kernels.ops.nonlin_attention.gates import Gates
 
@@ -27,7 +27,7 @@ from zipformer_kernels.ops.nonlin_attention.gates import Gates
 class _GatedAverage(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gates: Gates, part: Part, s: Tensor, x: Tensor, y: Tensor, *tensors: Tensor | None) -> Tensor:
-        average, out = without_autocast(_forward, gates, part, s, x, y, tensors)
+        average, out = without_autocast(forward, gates, part, s, x, y, tensors)
         ctx.gates, ctx.part = gates, part
         store(ctx, s, x, y, average, *tensors)
         return out
@@ -41,7 +41,9 @@ class _GatedAverage(torch.autograd.Function):
             )
             gradients = reference_gradients(dense, (s, x, y, *tensors), ctx.needs_input_grad[2:], grad)
             return None, None, *gradients
-        thirds = without_autocast(_backward, ctx, grad.to(x.dtype), s, x, y, average, tensors)
+        node, needs = nodes_of(ctx, tensors, 3)[0], ctx.needs_input_grad[2:5]
+        args = ctx.gates, ctx.part, node, needs, grad.to(x.dtype), s, x, y, average, tensors
+        thirds = without_autocast(backward, *args)
         return None, None, *thirds, *(None for _ in tensors)
 
 
@@ -52,33 +54,48 @@ def serves(pieces: Sequence[Piece], s: Tensor, x: Tensor, y: Tensor) -> bool:
 
 def gated_average(gates: Gates, piece: Piece, s: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """(W (x tanh(s))) y, (T, B, H * C)."""
-    part = Part(piece.reader, piece.uses, len(piece.tensors))
+    part = part_of(piece)
     if not torch.is_grad_enabled():
-        return without_autocast(_forward, gates, part, s, x, y, piece.tensors)[1]
+        return without_autocast(forward, gates, part, s, x, y, piece.tensors)[1]
     return _GatedAverage.apply(gates, part, s, x, y, *piece.tensors)
 
 
-def _forward(gates: Gates, part: Part, s: Tensor, x: Tensor, y: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor]:
-    """The average before the second gate, (T, B, H * C), and the result."""
+def forward(gates: Gates, part: Part, s: Tensor, x: Tensor, y: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor]:
+    """The average before the second gate, (T, B, H * C), and the result, without a graph."""
     average = part.reader.average(tensors, _by_head(gates.open_(s, x), part)).flatten(2)
     return average, gates.close(average, y)
 
 
-def _backward(
-    ctx: Any, grad: Tensor, s: Tensor, x: Tensor, y: Tensor, average: Tensor, tensors: Tensors
+def backward(
+    gates: Gates,
+    part: Part,
+    node: Any,
+    needs: Sequence[bool],
+    grad: Tensor,
+    s: Tensor,
+    x: Tensor,
+    y: Tensor,
+    average: Tensor,
+    tensors: Tensors,
 ) -> list[Tensor | None]:
-    """The gradients of s, x and y; leaves what backward of the weights needs."""
-    gates, part = ctx.gates, ctx.part
+    """The gradients of s, x and y; leaves what backward of the weights needs.
+
+    Args:
+        gates, part, s, x, y, tensors: of `forward`.
+        node: the node of the graph that made the weights, as `nodes_of` has it; None if they have no gradient.
+        needs: which of the three gradients are wanted.
+        grad: the gradient of the result, in the dtype of x.
+        average: as `forward` returned it.
+    """
     ds, dx, dy = (d if d.stride(2) == 1 else d.new_empty(d.shape) for d in empty_beside(s, x, y))
     inner = gates.close_backward(grad, average, y, dy)
-    if ctx.needs_input_grad[2] or ctx.needs_input_grad[3]:
+    if needs[0] or needs[1]:
         dvalues = part.reader.values_gradient(tensors, _by_head(inner, part)).flatten(2)
         gates.open_backward(dvalues, s, x, ds, dx)
-    weights = nodes_of(ctx, tensors, 3)[0]
-    if weights is not None:
+    if node is not None:
         left = (_by_head(t, part) for t in (gates.open_(s, x), average, inner))
-        part.uses.leave(weights, Use(part.reader.heads, *left))
-    return [d if need else None for d, need in zip((ds, dx, dy), ctx.needs_input_grad[2:5], strict=True)]
+        part.uses.leave(node, Use(part.reader.heads, *left))
+    return [d if need else None for d, need in zip((ds, dx, dy), needs, strict=True)]
 
 
 def _by_head(x: Tensor, part: Part) -> Tensor:

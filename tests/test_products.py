@@ -1,0 +1,280 @@
+"""Matrix products of rows with what is done to their results: each function against its formula in float64."""
+
+import math
+
+import pytest
+import torch
+from lanes import HAS_GPU
+from tolerances import rounding
+
+from zipformer_kernels.branch import products
+from zipformer_kernels.branch.products import BY_TORCH, choose, unsupported
+from zipformer_kernels.core import backend
+from zipformer_kernels.core.backend import use_backend
+
+HALF = (torch.float16, torch.bfloat16)
+LANES = [pytest.param("torch", dtype, id=f"torch-{dtype}") for dtype in (torch.float64, torch.float32, *HALF)]
+LANES += [pytest.param("triton", dtype, id=f"triton-{dtype}") for dtype in HALF]
+
+SHAPES = {  # frames, sequences, channels, hidden channels
+    "whole tiles": (64, 4, 64, 128),
+    "ragged": (37, 5, 72, 136),
+    "odd": (3, 7, 19, 33),
+    "one row": (1, 1, 16, 48),
+    "no rows": (0, 3, 16, 16),
+    "no sequence": (4, 0, 16, 16),
+}
+shapes = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+lanes = pytest.mark.parametrize(("lane", "low"), LANES)
+
+
+def products_of(lane):
+    if lane == "torch":
+        return BY_TORCH
+    if backend.missing["triton"]:
+        pytest.skip(backend.missing["triton"])
+    return products._triton()
+
+
+def device_of(lane):
+    return "cuda" if HAS_GPU and lane == "triton" else "cpu"
+
+
+def drawn(*sizes, dtype, lane, scale=1.0):
+    return (scale * torch.randn(sizes)).to(dtype).to(device_of(lane))
+
+
+def wide(*tensors):
+    """In float64, on the CPU."""
+    return [None if x is None else x.detach().double().cpu() for x in tensors]
+
+
+def assert_near(actual, expected, terms, size, what, between=None):
+    """Within what sums of `terms` terms in float32 explain, whose sizes are `size`, and the rounding of `actual`.
+
+    Args:
+        between: where another result was rounded to the dtype of products before, that dtype and its size.
+    """
+    assert actual.shape == expected.shape, what
+    actual_64, own = actual.detach().double().cpu(), torch.finfo(actual.dtype)
+    if expected.numel() == 0:
+        return
+    sums = torch.promote_types(actual.dtype, torch.float32)
+    if between is not None:
+        sums = torch.promote_types(between[0], torch.float32)
+    size = torch.as_tensor(size).expand(expected.shape)
+    allowed = rounding(sums, terms) * size.clamp(min=size.square().mean().sqrt().item()) + own.smallest_normal * own.eps
+    allowed = allowed + own.eps * expected.abs()
+    if between is not None:
+        allowed = allowed + torch.finfo(between[0]).eps * between[1]
+    excess = ((actual_64 - expected).abs() / allowed).max().item()
+    assert excess <= 1, f"{what}: off by {excess:.2f} of what rounding explains"
+
+
+def curve(x, kind):
+    """Swoosh and its derivative, in float64."""
+    shift, offset = {"l": (4.0, 0.035), "r": (1.0, 0.313261687)}[kind]
+    zero = torch.zeros((), dtype=x.dtype)
+    return torch.logaddexp(zero, x - shift) - 0.08 * x - offset, torch.sigmoid(x - shift) - 0.08
+
+
+def weight_of(out_channels, in_channels, low, lane, layout="rows"):
+    """(out, in), scaled so that products are of the size of x; rows or columns lie together, or it is part of more."""
+    scale = 1 / math.sqrt(in_channels)
+    if layout == "columns":
+        return drawn(in_channels, out_channels, dtype=low, lane=lane, scale=scale).t()
+    if layout == "part":
+        return drawn(out_channels + 3, in_channels + 5, dtype=low, lane=lane, scale=scale)[2:-1, 4:-1]
+    return drawn(out_channels, in_channels, dtype=low, lane=lane, scale=scale)
+
+
+def mask_of(sequences, channels, low, lane, kind):
+    """A dropout's mask, or None."""
+    if kind is None:
+        return None
+    mask = (drawn(sequences, channels, dtype=torch.float32, lane=lane) > -0.5).to(torch.float32) / 0.7
+    return mask[None].to(low) if kind == "low" else mask
+
+
+def chosen_of(sequences, lane):
+    """Which sequences get a branch: all but the first."""
+    return (torch.arange(sequences) > 0).float()[:, None].to(device_of(lane))
+
+
+def summed(sums, channels):
+    """What parts add up to, in float64; all of the right form."""
+    assert sums.ndim == 2
+    assert sums.shape[1] == channels
+    return sums.double().cpu().sum(0)
+
+
+# ---- each function ----
+
+
+@lanes
+@shapes
+@pytest.mark.parametrize(
+    ("kind", "mask", "bias", "layout"),
+    [("l", "low", "low", "rows"), ("l", "float32", "float32", "part"), ("r", None, None, "columns")],
+)
+def test_activated(lane, low, shape, kind, mask, bias, layout):
+    frames, sequences, channels, hidden_channels = shape
+    x = drawn(frames, sequences, channels, dtype=low, lane=lane)
+    weight = weight_of(hidden_channels, channels, low, lane, layout)
+    bias_dtype = low if bias == "low" or low == torch.float64 else torch.float32
+    bias = None if bias is None else drawn(hidden_channels, dtype=bias_dtype, lane=lane)
+    mask = mask_of(sequences, hidden_channels, low, lane, mask)
+    activated = products_of(lane).activated
+    hidden, a = activated(x, weight, bias, mask, kind, True)
+    x64, w64, b64, m64, h64 = wide(x, weight, bias, mask, hidden)
+    expected = x64 @ w64.t() + (0 if b64 is None else b64)
+    size = x64.abs() @ w64.abs().t() + (0 if b64 is None else b64.abs())
+    rounded_bias = None if b64 is None else (low, b64.abs().expand(expected.shape))
+    assert hidden.dtype == a.dtype == low
+    assert_near(hidden, expected, channels + 1, size, "hidden", rounded_bias)
+    factor = 1 if m64 is None else m64
+    assert_near(a, curve(h64, kind)[0] * factor, 4, (h64.abs() + 1) * factor, "a")
+    none, again = activated(x, weight, bias, mask, kind, False)
+    assert none is None
+    assert torch.equal(again, a), "stored or not"
+
+
+@lanes
+@shapes
+@pytest.mark.parametrize(("kind", "mask"), [("l", "low"), ("l", "float32"), ("r", None)])
+def test_activated_gradient(lane, low, shape, kind, mask):
+    frames, sequences, channels, hidden_channels = shape
+    grad = drawn(frames, sequences, channels, dtype=low, lane=lane)
+    weight = weight_of(channels, hidden_channels, low, lane)
+    hidden = drawn(frames, sequences, hidden_channels, dtype=low, lane=lane, scale=3.0)
+    mask = mask_of(sequences, hidden_channels, low, lane, mask)
+    dhidden, a, sums = products_of(lane).activated_gradient(grad, weight, hidden, mask, kind)
+    assert dhidden.dtype == a.dtype == low
+    g64, w64, h64, m64 = wide(grad, weight, hidden, mask)
+    factor = 1 if m64 is None else m64
+    value, slope = curve(h64, kind)
+    size = (g64.abs() @ w64.abs()) * factor
+    assert_near(dhidden, g64 @ w64 * factor * slope, channels + 4, size, "dhidden", (low, size))
+    assert_near(a, value * factor, 4, (h64.abs() + 1) * factor, "a")
+    assert_sums(sums, dhidden, hidden_channels)
+
+
+def assert_sums(sums, x, channels):
+    """Sums of the rows of x; those of Triton take them before they are rounded."""
+    (x64,) = wide(x)
+    rows, found = x64.flatten(0, 1), summed(sums, channels)
+    assert sums.dtype == torch.promote_types(x.dtype, torch.float32)
+    size = rows.abs().sum(0)
+    assert_near(found, rows.sum(0), max(len(rows), 1), size, "sums", (x.dtype, size))
+
+
+@lanes
+@shapes
+@pytest.mark.parametrize("src_dtype", ["wide", "low"])
+@pytest.mark.parametrize("chooses", [False, True])
+@pytest.mark.parametrize("bias", [None, "float32"])
+def test_added(lane, low, shape, src_dtype, chooses, bias):
+    frames, sequences, channels, hidden_channels = shape
+    src_dtype = torch.promote_types(low, torch.float32) if src_dtype == "wide" else low
+    src = drawn(frames, sequences, channels, dtype=src_dtype, lane=lane)
+    x = drawn(frames, sequences, hidden_channels, dtype=low, lane=lane)
+    weight = weight_of(channels, hidden_channels, low, lane)
+    bias = None if bias is None else drawn(channels, dtype=torch.float32, lane=lane)
+    chosen = chosen_of(sequences, lane) if chooses else None
+    y, y_low = products_of(lane).added(src, x, weight, bias, chosen, low)
+    s64, x64, w64, b64, c64 = wide(src, x, weight, bias, chosen)
+    factor = 1 if c64 is None else c64
+    product = x64 @ w64.t() + (0 if b64 is None else b64)
+    size = x64.abs() @ w64.abs().t() + (0 if b64 is None else b64.abs())
+    assert y.dtype == src_dtype
+    assert_near(y, s64 + factor * product, hidden_channels + 2, size + s64.abs(), "y", (low, 2 * size))
+    assert_low_copy(y, y_low, low)
+
+
+def assert_low_copy(x, x_low, low):
+    assert x_low.dtype == low
+    assert torch.equal(x_low, x.to(low))
+    assert (x_low is x) == (x.dtype == low)
+
+
+@lanes
+@shapes
+@pytest.mark.parametrize("grad_dtype", ["wide", "low"])
+def test_added_gradient(lane, low, shape, grad_dtype):
+    frames, sequences, channels, hidden_channels = shape
+    grad_dtype = torch.promote_types(low, torch.float32) if grad_dtype == "wide" else low
+    grad = drawn(frames, sequences, channels, dtype=grad_dtype, lane=lane)
+    dhidden = drawn(frames, sequences, hidden_channels, dtype=low, lane=lane)
+    weight = weight_of(hidden_channels, channels, low, lane)
+    dsrc, dsrc_low, sums = products_of(lane).added_gradient(grad, dhidden, weight, low)
+    g64, d64, w64 = wide(grad, dhidden, weight)
+    size = d64.abs() @ w64.abs()
+    assert dsrc.dtype == grad_dtype
+    assert_near(dsrc, g64 + d64 @ w64, hidden_channels + 1, size + g64.abs(), "dsrc", (low, 2 * size))
+    assert_low_copy(dsrc, dsrc_low, low)
+    assert_sums(sums, dsrc_low, channels)
+
+
+@lanes
+@shapes
+@pytest.mark.parametrize("wider", [False, True])
+def test_weight_gradient(lane, low, shape, wider):
+    frames, sequences, channels, hidden_channels = shape
+    dtype = torch.promote_types(low, torch.float32) if wider else low
+    grad = drawn(frames, sequences, hidden_channels, dtype=low, lane=lane)
+    x = drawn(frames, sequences, channels, dtype=low, lane=lane)
+    dweight = products_of(lane).weight_gradient(grad, x, dtype)
+    g64, x64 = (one.flatten(0, 1) for one in wide(grad, x))
+    assert dweight.dtype == dtype
+    expected, size = g64.t() @ x64, g64.abs().t() @ x64.abs()
+    assert_near(dweight, expected, frames * sequences, size, "dweight", (low, expected.abs()))
+
+
+@lanes
+@shapes
+@pytest.mark.parametrize("grad_dtype", ["wide", "low"])
+@pytest.mark.parametrize("chooses", [False, True])
+@pytest.mark.parametrize("expanded", [False, True])
+def test_lowered(lane, low, shape, grad_dtype, chooses, expanded):
+    frames, sequences, channels, _ = shape
+    grad_dtype = torch.promote_types(low, torch.float32) if grad_dtype == "wide" else low
+    grad = drawn(frames, sequences, channels, dtype=grad_dtype, lane=lane)
+    if expanded:
+        grad = grad[:, :, :1].expand(frames, sequences, channels)
+    chosen = chosen_of(sequences, lane) if chooses else None
+    lowered, sums = products_of(lane).lowered(grad, chosen, low)
+    g64, c64 = wide(grad, chosen)
+    expected = g64 if c64 is None else g64 * c64
+    assert lowered.dtype == low
+    assert_near(lowered, expected, 1, expected.abs(), "lowered")
+    assert_sums(sums, lowered, channels)
+
+
+@lanes
+def test_total(lane, low):
+    sums = drawn(37, 40, dtype=torch.promote_types(low, torch.float32), lane=lane)
+    total = products_of(lane).total(sums, low)
+    (s64,) = wide(sums)
+    assert total.dtype == low
+    assert_near(total, s64.sum(0), 37, s64.abs().sum(0), "total")
+
+
+# ---- which products a call gets ----
+
+
+def test_what_triton_cannot_take_is_pytorchs():
+    src = torch.zeros(2, 3, 8)
+    with use_backend("triton,eager"):
+        assert choose(src, torch.float32) is BY_TORCH
+        assert choose(src.double(), torch.bfloat16) is BY_TORCH
+    assert "half precision, got torch.float32" in unsupported(src, torch.float32)
+    assert "got torch.float64" in unsupported(src.double(), torch.bfloat16)
+
+
+def test_the_choice_of_a_backend_holds():
+    src = torch.zeros(2, 3, 8, device=device_of("triton"))
+    assert choose(src.cpu(), torch.bfloat16) is BY_TORCH, "auto on a CPU"
+    triton = products_of("triton")
+    for request, expected in (("triton", triton), ("eager", BY_TORCH), ("triton,eager", triton)):
+        with use_backend(request):
+            assert choose(src, torch.bfloat16) is expected, request
