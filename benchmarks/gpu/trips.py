@@ -131,7 +131,7 @@ def bias_norm_bypass_sums(n: dict[str, Any], body: Body, depth: int) -> float:
 
 
 def parts_of_columns(parts: float, body: Body) -> float:
-    """Groups of threads share the parts, eight at once; then the groups are added up, sixteen at once, four, and one."""
+    """Groups of threads share the parts, eight at once; then groups are added up, sixteen at once, four, and one."""
     groups, terms = sum_groups(parts), body["LDS"]
     if body["LDG"]:
         return parts / groups // 8

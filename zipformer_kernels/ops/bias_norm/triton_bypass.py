@@ -25,7 +25,7 @@ SUM_PARTS = tuning.entry("bias_norm.triton_sum_parts")
 LINE = tl.constexpr(PARTIAL_LINE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "sequences"])
 def bypass_forward(
     x_ptr,
     bias_ptr,
@@ -58,7 +58,7 @@ def bypass_forward(
     tl.store(inverse_ptr + row, r, frame < frames)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["frames", "sequences"])
 def bypass_backward(
     dy_ptr,
     x_ptr,
@@ -130,7 +130,7 @@ def sums_of(from_ptr, parts, stride, inside, PARTS: tl.constexpr, COLUMNS: tl.co
     return tl.sum(sums, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "sequences"])
 def bypass_sum_parts(
     partials_ptr,
     dbias_ptr,
