@@ -206,11 +206,11 @@ def bias_norm_bypass_sums(n: dict[str, Any], body: Body, depth: int) -> float:
 
 
 def parts_of_columns(parts: float, body: Body) -> float:
-    """Groups of threads share the parts: a loop takes several at once, one what is left; then their sums."""
-    groups, at_once = sum_groups(parts), body["LDG"]
-    if at_once == 0:
-        return (groups - 1) / max(body["LDS"], 1)
-    return parts / groups // at_once if at_once > 1 else parts / groups % 4
+    """Groups of threads share the parts, eight at once; then groups are added up, sixteen at once, four, and one."""
+    groups, terms = sum_groups(parts), body["LDS"]
+    if body["LDG"]:
+        return parts / groups // 8
+    return (groups - 1) // 16 if terms >= 16 else (groups - 1) % 16 // 4 if terms >= 4 else (groups - 1) % 4
 
 
 def sum_groups(parts: float) -> int:
