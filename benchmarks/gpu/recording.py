@@ -29,6 +29,7 @@ from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu.pretending import TARGET, as_on_a_gpu, everywhere  # before the package
+from zipformer_kernels.branch.products.plain import multiplies_widely
 from zipformer_kernels.core import launch
 
 ROOT = Path(__file__).parents[2]
@@ -281,7 +282,7 @@ def recording(native: ModuleType | None = None, target: str = TARGET) -> Iterato
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_on_a_gpu(module, target))
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
-        for patch in everywhere(pointer, noted):
+        for patch in (*everywhere(pointer, noted), *everywhere(multiplies_widely, lambda x: True)):
             stack.enter_context(patch)
         # who looks on here does not count
         stack.enter_context(mock.patch("zipformer_kernels.core.call.count_dispatch_modes", return_value=0))

@@ -12,7 +12,7 @@ from torch import Tensor
 from zipformer_kernels.branch.products.interface import Dropout, Products
 from zipformer_kernels.ops.swoosh import reference as curve
 
-MM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")  # since torch 2.8, for CUDA tensors
+MM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")  # since torch 2.8
 
 
 def _activated(
@@ -48,9 +48,14 @@ def _added_gradient(grad: Tensor, dhidden: Tensor, weight: Tensor, low: torch.dt
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """grad^T x over all rows, (out, in), in `dtype`; accumulated in float32."""
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
-    if dtype == torch.float32 != x.dtype and x.is_cuda and MM_HAS_OUT_DTYPE:
+    if dtype == torch.float32 != x.dtype and multiplies_widely(x):
         return torch.mm(grad.t(), x, out_dtype=dtype)
     return torch.mm(grad.t(), x).to(dtype)
+
+
+def multiplies_widely(x: Tensor) -> bool:
+    """Whether torch multiplies tensors like x, in half precision, to a result in float32."""
+    return MM_HAS_OUT_DTYPE and x.is_cuda
 
 
 def _lowered(grad: Tensor, chosen: Tensor | None, low: torch.dtype) -> tuple[Tensor, Tensor]:
