@@ -317,7 +317,7 @@ def test_a_row_does_not_depend_on_others():
 @pytest.mark.parametrize("tile", [(32, 64, 16, 4, 2), (64, 256, 32, 8, 3), (256, 64, 64, 8, 2)])
 def test_other_tiles(tile):
     call = "triton", torch.float16, SHAPES["ragged"]
-    with tuning.override(**{f"products.triton_{name}": tile for name in ("tile", "gradient_tile", "narrow_tile")}):
+    with tuning.override(**{f"products.triton_{name}": tile for name in ("tile", "ragged_tile", "narrow_tile")}):
         test_activated(*call, "l", "low", "low", "rows")
         test_activated_gradient(*call, "l", "low")
         test_added(*call, "wide", True, "float32")

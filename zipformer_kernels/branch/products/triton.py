@@ -25,19 +25,24 @@ from zipformer_kernels.core.launch import cdiv, contiguous, on_device
 from zipformer_kernels.ops.swoosh.reference import OFFSET, SHIFT
 
 TILE = tuning.entry("products.triton_tile")
-GRADIENT = tuning.entry("products.triton_gradient_tile")
+RAGGED = tuning.entry("products.triton_ragged_tile")
 NARROW = tuning.entry("products.triton_narrow_tile")
 TOTALS = tuning.entry("products.triton_totals_tile")
 LOWERED = tuning.entry("products.triton_lowered_tile")
 
 
-@lru_cache(maxsize=1024)
-def _cut(channels: int, inner: int, wide: tuple[int, ...], narrow: tuple[int, ...]) -> tuple[int, int, dict[str, Any]]:
+def _cut(channels: int, inner: int) -> tuple[int, int, dict[str, Any]]:
     """How a product with so many channels, of operands with `inner`, is cut up: rows of a tile, tiles that lie beside
-    each other, and the constants of kernels. Narrow tiles are taken where a quarter of wide ones would lie idle.
+    each other, and the constants of kernels.
     """
+    return _cut_by(channels, inner, TILE.value, RAGGED.value, NARROW.value)
+
+
+@lru_cache(maxsize=1024)
+def _cut_by(channels: int, inner: int, *tiles: tuple[int, ...]) -> tuple[int, int, dict[str, Any]]:
+    wide, ragged, narrow = tiles
     idle = 4 * cdiv(channels, wide[1]) * wide[1] > 5 * cdiv(channels, narrow[1]) * narrow[1]
-    bm, bn, bk, warps, stages = narrow if idle else wide
+    bm, bn, bk, warps, stages = narrow if idle else ragged if channels % wide[1] else wide
     whole = {"WHOLE_N": channels % bn == 0, "WHOLE_K": inner % bk == 0}
     return bm, cdiv(channels, bn), whole | {"BM": bm, "BN": bn, "BK": bk, "num_warps": warps, "num_stages": stages}
 
@@ -61,7 +66,7 @@ def _activated(
     (frames, sequences, inner), channels = x.shape, weight.shape[0]
     a = x.new_empty(frames, sequences, channels)
     hidden = torch.empty_like(a) if stores else None
-    bm, across, constants = _cut(channels, inner, TILE.value, NARROW.value)
+    bm, across, constants = _cut(channels, inner)
     rows = frames * sequences
     if rows > 0:
         with on_device(x):
@@ -77,7 +82,7 @@ def _activated_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad, hidden = contiguous(grad, hidden)
     (frames, sequences, inner), channels = grad.shape, weight.shape[1]
-    bm, across, constants = _cut(channels, inner, GRADIENT.value, NARROW.value)
+    bm, across, constants = _cut(channels, inner)
     rows = frames * sequences
     parts = cdiv(rows, bm)
     dhidden, a = torch.empty_like(hidden), torch.empty_like(hidden)
@@ -117,7 +122,7 @@ def _sum(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """src plus a product, in its dtype and in `low`, and its sums if they are wanted."""
     frames, sequences, channels = src.shape
-    bm, across, constants = _cut(channels, x.shape[2], TILE.value, NARROW.value)
+    bm, across, constants = _cut(channels, x.shape[2])
     rows = frames * sequences
     parts = cdiv(rows, bm)
     y = torch.empty_like(src)
