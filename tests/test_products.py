@@ -1,5 +1,6 @@
 """Matrix products of rows with what is done to their results: each function against its formula in float64."""
 
+import importlib
 import math
 
 import pytest
@@ -9,7 +10,7 @@ from tolerances import rounding
 
 from zipformer_kernels.branch import products
 from zipformer_kernels.branch.products import BY_TORCH, choose, unsupported
-from zipformer_kernels.core import backend
+from zipformer_kernels.core import backend, tuning
 from zipformer_kernels.core.backend import use_backend
 
 HALF = (torch.float16, torch.bfloat16)
@@ -259,6 +260,87 @@ def test_total(lane, low):
     assert_near(total, s64.sum(0), 37, s64.abs().sum(0), "total")
 
 
+# ---- Triton's kernels ----
+
+
+def everything(triton, x, src):
+    """What all functions return that have sums, or read masks and factors of sequences."""
+    channels, hidden_channels = x.shape[-1], 160
+    torch.manual_seed(1)
+    first, last = (weight_of(*sizes, x.dtype, "triton") for sizes in ((160, channels), (channels, 160)))
+    bias = drawn(hidden_channels, dtype=torch.float32, lane="triton")
+    mask, chosen = mask_of(x.shape[1], hidden_channels, x.dtype, "triton", "low"), chosen_of(x.shape[1], "triton")
+    hidden, a = triton.activated(x, first, bias, mask, "l", True)
+    y, y_low = triton.added(src, a, last, None, chosen, x.dtype)
+    low, sums = triton.lowered(y, chosen, x.dtype)
+    return (
+        *(hidden, a, y, y_low, low, sums),
+        *triton.activated_gradient(low, last, hidden, mask, "l"),
+        *triton.added_gradient(y, hidden, first, x.dtype),
+    )
+
+
+def test_the_same_input_gives_the_same_bits():
+    triton = products_of("triton")
+    x, src = (drawn(31, 7, 72, dtype=dtype, lane="triton") for dtype in (torch.bfloat16, torch.float32))
+    once, again = everything(triton, x, src), everything(triton, x, src)
+    assert all(map(torch.equal, once, again))
+
+
+def test_what_is_not_contiguous_is_read_as_it_is():
+    triton = products_of("triton")
+    x, src = (drawn(72, 7, 31, dtype=dtype, lane="triton").transpose(0, 2) for dtype in (torch.bfloat16, torch.float32))
+    assert all(map(torch.equal, everything(triton, x, src), everything(triton, x.contiguous(), src.contiguous())))
+
+
+def test_a_row_does_not_depend_on_others():
+    triton = products_of("triton")
+    x, src = (drawn(60, 7, 72, dtype=dtype, lane="triton") for dtype in (torch.bfloat16, torch.float32))
+    whole, part = everything(triton, x, src), everything(triton, x[:40], src[:40])
+    for one, other in zip(whole, part, strict=True):
+        if one.ndim == 3:
+            assert torch.equal(one[:40], other)
+
+
+@pytest.mark.parametrize("tile", [(32, 64, 16, 4, 2), (64, 256, 32, 8, 3), (256, 64, 64, 8, 2)])
+def test_other_tiles(tile):
+    call = "triton", torch.float16, SHAPES["ragged"]
+    with tuning.override(**{"products.triton_tile": tile, "products.triton_narrow_tile": tile}):
+        test_activated(*call, "l", "low", "low", "rows")
+        test_activated_gradient(*call, "l", "low")
+        test_added(*call, "wide", True, "float32")
+        test_added_gradient(*call, "wide")
+    with tuning.override(**{"products.triton_lowered_tile": (32, 16, 4)}):
+        test_lowered(*call, "wide", True, False)
+
+
+def test_sequences_of_rows():
+    products_of("triton")
+    kernel = importlib.import_module("sequences_kernel").sequences_kernel
+    rows = torch.empty(128, dtype=torch.int32, device=device_of("triton"))
+    for sequences in (*range(1, 140), 1000, 4097, products.MOST_SEQUENCES - 1, products.MOST_SEQUENCES):
+        for first in (0, sequences - 1, sequences // 2, 128 * 7_000_000):
+            kernel[(1,)](rows, first, sequences, ROWS=128)
+            expected = (torch.arange(128) + first) % sequences
+            assert torch.equal(rows.cpu().long(), expected), (first, sequences)
+
+
+@pytest.mark.gpu("2^31 elements and more")
+@pytest.mark.xdist_group("large")
+def test_more_elements_than_32_bits_count():
+    triton, low = products_of("triton"), torch.bfloat16
+    frames, sequences, channels, hidden_channels = 1 << 18, 17, 64, 512
+    x = torch.zeros(frames, sequences, channels, dtype=low, device="cuda")
+    x[-1] = torch.randn(sequences, channels)
+    weight = weight_of(hidden_channels, channels, low, "triton")
+    hidden, a = triton.activated(x, weight, None, None, "r", True)
+    last = triton.activated(x[-1:], weight, None, None, "r", True)
+    assert torch.equal(hidden[-1:], last[0])
+    assert torch.equal(a[-1:], last[1])
+    y, _ = triton.added(x, a, weight.t(), None, None, low)
+    assert torch.equal(y[-1:], triton.added(x[-1:], a[-1:], weight.t(), None, None, low)[0])
+
+
 # ---- which products a call gets ----
 
 
@@ -267,6 +349,8 @@ def test_what_triton_cannot_take_is_pytorchs():
     with use_backend("triton,eager"):
         assert choose(src, torch.float32) is BY_TORCH
         assert choose(src.double(), torch.bfloat16) is BY_TORCH
+    many = torch.empty(0, products.MOST_SEQUENCES + 1, 8)
+    assert "sequences at most, got 65537" in unsupported(many, torch.bfloat16)
     assert "half precision, got torch.float32" in unsupported(src, torch.float32)
     assert "got torch.float64" in unsupported(src.double(), torch.bfloat16)
 

@@ -306,9 +306,7 @@ def taken(monkeypatch):
     return calls
 
 
-BY_NODES = [
-    (what, mode) for what in MAKE for mode in (*MODES, "train") if "stream" not in mode or streams(what)
-]
+BY_NODES = [(what, mode) for what in MAKE for mode in (*MODES, "train") if "stream" not in mode or streams(what)]
 
 
 @pytest.mark.parametrize(("what", "mode"), BY_NODES)

@@ -46,9 +46,9 @@ struct BiasNormBackward {
             y_dtype)
 };
 
-// And the bypass after it: y = src_orig + (x exp(log_scale) / rms(x - bias) - src_orig) scale, on the GPU alone. Rows are
-// frames times sequences, in this order; scale is (sequences, channels) in float, with one sequence where all share it.
-// Channels must be a multiple of 16 bytes of x, 1024 at most, and all tensors aligned to 16 bytes.
+// And the bypass after it: y = src_orig + (x exp(log_scale) / rms(x - bias) - src_orig) scale, on the GPU alone. Rows
+// are frames times sequences, in this order; scale is (sequences, channels) in float, with one sequence where all share
+// it. Channels must be a multiple of 16 bytes of x, 1024 at most, and all tensors aligned to 16 bytes.
 struct BiasNormBypassForward {
   const void* x;
   const void* bias;
@@ -63,8 +63,9 @@ struct BiasNormBypassForward {
   ZK_FIELDS(x, bias, log_scale, src_orig, scale, y, inverse_rms, frames, sequences, channels, x_dtype, y_dtype)
 };
 
-// Null outputs are not computed. `partials` is (parts, sequences, 2 channels + 1) floats, and null if no parameter's
-// gradient is wanted: dbias, dlog_scale, dscale of some frames of a sequence.
+// Null outputs are not computed. `partials` is (parts, sequences, 2 channels + partial_line) floats, and null if no
+// parameter's gradient is wanted: dscale, dbias and dlog_scale of some frames of a sequence.
+constexpr int64_t partial_line = 16;
 struct BiasNormBypassBackward {
   const void* dy;
   const void* x;

@@ -159,12 +159,12 @@ __global__ void __launch_bounds__(max_threads, 1)
 
 // ---- the second stage ----
 
-// The sums of 32 columns of partials per block: dbias, and dlog_scale in the last column.
+// The sums of columns of partials: dbias, and dlog_scale in the last column.
 __global__ void __launch_bounds__(sum_threads)
-    add_parts(const float* partials, float* dbias, float* dlog_scale, int64_t parts, int64_t channels) {
-  int64_t c = int64_t(blockIdx.x) * sum_columns + threadIdx.x % sum_columns;
-  float sum = sum_of_parts(c <= channels ? partials + c : nullptr, parts, channels + 1);
-  if (threadIdx.x >= sum_columns) return;
+    add_parts(const float* partials, float* dbias, float* dlog_scale, int64_t parts, int64_t channels, int columns) {
+  int64_t c = int64_t(blockIdx.x) * columns + int(threadIdx.x) % columns;
+  float sum = sum_of_parts(c <= channels ? partials + c : nullptr, parts, channels + 1, columns);
+  if (int(threadIdx.x) >= columns) return;
   if (c < channels && dbias) dbias[c] = sum;
   if (c == channels && dlog_scale) *dlog_scale = sum;
 }
@@ -201,8 +201,8 @@ void bias_norm_forward_cuda(const BiasNormForward& args, void* stream) {
     bool aligned = aligned16(x) && aligned16(y) && aligned16(bias);
     bool done = aligned && in_registers<width<X>>(args.channels, [&](auto packs) {
                   launch("bias_norm forward", forward_in_registers<X, Y, width<X>, packs.value>,
-                         grid_size(ceil_div(args.rows, row_warps)), row_warps * 32, 0, stream, x, bias, log_scale, y, inverse,
-                         args.rows, int(args.channels));
+                         grid_size(ceil_div(args.rows, row_warps)), row_warps * 32, 0, stream, x, bias, log_scale, y,
+                         inverse, args.rows, int(args.channels));
                 });
     if (done) return;
     in_blocks<X>(args.channels, aligned, [&](auto n) {
@@ -225,10 +225,11 @@ void bias_norm_backward_cuda(const BiasNormBackward& args, void* stream) {
     auto inverse = static_cast<const float*>(args.inverse_rms);
     bool aligned = aligned16(dy) && aligned16(x) && aligned16(dx) && aligned16(bias);
     unsigned blocks = grid_size(args.parts);
-    bool done = aligned && in_registers<width<X>>(args.channels, [&](auto packs) {
-                  launch("bias_norm backward", backward_in_registers<X, Y, width<X>, packs.value>, blocks, row_warps * 32,
-                         0, stream, dy, x, bias, log_scale, inverse, dx, partials, args.rows, int(args.channels));
-                });
+    bool done =
+        aligned && in_registers<width<X>>(args.channels, [&](auto packs) {
+          launch("bias_norm backward", backward_in_registers<X, Y, width<X>, packs.value>, blocks, row_warps * 32, 0,
+                 stream, dy, x, bias, log_scale, inverse, dx, partials, args.rows, int(args.channels));
+        });
     if (done) return;
     in_blocks<X>(args.channels, aligned, [&](auto n) {
       launch("bias_norm backward", backward_in_blocks<X, Y, n.value>, blocks, threads_for(args.channels / n.value), 0,
@@ -236,9 +237,10 @@ void bias_norm_backward_cuda(const BiasNormBackward& args, void* stream) {
     });
   });
   if (!partials) return;
-  launch("bias_norm backward, sums", add_parts, grid_size(ceil_div(args.channels + 1, sum_columns)),
-         sum_threads, 0, stream, static_cast<const float*>(partials), static_cast<float*>(args.dbias),
-         static_cast<float*>(args.dlog_scale), args.parts, args.channels);
+  int64_t columns = sum_columns(sum_groups(args.parts));
+  launch("bias_norm backward, sums", add_parts, grid_size(ceil_div(args.channels + 1, columns)), sum_threads, 0, stream,
+         static_cast<const float*>(partials), static_cast<float*>(args.dbias), static_cast<float*>(args.dlog_scale),
+         args.parts, args.channels, int(columns));
 }
 
 }  // namespace zk

@@ -1,9 +1,9 @@
 // BiasNorm and the bypass after it on the GPU: a warp for each row, held in registers, so that every element is read
-// once. The warps of a block have rows of one sequence, where each has a scale of its own, so that a block's share of the
-// scales' gradient is that sequence's.
+// once. The warps of a block have rows of one sequence, where each has a scale of its own, so that a block's share of
+// the scales' gradient is that sequence's.
 //
-// Backward runs a fixed number of blocks that stride over the frames; each leaves its share of the parameters' gradients
-// in `partials`, which a second kernel adds up in order.
+// Backward runs a fixed number of blocks that stride over the frames; each leaves its share of the parameters'
+// gradients in `partials`, which a second kernel adds up in order.
 #include "bias_norm/bias_norm.h"
 #include "bias_norm/rows.h"
 #include "common/parts.h"
@@ -107,35 +107,35 @@ __global__ void __launch_bounds__(row_warps * 32, 1)
   float* other = shared + packs * 32 * N;
   add_in_turns<N, packs>(dbias, shared, channels);
   add_in_turns<N, packs>(dscale, other, channels);
-  float* own = partials + int64_t(blockIdx.x) * (2 * channels + 1);
+  float* own = partials + int64_t(blockIdx.x) * (2 * channels + partial_line);
   for (int c = threadIdx.x; c < channels; c += row_warps * 32) {
-    own[c] = shared[c];
-    own[channels + 1 + c] = other[c];
+    own[c] = other[c];
+    own[channels + c] = shared[c];
   }
   float sum = block_sum(threadIdx.x % 32 == 0 ? total : 0.0f, scratch);
-  if (threadIdx.x == 0) own[channels] = gain * sum;
+  if (threadIdx.x == 0) own[2 * channels] = gain * sum;
 }
 
-// The first blocks add up dbias, and dlog_scale in column `channels`, over all parts; the others dscale, each sequence's
-// over its own.
+// The first blocks add up dbias, and dlog_scale in column `channels`, over all parts; the others dscale, as many for
+// each sequence, over its own. Each kind has as many columns a block as fit its number of parts.
 __global__ void __launch_bounds__(sum_threads)
     bypass_add_parts(const float* partials, float* dbias, float* dlog_scale, float* dscale, int64_t parts,
-                     int64_t sequences, int64_t channels) {
-  unsigned of_norm = unsigned((channels + sum_columns) / sum_columns);
-  int64_t width = 2 * channels + 1, column = threadIdx.x % sum_columns;
-  bool first = threadIdx.x < sum_columns;
-  if (blockIdx.x < of_norm) {
-    int64_t c = int64_t(blockIdx.x) * sum_columns + column;
-    float sum = sum_of_parts(c <= channels ? partials + c : nullptr, parts * sequences, width);
-    if (first && c < channels && dbias) dbias[c] = sum;
-    if (first && c == channels && dlog_scale) *dlog_scale = sum;
+                     int64_t sequences, int64_t channels, int norm_columns, int columns) {
+  int64_t width = 2 * channels + partial_line, norm_blocks = (channels + norm_columns) / norm_columns;
+  if (blockIdx.x < norm_blocks) {
+    int64_t c = int64_t(blockIdx.x) * norm_columns + int(threadIdx.x) % norm_columns;
+    const float* from = c <= channels ? partials + channels + c : nullptr;
+    float sum = sum_of_parts(from, parts * sequences, width, norm_columns);
+    if (int(threadIdx.x) >= norm_columns) return;
+    if (c < channels && dbias) dbias[c] = sum;
+    if (c == channels && dlog_scale) *dlog_scale = sum;
     return;
   }
-  int64_t i = int64_t(blockIdx.x - of_norm) * sum_columns + column, sequence = i / channels;
-  bool inside = i < sequences * channels;
-  const float* from = partials + sequence * width + channels + 1 + (i - sequence * channels);
-  float sum = sum_of_parts(inside ? from : nullptr, parts, sequences * width);
-  if (first && inside && dscale) dscale[i] = sum;
+  int64_t blocks = (channels + columns - 1) / columns, block = blockIdx.x - norm_blocks, sequence = block / blocks;
+  int64_t c = (block - sequence * blocks) * columns + int(threadIdx.x) % columns;
+  const float* from = c < channels ? partials + sequence * width + c : nullptr;
+  float sum = sum_of_parts(from, parts, sequences * width, columns);
+  if (int(threadIdx.x) < columns && from) dscale[sequence * channels + c] = sum;
 }
 
 // Calls run(packs) as `in_registers` does; throws where no warp holds a row.
@@ -181,10 +181,12 @@ void bias_norm_bypass_backward_cuda(const BiasNormBypassBackward& args, void* st
     });
   });
   if (!partials) return;
-  int64_t blocks = ceil_div(args.channels + 1, sum_columns) + ceil_div(args.sequences * args.channels, sum_columns);
+  int64_t norm_columns = sum_columns(sum_groups(args.parts * args.sequences));
+  int64_t columns = sum_columns(sum_groups(args.parts)), blocks = ceil_div(args.channels + 1, norm_columns);
+  if (args.dscale) blocks += args.sequences * ceil_div(args.channels, columns);
   launch("bias_norm bypass backward, sums", bypass_add_parts, grid_size(blocks), sum_threads, 0, stream,
          static_cast<const float*>(partials), static_cast<float*>(args.dbias), static_cast<float*>(args.dlog_scale),
-         static_cast<float*>(args.dscale), args.parts, args.sequences, args.channels);
+         static_cast<float*>(args.dscale), args.parts, args.sequences, args.channels, int(norm_columns), int(columns));
 }
 
 }  // namespace zk

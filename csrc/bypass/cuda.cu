@@ -1,6 +1,6 @@
-// The bypass on the GPU. A thread has some neighbouring channels, 16 bytes an access, of several rows; so it reads their
-// scales once. Backward leaves each block's share of the scales' gradient in `partials`, which a second kernel adds up in
-// order.
+// The bypass on the GPU. A thread has some neighbouring channels, 16 bytes an access, of several rows; so it reads
+// their scales once. Backward leaves each block's share of the scales' gradient in `partials`, which a second kernel
+// adds up in order.
 #include "bypass/bypass.h"
 #include "common/parts.h"
 #include "common/vectors.h"
@@ -104,10 +104,10 @@ __global__ void __launch_bounds__(threads)
 }
 
 __global__ void __launch_bounds__(sum_threads)
-    add_parts(const float* partials, float* dc, int64_t parts, int64_t channels) {
-  int64_t c = int64_t(blockIdx.x) * sum_columns + threadIdx.x % sum_columns;
-  float sum = sum_of_parts(c < channels ? partials + c : nullptr, parts, channels);
-  if (threadIdx.x < sum_columns && c < channels) dc[c] = sum;
+    add_parts(const float* partials, float* dc, int64_t parts, int64_t channels, int columns) {
+  int64_t c = int64_t(blockIdx.x) * columns + int(threadIdx.x) % columns;
+  float sum = sum_of_parts(c < channels ? partials + c : nullptr, parts, channels, columns);
+  if (int(threadIdx.x) < columns && c < channels) dc[c] = sum;
 }
 
 // Calls run(N, block, columns) with the elements per access, as a constant: 16 bytes of the narrowest tensor where rows
@@ -164,8 +164,9 @@ void bypass_backward_cuda(const BypassBackwardOnGpu& args, void* stream) {
     });
   });
   if (!partials) return;
-  launch("bypass backward, sums", add_parts, grid_size(ceil_div(args.channels, sum_columns)), sum_threads, 0, stream,
-         static_cast<const float*>(partials), static_cast<float*>(args.dc), args.parts, args.channels);
+  int64_t columns = sum_columns(sum_groups(args.parts));
+  launch("bypass backward, sums", add_parts, grid_size(ceil_div(args.channels, columns)), sum_threads, 0, stream,
+         static_cast<const float*>(partials), static_cast<float*>(args.dc), args.parts, args.channels, int(columns));
 }
 
 }  // namespace zk

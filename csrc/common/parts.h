@@ -1,26 +1,35 @@
-// Device code: the second stage of sums over rows, whose first leaves a share of each column in `parts` places.
+// The second stage of sums over rows, whose first leaves a share of each column in `parts` places.
 #pragma once
 
 #include "common/launch.h"
 
 namespace zk {
 
-constexpr int sum_columns = 32, sum_groups = 32;  // of a block
-constexpr int sum_threads = sum_columns * sum_groups;
+constexpr int sum_threads = 1024;  // of a block
 
-// The sum of `parts` numbers that lie `stride` apart. Threads of a column share them and all call; `from` is null where
-// there is no column. The first group of threads has the sum, whose order is fixed.
-__device__ __forceinline__ float sum_of_parts(const float* from, int64_t parts, int64_t stride) {
-  __shared__ float sums[sum_groups][sum_columns];
-  int column = threadIdx.x % sum_columns, group = threadIdx.x / sum_columns;
+// How many threads share the parts of a column, a power of two; the others of a block have columns beside it.
+inline int sum_groups(int64_t parts) {
+  int groups = 1;
+  while (groups < 32 && groups * 16 <= parts) groups *= 2;
+  return groups;
+}
+
+inline int64_t sum_columns(int groups) { return sum_threads / groups; }
+
+// The sum of `parts` numbers that lie `stride` apart, for column threadIdx.x % columns of a block, with `columns` being
+// sum_columns(groups). All threads call; `from` is null where there is no column. The first `columns` threads have the
+// sums, whose order is fixed.
+__device__ __forceinline__ float sum_of_parts(const float* from, int64_t parts, int64_t stride, int columns) {
+  __shared__ float sums[sum_threads];
+  int groups = sum_threads / columns;
   float sum = 0.0f;
   if (from) {
-    for (int64_t part = group; part < parts; part += sum_groups) sum += from[part * stride];
+    for (int64_t part = int(threadIdx.x) / columns; part < parts; part += groups) sum += from[part * stride];
   }
-  sums[group][column] = sum;
+  sums[threadIdx.x] = sum;
   __syncthreads();
-  if (group > 0) return 0.0f;
-  for (int other = 1; other < sum_groups; ++other) sum += sums[other][column];
+  if (int(threadIdx.x) >= columns) return 0.0f;
+  for (int other = 1; other < groups; ++other) sum += sums[other * columns + threadIdx.x];
   return sum;
 }
 

@@ -254,7 +254,9 @@ class AddBranch(torch.autograd.Function):
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor, x: Tensor, tensors: Tensors, stored: Tensors) -> list[Tensor | None]:
         needs, context = ctx.needs_input_grad[3:], tensors[PARAMETERS:]
-        functions = iter([node for node, _ in ctx.next_functions[2 + sum(p is not None for p in tensors[:PARAMETERS]) :]])
+        functions = iter(
+            [node for node, _ in ctx.next_functions[2 + sum(p is not None for p in tensors[:PARAMETERS]) :]]
+        )
         nodes = [None if tensor is None else next(functions) for tensor in context]
         hidden = ctx.needs_input_grad[1] or ctx.needs_input_grad[2] or any(needs[:2]) or any(needs[PARAMETERS:])
         asked = Asked(hidden or any(node is not None for node in nodes), needs[:PARAMETERS], needs[PARAMETERS:], nodes)

@@ -143,4 +143,3 @@ def _of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def _any(parameters: Iterable[Tensor | None]) -> bool:
     return any(p is not None and p.requires_grad for p in parameters)
-

@@ -49,7 +49,11 @@ class _Project(torch.autograd.Function):
 def _gradients(
     ctx: Any, grad: Tensor, passed: Tensor | None, given: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None
 ) -> list[Tensor | None]:
-    products, wants_src, (wants_x, wants_weight, wants_bias) = ctx.products, *ctx.needs_input_grad[3:4], ctx.needs_input_grad[4:]
+    products, wants_src, (wants_x, wants_weight, wants_bias) = (
+        ctx.products,
+        *ctx.needs_input_grad[3:4],
+        ctx.needs_input_grad[4:],
+    )
     dsrc, dx = passed, None
     if passed is not None and wants_src:
         dsrc = products.added_gradient(passed.contiguous(), grad, given, ctx.low)[0]

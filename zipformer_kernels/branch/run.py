@@ -119,8 +119,15 @@ class Run:
             shaping = self.parts[balancer] if balancer is not None else None
             chosen = lambda: self._chosen(src, rate, mask)  # noqa: E731
             given = Given(
-                self.settled.backend, src, state and state.value, context, settings, self._owns,
-                self.nodes, shaping, chosen,
+                self.settled.backend,
+                src,
+                state and state.value,
+                context,
+                settings,
+                self._owns,
+                self.nodes,
+                shaping,
+                chosen,
             )
             added = next(filter(None, (way.add(module, given) for way in self.settled.ways)), None)
         if added is not None:
@@ -181,6 +188,10 @@ class Run:
         self.check(src)
         self._owns = False  # who has seen its result may hold it
         return src
+
+    def joins(self, *names: str) -> bool:
+        """Whether the calls of these modules may be left out for a function of all of them, also with gradients."""
+        return self.nodes is not None and self.settled.fused.issuperset(names)
 
     def normalise(self, name: str, src: Tensor) -> Tensor:
         """The norm of a name."""

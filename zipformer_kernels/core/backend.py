@@ -13,9 +13,9 @@ none of them can serve the call it raises `BackendError` with the reasons. ``aut
 
 The second and third way are meant for whole models, and few backends have kernels of every op. So an op that has none
 on any backend they name runs on the first behind the last name in `PREFERENCE` that serves the call: under
-``use_backend("cuda")`` ``bypass`` runs on ``eager``. An op that has kernels there, but none for this call, raises. So
-does every op where one of those backends is missing in this process and no other serves: nothing is passed over in
-silence. The first way, an argument, asks one op, which raises in all of these cases.
+``use_backend("cuda")`` ``depthwise_conv2d`` runs on ``eager``. An op that has kernels there, but none for this call,
+raises. So does every op where one of those backends is missing in this process and no other serves: nothing is passed
+over in silence. The first way, an argument, asks one op, which raises in all of these cases.
 """
 
 from __future__ import annotations

@@ -351,9 +351,7 @@ class SelfAttention(Branch):
             hidden, state = join_cache("cached_val", state, hidden, left_context_len, dim=0)
         return aggregate(attn_weights, hidden), state
 
-    def plan(
-        self, site: Site, attn_weights: AttentionWeights | Tensor, left_context_len: int = 0
-    ) -> Plan | None:
+    def plan(self, site: Site, attn_weights: AttentionWeights | Tensor, left_context_len: int = 0) -> Plan | None:
         pieces = deferred_pieces(attn_weights, site.low)
         if not pieces:
             return None

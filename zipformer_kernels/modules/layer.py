@@ -13,7 +13,7 @@ from zipformer_kernels.branch.run import Run, State
 from zipformer_kernels.core.module import Module
 from zipformer_kernels.modules.attention import RelPositionMultiheadAttentionWeights, SelfAttention, given_mask
 from zipformer_kernels.modules.bias_norm import BiasNorm
-from zipformer_kernels.modules.bypass import BypassModule
+from zipformer_kernels.modules.bypass import BypassModule, norm_and_bypass
 from zipformer_kernels.modules.convolution import ConvolutionModule
 from zipformer_kernels.modules.feedforward import FeedforwardModule
 from zipformer_kernels.modules.nonlin_attention import NonlinAttention
@@ -243,8 +243,12 @@ class ZipformerEncoderLayer(Module):
         src = self._add_convolution(run, "conv_module2", src, time_emb, padding, chunks)
         src = run.add("feed_forward3", src, balancer="balancer_ff3", skip=self.ff3_skip_rate)
 
-        src = run.normalise("norm", run.watch(src, "balancer1"))
-        return run.watch(run.mix("bypass", src_orig, src), "balancer2", "whiten")
+        src = run.watch(src, "balancer1")
+        if run.joins("norm", "bypass"):
+            src = norm_and_bypass(self.norm, self.bypass, src_orig, src)
+        else:
+            src = run.mix("bypass", src_orig, run.normalise("norm", src))
+        return run.watch(src, "balancer2", "whiten")
 
     def _weights(
         self, run: Run, src: Tensor, pos_emb: Tensor, masks: dict[str, Any]

@@ -12,7 +12,14 @@ from zipformer_kernels.core.joint import split
 from zipformer_kernels.core.op import SettledBackend
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import average_chunk, check_cache, join_cache
-from zipformer_kernels.ops.attention import AttentionWeights, aggregate, deferred_pieces, merge_heads, part_of, split_heads
+from zipformer_kernels.ops.attention import (
+    AttentionWeights,
+    aggregate,
+    deferred_pieces,
+    merge_heads,
+    part_of,
+    split_heads,
+)
 from zipformer_kernels.ops.nonlin_attention import gates_of, nonlin_attention
 from zipformer_kernels.ops.nonlin_attention.infer import infer_nonlin_attention
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
@@ -126,9 +133,7 @@ class NonlinAttention(Branch):
             return nonlin_attention(attn_weights, s, x, y)
         return y * aggregate(attn_weights, self.identity1(x * self.tanh(s)))
 
-    def plan(
-        self, site: Site, attn_weights: AttentionWeights | Tensor, left_context_len: int = 0
-    ) -> Plan | None:
+    def plan(self, site: Site, attn_weights: AttentionWeights | Tensor, left_context_len: int = 0) -> Plan | None:
         hidden, pieces = self.hidden_channels, deferred_pieces(attn_weights, site.low)
         if len(pieces) != 1:
             return None

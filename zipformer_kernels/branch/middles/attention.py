@@ -35,7 +35,7 @@ class AverageMiddle(NamedTuple):
     def backward(
         self, products: Products, grad: Tensor, weights: Weights, context: Tensors, stored: Tensors, asked: Asked
     ) -> Back:
-        values, out = stored
+        _, out = stored
         da, split = grad @ weights.last, (split_last(x, self.heads) for x in stored)
         given = self.parts, asked.nodes, asked.hidden, *split, context, split_last(da, self.heads)
         dvalues = deferred.leave_uses(*given)

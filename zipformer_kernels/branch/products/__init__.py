@@ -14,7 +14,7 @@ from zipformer_kernels.core import backend as backends
 __all__ = ["BY_TORCH", "Products", "choose", "unsupported"]
 
 LOW = (torch.float16, torch.bfloat16)
-LIMIT = 1 << 20  # kernels find a row's sequence by a quotient in float32
+MOST_SEQUENCES = 1 << 16  # kernels find a row's sequence by a quotient in float32
 
 
 def choose(src: Tensor, low: torch.dtype) -> Products:
@@ -39,8 +39,8 @@ def unsupported(src: Tensor, low: torch.dtype) -> str | None:
         return f"products in Triton take half precision, got {low}"
     if src.dtype not in (low, torch.float32):
         return f"products in Triton add to float32 or {low}, got {src.dtype}"
-    if src.shape[1] > LIMIT:
-        return f"products in Triton take {LIMIT} sequences at most, got {src.shape[1]}"
+    if src.shape[1] > MOST_SEQUENCES:
+        return f"products in Triton take {MOST_SEQUENCES} sequences at most, got {src.shape[1]}"
     return backends.unserved_device("triton", src.device.type)
 
 

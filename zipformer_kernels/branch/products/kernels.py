@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.ops.swoosh.triton import swoosh_derivative, swoosh_value
 
 VARYING = ["rows", "B"]  # lengths and batches differ from call to call: nothing is compiled again for them
@@ -24,9 +25,9 @@ def place(rows, N, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def columns(N, half, BN: tl.constexpr):
-    """The columns of one half of the program's tile."""
-    return tl.program_id(0) % tl.cdiv(N, BN) * BN + half * (BN // 2) + tl.arange(0, BN // 2)
+def columns(N, quarter, BN: tl.constexpr):
+    """The columns of a quarter of the program's tile."""
+    return tl.program_id(0) % tl.cdiv(N, BN) * BN + quarter * (BN // 4) + tl.arange(0, BN // 4)
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def elements(m, r, c, left, N):
 
 @triton.jit
 def sequence(m, r, B):
-    """The sequences of a tile's rows, (m + r) % B, by a quotient in float32, which is right up to 2^21 (`LIMIT`)."""
+    """The sequences of a tile's rows, (m + r) % B, by a quotient in float32, which is right for B up to 2^19."""
     row = m % B + r
     return row - ((row.to(tl.float32) + 0.5) * (1.0 / B)).to(tl.int32) * B
 
@@ -83,17 +84,27 @@ def product(
 
 @triton.jit
 def halves(tile, BM: tl.constexpr, BN: tl.constexpr):
-    """A tile's columns in two tiles: what is done to one after the other takes half of the registers."""
+    """A tile's columns in two tiles."""
     return tl.split(tl.permute(tl.reshape(tile, [BM, 2, BN // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def quarters(tile, BM: tl.constexpr, BN: tl.constexpr):
+    """A tile's columns in four tiles: what is done to one after the other takes a quarter of the registers."""
+    left, right = halves(tile, BM, BN)
+    first, second = halves(left, BM, BN // 2)
+    third, fourth = halves(right, BM, BN // 2)
+    return first, second, third, fourth
 
 
 @triton.jit
 def mask_of(mask_ptr, m, r, c, B, N, inside):
     """The mask of a tile, of each row's sequence, (B, N); 1 where there is none."""
     if mask_ptr is None:
-        return 1.0
-    else:  # without it Triton would compile both
-        return tl.load(mask_ptr + (sequence(m, r, B)[:, None] * N + c[None, :]), inside, other=0.0).to(tl.float32)
+        mask = 1.0
+    else:
+        mask = tl.load(mask_ptr + (sequence(m, r, B)[:, None] * N + c[None, :]), inside, other=0.0).to(tl.float32)
+    return mask
 
 
 @triton.jit
@@ -102,7 +113,7 @@ def store_sums(sums_ptr, value, m, c, N, inside, BM: tl.constexpr):
     tl.store(sums_ptr + (m // BM).to(tl.int64) * N + c, tl.sum(tl.where(inside, value, 0.0), 0), c < N)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@jit(do_not_specialize=VARYING)
 def activated_kernel(
     x_ptr,
     w_ptr,
@@ -126,18 +137,23 @@ def activated_kernel(
 ):
     """hidden = x W^T + b, unless it is not wanted, and a = mask * swoosh(hidden)."""
     m, r, c, left = place(rows, N, BM, BN)
-    hidden = product(x_ptr, w_ptr, m, r, c, left, N, K, w_sn, w_sk, WHOLE_N, WHOLE_K, BM, BN, BK)
-    if bias_ptr is not None:
-        hidden += tl.load(bias_ptr + c, c < N, other=0.0).to(tl.float32)[None, :]
-    i, inside = elements(m, r, c, left, N)
-    hidden = hidden.to(a_ptr.dtype.element_ty)  # as backward will read it
-    if hidden_ptr is not None:
-        tl.store(hidden_ptr + i, hidden, inside)
-    a = swoosh_value(hidden.to(tl.float32), SHIFT, OFFSET) * mask_of(mask_ptr, m, r, c, B, N, inside)
-    tl.store(a_ptr + i, a.to(a_ptr.dtype.element_ty), inside)
+    low = a_ptr.dtype.element_ty
+    tile = product(x_ptr, w_ptr, m, r, c, left, N, K, w_sn, w_sk, WHOLE_N, WHOLE_K, BM, BN, BK)
+    q0, q1, q2, q3 = quarters(tile, BM, BN)
+    for q in tl.static_range(4):
+        c = columns(N, q, BN)
+        i, inside = elements(m, r, c, left, N)
+        hidden = q0 if q == 0 else q1 if q == 1 else q2 if q == 2 else q3
+        if bias_ptr is not None:
+            hidden += tl.load(bias_ptr + c, c < N, other=0.0).to(tl.float32)[None, :]
+        hidden = hidden.to(low)  # as backward will read it
+        if hidden_ptr is not None:
+            tl.store(hidden_ptr + i, hidden, inside)
+        a = swoosh_value(hidden.to(tl.float32), SHIFT, OFFSET) * mask_of(mask_ptr, m, r, c, B, N, inside)
+        tl.store(a_ptr + i, a.to(low), inside)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@jit(do_not_specialize=VARYING)
 def activated_gradient_kernel(
     grad_ptr,
     w_ptr,
@@ -164,20 +180,20 @@ def activated_gradient_kernel(
     m, r, c, left = place(rows, N, BM, BN)
     low = a_ptr.dtype.element_ty
     da = product(grad_ptr, w_ptr, m, r, c, left, N, K, w_sn, w_sk, WHOLE_N, WHOLE_K, BM, BN, BK).to(low)
-    first, second = halves(da, BM, BN)
-    for half in tl.static_range(2):
-        c = columns(N, half, BN)
+    q0, q1, q2, q3 = quarters(da, BM, BN)
+    for q in tl.static_range(4):
+        c = columns(N, q, BN)
         i, inside = elements(m, r, c, left, N)
         hidden = tl.load(hidden_ptr + i, inside, other=0.0).to(tl.float32)
         mask = mask_of(mask_ptr, m, r, c, B, N, inside)
         tl.store(a_ptr + i, (swoosh_value(hidden, SHIFT, OFFSET) * mask).to(low), inside)
-        da = first if half == 0 else second
+        da = q0 if q == 0 else q1 if q == 1 else q2 if q == 2 else q3
         dhidden = da.to(tl.float32) * mask * swoosh_derivative(hidden, SHIFT)
         tl.store(dhidden_ptr + i, dhidden.to(low), inside)
         store_sums(sums_ptr, dhidden, m, c, N, inside, BM)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@jit(do_not_specialize=VARYING)
 def added_kernel(
     src_ptr,
     x_ptr,
@@ -202,11 +218,11 @@ def added_kernel(
     """y = src + chosen * (x W^T + b), the same in low precision, and its sums: all but y only where they are wanted."""
     m, r, c, left = place(rows, N, BM, BN)
     tile = product(x_ptr, w_ptr, m, r, c, left, N, K, w_sn, w_sk, WHOLE_N, WHOLE_K, BM, BN, BK)
-    first, second = halves(tile, BM, BN)
-    for half in tl.static_range(2):
-        c = columns(N, half, BN)
+    q0, q1, q2, q3 = quarters(tile, BM, BN)
+    for q in tl.static_range(4):
+        c = columns(N, q, BN)
         i, inside = elements(m, r, c, left, N)
-        y = first if half == 0 else second
+        y = q0 if q == 0 else q1 if q == 1 else q2 if q == 2 else q3
         if bias_ptr is not None:
             y += tl.load(bias_ptr + c, c < N, other=0.0).to(tl.float32)[None, :]
         if chosen_ptr is not None:
@@ -219,7 +235,7 @@ def added_kernel(
             store_sums(sums_ptr, y, m, c, N, inside, BM)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@jit(do_not_specialize=VARYING)
 def lowered_kernel(grad_ptr, chosen_ptr, low_ptr, sums_ptr, rows, B, N, BM: tl.constexpr, BN: tl.constexpr):
     """chosen * grad in low precision, unless it is not wanted, and its sums."""
     m, r, c, left = place(rows, N, BM, BN)

@@ -5,6 +5,9 @@ Gradients of weights are PyTorch's own products: nothing follows them.
 
 from __future__ import annotations
 
+from functools import lru_cache
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,115 +20,115 @@ from zipformer_kernels.branch.products.kernels import (
 )
 from zipformer_kernels.branch.products.plain import total, weight_gradient
 from zipformer_kernels.core import tuning
-from zipformer_kernels.core.launch import cdiv, on_device
+from zipformer_kernels.core.launch import cdiv, contiguous, on_device
 from zipformer_kernels.ops.swoosh.reference import OFFSET, SHIFT
 
 TILE = tuning.entry("products.triton_tile")
-LOWERED = tuning.entry("products.triton_lowered")
+NARROW = tuning.entry("products.triton_narrow_tile")
+LOWERED = tuning.entry("products.triton_lowered_tile")
 
 
-class _Tiles:
-    """How a product is cut up.
-
-    Attributes:
-        grid: of the launch.
-        sizes: rows, sequences, channels of the result and of the operand, and the weight's strides of these two.
-        constants: those of the kernel.
-        parts: into which sums over rows are parted.
+@lru_cache(maxsize=1024)
+def _cut(channels: int, inner: int, wide: tuple[int, ...], narrow: tuple[int, ...]) -> tuple[int, int, dict[str, Any]]:
+    """How a product with so many channels, of operands with `inner`, is cut up: rows of a tile, tiles that lie beside
+    each other, and the constants of kernels. Narrow tiles are taken where a quarter of wide ones would lie idle.
     """
-
-    def __init__(self, x: Tensor, weight: Tensor, n: int) -> None:
-        """weight has dimension n for the result's channels."""
-        bm, bn, bk, warps, stages = TILE.value
-        rows, out, channels = x.shape[0] * x.shape[1], weight.shape[n], weight.shape[1 - n]
-        self.parts = cdiv(rows, bm)
-        self.grid = (self.parts * cdiv(out, bn),)
-        self.sizes = rows, x.shape[1], out, channels, weight.stride(n), weight.stride(1 - n)
-        self.constants = {
-            "WHOLE_N": out % bn == 0,
-            "WHOLE_K": channels % bk == 0,
-            "BM": bm,
-            "BN": bn,
-            "BK": bk,
-            "num_warps": warps,
-            "num_stages": 2 if torch.version.hip else stages,
-        }
-
-    def sums(self, x: Tensor) -> Tensor:
-        """Room for sums over rows of the result."""
-        return x.new_empty(self.parts, self.sizes[2], dtype=torch.float32)
+    idle = 4 * cdiv(channels, wide[1]) * wide[1] > 5 * cdiv(channels, narrow[1]) * narrow[1]
+    bm, bn, bk, warps, stages = narrow if idle else wide
+    whole = {"WHOLE_N": channels % bn == 0, "WHOLE_K": inner % bk == 0}
+    return bm, cdiv(channels, bn), whole | {"BM": bm, "BN": bn, "BK": bk, "num_warps": warps, "num_stages": stages}
 
 
 def _activated(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, stores: bool
 ) -> tuple[Tensor | None, Tensor]:
-    tiles = _Tiles(x, weight, 0)
-    a = x.new_empty(*x.shape[:2], weight.shape[0])
+    x, bias, mask = contiguous(x, bias, mask)
+    (frames, sequences, inner), channels = x.shape, weight.shape[0]
+    a = x.new_empty(frames, sequences, channels)
     hidden = torch.empty_like(a) if stores else None
-    if a.numel() > 0:
+    bm, across, constants = _cut(channels, inner, TILE.value, NARROW.value)
+    rows = frames * sequences
+    if rows > 0:
         with on_device(x):
-            activated_kernel[tiles.grid](
-                x, weight, bias, mask, hidden, a, *tiles.sizes, SHIFT[kind], OFFSET[kind], **tiles.constants
-            )
+            activated_kernel[(cdiv(rows, bm) * across,)](
+                x, weight, bias, mask, hidden, a, rows, sequences, channels, inner, *weight.stride(),
+                SHIFT[kind], OFFSET[kind], **constants,
+            )  # fmt: skip
     return hidden, a
 
 
 def _activated_gradient(
     grad: Tensor, weight: Tensor, hidden: Tensor, mask: Tensor | None, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    tiles = _Tiles(grad, weight, 1)
-    dhidden, a, sums = torch.empty_like(hidden), torch.empty_like(hidden), tiles.sums(grad)
-    if a.numel() > 0:
+    grad, hidden, mask = contiguous(grad, hidden, mask)
+    (frames, sequences, inner), channels = grad.shape, weight.shape[1]
+    bm, across, constants = _cut(channels, inner, TILE.value, NARROW.value)
+    rows = frames * sequences
+    parts = cdiv(rows, bm)
+    dhidden, a = torch.empty_like(hidden), torch.empty_like(hidden)
+    sums = torch.empty(parts, channels, dtype=torch.float32, device=grad.device)
+    if rows > 0:
+        w_sk, w_sn = weight.stride()
         with on_device(grad):
-            activated_gradient_kernel[tiles.grid](
-                grad, weight, hidden, mask, dhidden, a, sums, *tiles.sizes, SHIFT[kind], OFFSET[kind], **tiles.constants
-            )
+            activated_gradient_kernel[(parts * across,)](
+                grad, weight, hidden, mask, dhidden, a, sums, rows, sequences, channels, inner, w_sn, w_sk,
+                SHIFT[kind], OFFSET[kind], **constants,
+            )  # fmt: skip
     return dhidden, a, sums
 
 
 def _added(
     src: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor | None, low: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return _sum(_Tiles(x, weight, 0), src, x, weight, bias, chosen, low, None)
+    src, x, bias, chosen = contiguous(src, x, bias, chosen)
+    return _sum(src, x, weight, *weight.stride(), bias, chosen, low, False)[:2]
 
 
 def _added_gradient(grad: Tensor, dhidden: Tensor, weight: Tensor, low: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    tiles = _Tiles(dhidden, weight, 1)
-    sums = tiles.sums(grad)
-    return *_sum(tiles, grad, dhidden, weight, None, None, low, sums), sums
+    grad, dhidden = contiguous(grad, dhidden)
+    return _sum(grad, dhidden, weight, weight.stride(1), weight.stride(0), None, None, low, True)
 
 
 def _sum(
-    tiles: _Tiles,
     src: Tensor,
     x: Tensor,
     weight: Tensor,
+    w_sn: int,
+    w_sk: int,
     bias: Tensor | None,
     chosen: Tensor | None,
     low: torch.dtype,
-    sums: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    src = src.contiguous()
+    sums_up: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """src plus a product, in its dtype and in `low`, and its sums if they are wanted."""
+    frames, sequences, channels = src.shape
+    bm, across, constants = _cut(channels, x.shape[2], TILE.value, NARROW.value)
+    rows = frames * sequences
+    parts = cdiv(rows, bm)
     y = torch.empty_like(src)
     y_low = None if src.dtype == low else torch.empty_like(src, dtype=low)
-    if y.numel() > 0:
+    sums = torch.empty(parts, channels, dtype=torch.float32, device=src.device) if sums_up else None
+    if rows > 0:
         with on_device(src):
-            added_kernel[tiles.grid](src, x, weight, bias, chosen, y, y_low, sums, *tiles.sizes, **tiles.constants)
-    return y, y if y_low is None else y_low
+            added_kernel[(parts * across,)](
+                src, x, weight, bias, chosen, y, y_low, sums, rows, sequences, channels, x.shape[2], w_sn, w_sk,
+                **constants,
+            )  # fmt: skip
+    return y, y if y_low is None else y_low, sums
 
 
 def _lowered(grad: Tensor, chosen: Tensor | None, low: torch.dtype) -> tuple[Tensor, Tensor]:
-    grad = grad.contiguous()
+    grad, chosen = contiguous(grad, chosen)
     bm, bn, warps = LOWERED.value
     frames, sequences, channels = grad.shape
-    parts = cdiv(frames * sequences, bm)
+    rows = frames * sequences
+    parts = cdiv(rows, bm)
     lowered = None if chosen is None and grad.dtype == low else torch.empty_like(grad, dtype=low)
-    sums = grad.new_empty(parts, channels, dtype=torch.float32)
-    if grad.numel() > 0:
-        grid = (parts * cdiv(channels, bn),)
+    sums = torch.empty(parts, channels, dtype=torch.float32, device=grad.device)
+    if rows > 0:
         with on_device(grad):
-            lowered_kernel[grid](
-                grad, chosen, lowered, sums, frames * sequences, sequences, channels, BM=bm, BN=bn, num_warps=warps
+            lowered_kernel[(parts * cdiv(channels, bn),)](
+                grad, chosen, lowered, sums, rows, sequences, channels, BM=bm, BN=bn, num_warps=warps
             )
     return grad if lowered is None else lowered, sums
 

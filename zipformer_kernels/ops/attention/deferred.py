@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from zipformer_kernels.core.autograd import reference_gradients, store, stored_tensors
+from zipformer_kernels.core.autograd import aliases, reference_gradients, store, stored_tensors
 from zipformer_kernels.core.call import autocast_dtype, plain, without_autocast
 from zipformer_kernels.core.private import backward_pass, knows_backward_passes, will_execute
 from zipformer_kernels.ops.attention.dense import dense, penalized_scores
@@ -280,6 +280,7 @@ def differentiable_gradients(
     """
     if dw is None and penalty.weight == 0.0:
         return [None] * len(needs)
+    scores = Scores(*aliases(scores))
     made = penalized_scores(scores, penalty) if dw is None else dense(scores, masks, penalty)
     wanted = [x for x, need in zip(scores, needs, strict=True) if need]
     given = torch.zeros_like(made) if dw is None else dw

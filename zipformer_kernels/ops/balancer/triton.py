@@ -17,6 +17,7 @@ from torch.compiler import is_compiling
 
 from zipformer_kernels.core import tuning
 from zipformer_kernels.core.autograd import backward_of
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.core.launch import (
     GPU_DTYPES,
     cdiv,
@@ -38,7 +39,7 @@ PROGRAMS = tuning.entry("balancer.triton_programs")
 WARPS = tuning.entry("balancer.triton_warps")
 
 
-@triton.jit
+@jit
 def moments_kernel(x_ptr, partials_ptr, x_row, rows, C, part_rows, R: tl.constexpr, BLOCK: tl.constexpr):
     """Mean, and sum of squared differences from it, of BLOCK channels of `part_rows` rows: (parts, 2, C)."""
     part, c = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -84,7 +85,7 @@ def merged(partials_ptr, c, rows, C, part_rows, parts, PARTS: tl.constexpr, BLOC
     return tl.sum(total, 0) / rows, mean
 
 
-@triton.jit
+@jit
 def merge_kernel(
     partials_ptr, variance_ptr, mean_ptr, rows, C, part_rows, parts, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -101,7 +102,7 @@ def sign(x):
     return tl.where(x > 0.0, 1.0, 0.0) - tl.where(x < 0.0, 1.0, 0.0)
 
 
-@triton.jit
+@jit
 def change_kernel(
     grad_ptr,
     x_ptr,

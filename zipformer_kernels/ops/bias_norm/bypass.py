@@ -9,6 +9,9 @@ from zipformer_kernels.core.launch import GPU_DTYPES, as_empty_like, unsupported
 from zipformer_kernels.ops.bias_norm.reference import bypass_dtype
 from zipformer_kernels.ops.bias_norm.rows import Rows
 
+PARTIAL_LINE = 16
+"""Room in a row of partial sums behind those of the channels, so that rows begin where 16 bytes do, as csrc has it."""
+
 
 def unsupported(*tensors: Tensor) -> str | None:
     """Why kernels on a GPU cannot serve a call, or None if they can; of the dtypes alone."""
@@ -55,7 +58,7 @@ class BypassGradients:
 
     Attributes:
         parts: groups of frames of each sequence, whose sums are taken apart.
-        partials: (parts, sequences, 2 channels + 1): of bias, log_scale and scale.
+        partials: (parts, sequences, 2 channels + `PARTIAL_LINE`): sums of scale, of bias, and of log_scale.
     """
 
     def __init__(self, rows: BypassRows, needs: tuple[bool, ...], parts: int) -> None:
@@ -65,7 +68,7 @@ class BypassGradients:
         made = (new(x) if need else None for x, need in zip(rows.inputs(), needs, strict=True))
         self.all = self.dx, self.dbias, self.dlog_scale, self.dsrc_orig, self.dscale = tuple(made)
         summed = needs[1] or needs[2] or needs[4]
-        self.partials = rows.bias.new_empty(parts, rows.sequences, 2 * rows.shape[2] + 1) if summed else None
+        self.partials = rows.bias.new_empty(parts, rows.sequences, 2 * rows.shape[2] + PARTIAL_LINE) if summed else None
 
     def returned(self) -> tuple[Tensor | None, ...]:
         """The gradients in the dtypes and strides of the arguments."""

@@ -42,8 +42,12 @@ def _bypass_case(
 
     def inputs(dtype: torch.dtype, device: torch.device | str) -> tuple[torch.Tensor, ...]:
         x, bias, log_scale = norm.inputs(dtype, device)
-        return x, bias, log_scale, leaf(*shape, dtype=bias.dtype, device=device), leaf(
-            *scales, dtype=bias.dtype, device=device
+        return (
+            x,
+            bias,
+            log_scale,
+            leaf(*shape, dtype=bias.dtype, device=device),
+            leaf(*scales, dtype=bias.dtype, device=device),
         )
 
     def moved(size: int) -> dict[str, int]:

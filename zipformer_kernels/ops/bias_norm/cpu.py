@@ -43,9 +43,7 @@ def _bypass_backward(
     return *of_norm, dsrc_orig, dscale
 
 
-def _unsupported(
-    x: Tensor, bias: Tensor, log_scale: Tensor, src_orig: Tensor, scale: Tensor
-) -> str | None:
+def _unsupported(x: Tensor, bias: Tensor, log_scale: Tensor, src_orig: Tensor, scale: Tensor) -> str | None:
     return _norm.supports(x, bias, log_scale) or mix.launchers.supports(src_orig, src_orig, scale)
 
 

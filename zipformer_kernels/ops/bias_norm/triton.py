@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipformer_kernels.core import tuning
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, multiprocessors, next_power_of_2, on_device
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.bias_norm import triton_bypass
@@ -27,7 +28,7 @@ SUM_COLUMNS = tuning.entry("bias_norm.triton_sum_columns")
 SUM_PARTS = tuning.entry("bias_norm.triton_sum_parts")
 
 
-@triton.jit
+@jit
 def forward_tiles(x_ptr, bias_ptr, log_scale_ptr, y_ptr, inverse_ptr, rows, C, R: tl.constexpr, BLOCK: tl.constexpr):
     """R whole rows per program, of BLOCK >= C channels each."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -54,7 +55,7 @@ def sum_of_squares(x_ptr, bias_ptr, start, scale, C, BLOCK: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit
+@jit
 def forward_row(x_ptr, bias_ptr, log_scale_ptr, y_ptr, inverse_ptr, C, BLOCK: tl.constexpr):
     """One row per program, BLOCK channels at a time."""
     row = tl.program_id(0).to(tl.int64)
@@ -72,7 +73,7 @@ def forward_row(x_ptr, bias_ptr, log_scale_ptr, y_ptr, inverse_ptr, C, BLOCK: tl
     tl.store(inverse_ptr + row, r)
 
 
-@triton.jit
+@jit
 def backward_tiles(
     dy_ptr,
     x_ptr,
@@ -117,7 +118,7 @@ def backward_tiles(
         tl.store(share + C, gain * tl.sum(total, 0))
 
 
-@triton.jit
+@jit
 def backward_row(
     dy_ptr,
     x_ptr,
@@ -162,7 +163,7 @@ def backward_row(
         tl.store(share + C, gain * total)
 
 
-@triton.jit
+@jit
 def sum_parts(
     partials_ptr,
     dbias_ptr,

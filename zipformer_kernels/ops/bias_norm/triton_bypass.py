@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from zipformer_kernels.core import tuning
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.core.launch import cdiv, multiprocessors, next_power_of_2, on_device
 from zipformer_kernels.core.op import Launchers
-from zipformer_kernels.ops.bias_norm.bypass import BypassGradients, BypassRows, unsupported
+from zipformer_kernels.ops.bias_norm.bypass import PARTIAL_LINE, BypassGradients, BypassRows, unsupported
 from zipformer_kernels.ops.bias_norm.triton_rows import inverse_rms
 
 TILE = tuning.entry("bias_norm.triton_tile")
@@ -22,9 +23,10 @@ WARPS = tuning.entry("bias_norm.triton_warps")
 PROGRAMS_PER_MULTIPROCESSOR = tuning.entry("bias_norm.triton_programs")
 SUM_COLUMNS = tuning.entry("bias_norm.triton_sum_columns")
 SUM_PARTS = tuning.entry("bias_norm.triton_sum_parts")
+LINE = tl.constexpr(PARTIAL_LINE)
 
 
-@triton.jit
+@jit
 def bypass_forward(
     x_ptr,
     bias_ptr,
@@ -57,7 +59,7 @@ def bypass_forward(
     tl.store(inverse_ptr + row, r, frame < frames)
 
 
-@triton.jit
+@jit
 def bypass_backward(
     dy_ptr,
     x_ptr,
@@ -112,10 +114,10 @@ def bypass_backward(
             dbias += t
             total += q
     if NEEDS_SUMS:
-        share = partials_ptr + program * (2 * C + 1)
-        tl.store(share + c, tl.sum(dbias, 0), c < C)
-        tl.store(share + C, gain * tl.sum(total, 0))
-        tl.store(share + C + 1 + c, tl.sum(dscale, 0), c < C)
+        share = partials_ptr + program * (2 * C + LINE)
+        tl.store(share + c, tl.sum(dscale, 0), c < C)
+        tl.store(share + C + c, tl.sum(dbias, 0), c < C)
+        tl.store(share + 2 * C, gain * tl.sum(total, 0))
 
 
 @triton.jit
@@ -129,7 +131,7 @@ def sums_of(from_ptr, parts, stride, inside, PARTS: tl.constexpr, COLUMNS: tl.co
     return tl.sum(sums, 0)
 
 
-@triton.jit
+@jit
 def bypass_sum_parts(
     partials_ptr,
     dbias_ptr,
@@ -144,25 +146,23 @@ def bypass_sum_parts(
     PARTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """COLUMNS columns per program. The first ones have dbias, and dlog_scale in column C, summed over all parts; the
-    others dscale, each sequence's summed over its own.
+    """COLUMNS columns per program: of dscale, each sequence's over its own parts; and for one more sequence dbias, and
+    dlog_scale in column C, over all parts.
     """
-    of_norm = (C + COLUMNS) // COLUMNS
-    width = 2 * C + 1
-    if tl.program_id(0) < of_norm:
-        c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        total = sums_of(partials_ptr + c, parts * sequences, width, c <= C, PARTS, COLUMNS)
+    sequence = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    width = 2 * C + LINE
+    if sequence < sequences:
+        if NEEDS_SCALE:
+            own = partials_ptr + sequence * width + c
+            total = sums_of(own, parts, sequences * width, c < C, PARTS, COLUMNS)
+            tl.store(dscale_ptr + sequence * C + c, total, c < C)
+    else:
+        total = sums_of(partials_ptr + C + c, parts * sequences, width, c < C + LINE, PARTS, COLUMNS)
         if NEEDS_BIAS:
             tl.store(dbias_ptr + c, total, c < C)
         if NEEDS_LOG_SCALE:
             tl.store(dlog_scale_ptr + tl.zeros_like(c), total, c == C)
-    else:
-        if NEEDS_SCALE:
-            i = (tl.program_id(0) - of_norm).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-            inside = i < sequences * C
-            own = partials_ptr + (i // C) * width + C + 1 + i % C
-            total = sums_of(own, parts, sequences * width, inside, PARTS, COLUMNS)
-            tl.store(dscale_ptr + i, total, inside)
 
 
 def _tile(channels: int) -> tuple[int, int]:
@@ -197,7 +197,7 @@ def _backward(needs: tuple, grads: tuple, saved: tuple, *args: Tensor) -> tuple[
             bypass_backward[(parts * sequences,)](*tensors, *rows.shape, *wanted, *tile, num_warps=WARPS.value)
             if out.partials is not None:
                 tile = SUM_PARTS.value, SUM_COLUMNS.value
-                grid = (cdiv(channels + 1, tile[1]) + cdiv(sequences * channels, tile[1]),)
+                grid = sequences + 1, cdiv(channels + 1, tile[1])
                 wanted = needs[1], needs[2], needs[4]
                 sums = out.partials, out.dbias, out.dlog_scale, out.dscale, parts, sequences, channels
                 bypass_sum_parts[grid](*sums, *wanted, *tile, num_warps=WARPS.value)

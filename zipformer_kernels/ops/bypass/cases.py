@@ -9,6 +9,7 @@ import torch
 
 from zipformer_kernels.ops.cases import BATCH, Case, leaf, stacks
 
+DIRECTIONS = "forward", "backward"
 FLOPS_PER_ELEMENT = {"forward": 3, "backward": 5}
 
 
@@ -39,8 +40,7 @@ def _scale_case(
         drawn = (None if rate is None else torch.rand(batch, 1, device=device, dtype=dtype) for rate in rates)
         return scale, *drawn, skip_rate or 0.0, straight_rate or 0.0, batch
 
-    moved = {direction: n + channels for direction in ("forward", "backward")}
-    flops = {direction: 2 * n for direction in moved}
+    moved, flops = dict.fromkeys(DIRECTIONS, n + channels), dict.fromkeys(DIRECTIONS, 2 * n)
     return Case(name, inputs, lambda size: {key: size * count for key, count in moved.items()}, flops, large)
 
 
@@ -52,8 +52,7 @@ def _limit_case(name: str, *shape: int, large: bool = False) -> Case:
         grad = leaf(*shape, dtype=dtype, device=device)
         return grad, torch.linspace(-1.0, 2.0, n, device=device).view(shape).to(dtype), 0.25, 0.875
 
-    moved = {"forward": 3 * n, "backward": 3 * n}
-    flops = {direction: 3 * n for direction in moved}
+    moved = flops = dict.fromkeys(DIRECTIONS, 3 * n)
     return Case(name, inputs, lambda size: {key: size * count for key, count in moved.items()}, flops, large)
 
 

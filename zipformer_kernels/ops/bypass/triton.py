@@ -6,11 +6,11 @@ share of the scales' gradient in a buffer, which a second kernel adds up in orde
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from zipformer_kernels.core import tuning
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.core.launch import cdiv, multiprocessors, next_power_of_2, on_device
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.bypass import triton_scale
@@ -25,7 +25,7 @@ SUM_COLUMNS = tuning.entry("bypass.triton_sum_columns")
 SUM_PARTS = tuning.entry("bypass.triton_sum_parts")
 
 
-@triton.jit
+@jit
 def forward_kernel(a_ptr, b_ptr, c_ptr, y_ptr, rows, C, groups, R: tl.constexpr, COLUMNS: tl.constexpr):
     """R rows and COLUMNS channels per program."""
     group = tl.program_id(0) % groups
@@ -39,7 +39,7 @@ def forward_kernel(a_ptr, b_ptr, c_ptr, y_ptr, rows, C, groups, R: tl.constexpr,
     tl.store(y_ptr + i, (a + (b - a) * scale[None, :]).to(y_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@jit
 def backward_kernel(
     g_ptr,
     a_ptr,
@@ -82,7 +82,7 @@ def backward_kernel(
         tl.store(partials_ptr + part * C + c, tl.sum(sums, 0), c < C)
 
 
-@triton.jit
+@jit
 def sum_parts(partials_ptr, dc_ptr, parts, C, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sums of COLUMNS columns per program."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

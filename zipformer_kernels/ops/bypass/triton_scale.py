@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipformer_kernels.core import tuning
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.core.launch import as_empty_like, cdiv, contiguous, on_device
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.bypass.reference import limit_backward
@@ -15,7 +16,7 @@ from zipformer_kernels.ops.bypass.rows import unsupported
 
 BLOCK = tuning.entry("bypass.triton_block")
 SUM_COLUMNS = tuning.entry("bypass.triton_sum_columns")
-SUM_PARTS = tuning.entry("bypass.triton_sum_parts")
+SEQUENCES = tuning.entry("bypass.triton_sequences")
 WARPS = tuning.entry("bypass.triton_warps")
 
 
@@ -31,7 +32,7 @@ def passed(draws_ptr, b, B, rate, DRAWN: tl.constexpr):
     return tl.where(tl.load(draws_ptr + b, b < B, other=1.0) < rate, 1.0, 0.0) if DRAWN else b * 0.0
 
 
-@triton.jit
+@jit
 def scale_kernel(
     scale_ptr,
     skips_ptr,
@@ -56,7 +57,7 @@ def scale_kernel(
     tl.store(y_ptr + b.to(tl.int64) * C + c, y.to(y_ptr.dtype.element_ty), c < C)
 
 
-@triton.jit
+@jit
 def scale_gradient_kernel(
     dy_ptr,
     scale_ptr,
@@ -69,15 +70,15 @@ def scale_gradient_kernel(
     C,
     SKIPS: tl.constexpr,
     STRAIGHT: tl.constexpr,
-    PARTS: tl.constexpr,
+    SEQUENCES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """The sums over sequences of COLUMNS scales per program; of equals the maximum's gradient goes by halves."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     scale = tl.load(scale_ptr + c, c < C, other=0.0).to(tl.float32)
-    sums = tl.zeros([PARTS, COLUMNS], tl.float32)
-    for first in range(0, B, PARTS):
-        b = first + tl.arange(0, PARTS)
+    sums = tl.zeros([SEQUENCES, COLUMNS], tl.float32)
+    for first in range(0, B, SEQUENCES):
+        b = first + tl.arange(0, SEQUENCES)
         inside = (b < B)[:, None] & (c < C)[None, :]
         dy = tl.load(dy_ptr + b.to(tl.int64)[:, None] * C + c[None, :], inside, other=0.0).to(tl.float32)
         keep = kept(skips_ptr, b, B, skip_rate, SKIPS)[:, None]
@@ -89,7 +90,7 @@ def scale_gradient_kernel(
     tl.store(dscale_ptr + c, tl.sum(sums, 0).to(dscale_ptr.dtype.element_ty), c < C)
 
 
-@triton.jit
+@jit
 def limit_kernel(grad_ptr, x_ptr, y_ptr, least, most, count, BLOCK: tl.constexpr):
     """BLOCK gradients per program, turned where they would push x further out of its limits."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -124,7 +125,7 @@ def _scale_gradient(
     straight_rate: float,
     batch: int,
 ) -> tuple[Tensor | None, None, None]:
-    channels, tile = scale.numel(), (SUM_PARTS.value, SUM_COLUMNS.value)
+    channels, tile = scale.numel(), (SEQUENCES.value, SUM_COLUMNS.value)
     dscale = torch.empty_like(scale, memory_format=torch.contiguous_format)
     tensors, drawn = contiguous(grads[0], scale, skips, straight), (skips is not None, straight is not None)
     if channels > 0:

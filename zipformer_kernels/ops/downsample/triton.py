@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipformer_kernels.core import tuning
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.core.launch import (
     GPU_DTYPES,
     as_empty_like,
@@ -38,7 +39,7 @@ def softmax(bias_ptr, F: tl.constexpr, PLACES: tl.constexpr):
     return e / tl.sum(e, 0)
 
 
-@triton.jit
+@jit
 def forward_kernel(
     src_ptr,
     bias_ptr,
@@ -74,7 +75,7 @@ def forward_kernel(
     tl.store(y_ptr + (i * batch + b)[:, None] * channels + c[None, :], y.to(y_ptr.dtype.element_ty), within)
 
 
-@triton.jit
+@jit
 def backward_kernel(
     dy_ptr,
     src_ptr,
@@ -125,7 +126,7 @@ def backward_kernel(
         tl.store(partials_ptr + part * PLACES + place, sums)
 
 
-@triton.jit
+@jit
 def bias_kernel(partials_ptr, bias_ptr, dbias_ptr, parts, F: tl.constexpr, PLACES: tl.constexpr, PARTS: tl.constexpr):
     """The gradient of the bias from the shares of that of the weights, in one program."""
     place = tl.arange(0, PLACES)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipformer_kernels.core import tuning
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, dense, like, on_device, unsupported_dtype
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.swoosh.reference import OFFSET, SHIFT
@@ -69,7 +70,7 @@ def swoosh_derivative(x, SHIFT: tl.constexpr):
     return sigmoid(x - SHIFT) - 0.08
 
 
-@triton.jit
+@jit
 def forward_kernel(x_ptr, y_ptr, n, SHIFT: tl.constexpr, OFFSET: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n
@@ -78,7 +79,7 @@ def forward_kernel(x_ptr, y_ptr, n, SHIFT: tl.constexpr, OFFSET: tl.constexpr, B
     tl.store(y_ptr + i, y.to(y_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@jit
 def backward_kernel(dy_ptr, x_ptr, dx_ptr, n, SHIFT: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < n

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipformer_kernels.core import tuning
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.core.launch import GPU_DTYPES, as_empty_like, cdiv, contiguous, on_device, unsupported_dtype
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.upsample_bypass.reference import empty_results
@@ -23,7 +24,7 @@ COLUMNS = tuning.entry("upsample_bypass.triton_columns")
 WARPS = tuning.entry("upsample_bypass.triton_warps")
 
 
-@triton.jit
+@jit
 def forward_kernel(
     orig_ptr,
     src_ptr,
@@ -61,7 +62,7 @@ def forward_kernel(
         tl.store(y_ptr + (t * batch + b)[:, None] * C + c[None, :], y.to(y_ptr.dtype.element_ty), there)
 
 
-@triton.jit
+@jit
 def backward_kernel(
     dy_ptr,
     orig_ptr,
