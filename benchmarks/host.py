@@ -26,7 +26,7 @@ import sys
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -118,17 +118,26 @@ def seed(number: int, layer: nn.Module) -> None:
 def times(layers: dict[str, nn.Module], calls: dict[str, Call], rounds: int) -> dict[str, list[float]]:
     """Microseconds of the processor for each call of each peer, by turns; what other processes take does not count."""
     taken: dict[str, list[float]] = {peer: [] for peer in calls}
+    with uncollected():
+        for number in range(-WARM_UP, rounds):
+            for peer, call in calls.items():
+                seed(number % 1000, layers[peer])
+                start = time.thread_time()
+                call()
+                if number >= 0:
+                    taken[peer].append(1e6 * (time.thread_time() - start))
+    return taken
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Python's garbage is not collected within the block: it would count for whoever runs at that moment."""
     gc.collect()
     gc.disable()
-    for number in range(-WARM_UP, rounds):
-        for peer, call in calls.items():
-            seed(number % 1000, layers[peer])
-            start = time.thread_time()
-            call()
-            if number >= 0:
-                taken[peer].append(1e6 * (time.thread_time() - start))
-    gc.enable()
-    return taken
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def counts(layer: nn.Module, call: Callable[[], Tensor], native: ModuleType | None) -> dict[str, int]:
@@ -183,6 +192,7 @@ def measure(native: ModuleType, training: bool, dtype: str, rounds: int) -> dict
     return {
         peer: {
             "median_us": round(statistics.median(us), 1),
+            "least_us": round(min(us), 1),
             "quartiles_us": [round(us, 1) for us in statistics.quantiles(us, n=4)[::2]],
             **counts(made[peer], calls[peer], native if peer == "ours" else None),
         }
@@ -194,7 +204,7 @@ def profiled(native: ModuleType, peer: str, training: bool, dtype: str, rounds: 
     """Where a peer's time goes, by function; profiling makes calls of functions longer than they are."""
     layer = layers()[peer]
     call, profile = call_of(layer, training, dtype), cProfile.Profile(time.thread_time)
-    with as_on_a_gpu(recording.silent(native)):
+    with as_on_a_gpu(recording.silent(native)), uncollected():
         for number in range(-WARM_UP, rounds):
             seed(number % 1000, layer)
             if number >= 0:

@@ -83,6 +83,7 @@ def masks_of(kind, targets, sources, batch, device):
         "padding": Masks(padding(batch, sources, device)),
         "left padding": Masks((frames < 70).expand(batch, -1)),
         "a hole": Masks(((frames > 3) & (frames < 140)).expand(batch, -1)),
+        "every second of a mask": Masks(padding(batch, 2 * sources, device)[:, ::2]),
         "all padding": Masks(torch.ones(batch, sources, dtype=torch.bool, device=device)),
         "chunks": Masks(None, None, 16, 2),
         "chunks, all to the left": Masks(None, None, 24, -1),
@@ -98,7 +99,16 @@ def masks_of(kind, targets, sources, batch, device):
 
 
 KINDS = (
-    *("padding", "left padding", "a hole", "all padding", "chunks", "chunks, all to the left", "chunks and padding"),
+    *(
+        "padding",
+        "left padding",
+        "a hole",
+        "every second of a mask",
+        "all padding",
+        "chunks",
+        "chunks, all to the left",
+        "chunks and padding",
+    ),
     *("chunks and left padding", "one chunk", "a mask", "a mask for each", "some rows", "everything"),
 )
 

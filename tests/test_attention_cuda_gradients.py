@@ -5,7 +5,7 @@ import torch
 from contract import TOLERANCE, relative
 from lanes import Lane
 
-from zipformer_kernels.ops.attention import cuda_gradients, reference
+from zipformer_kernels.ops.attention import cuda_gradients, cuda_uses, reference
 from zipformer_kernels.ops.attention.cases import padding, weights_inputs
 from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, Use
 
@@ -90,6 +90,8 @@ SIZES = {  # targets, sources, sequences, heads, query and position channels; us
     "no positions": (70, 100, 2, 1, 16, 0, [(ALL_HEADS, 16)]),
     "odd channels": (37, 41, 1, 3, 19, 3, [(slice(1, 3), 5), (slice(0, 2), 33)]),
     "more targets than sources": (150, 5, 1, 1, 8, 4, [(ALL_HEADS, 4)]),
+    "two wide uses of a head": (70, 70, 1, 2, 32, 4, [(ALL_HEADS, 40), (FIRST, 48), (slice(1, 2), 24)]),
+    "many uses": (20, 20, 1, 2, 16, 4, [(FIRST, 24), *[(ALL_HEADS, 4)] * 5, *[(slice(1, 2), 12)] * 4]),
     "one frame": (1, 1, 2, 2, 32, 4, LAYER),
 }
 
@@ -106,6 +108,8 @@ def masks_of(kind, targets, sources, batch):
     device = LANE.device
     if kind == "padding":
         return Masks(padding(batch, sources, device))
+    if kind == "every second of a mask":
+        return Masks(padding(batch, 2 * sources, device)[:, ::2])
     if kind == "chunks":
         return Masks(None, None, 16, 1)
     if kind == "mask":
@@ -118,7 +122,9 @@ def masks_of(kind, targets, sources, batch):
     return Masks(hidden, None, 16, 1)
 
 
-@pytest.mark.parametrize("kind", ["padding", "chunks", "mask", "blind sequence", "blind chunks"])
+@pytest.mark.parametrize(
+    "kind", ["padding", "every second of a mask", "chunks", "mask", "blind sequence", "blind chunks"]
+)
 @pytest.mark.parametrize("penalty", [Penalty(), Penalty(0.05, 1.0)], ids=["no penalty", "penalty"])
 def test_masks(kind, penalty):
     scores = scores_of(140, 140, 2, 1, 32, 4, torch.float32)
@@ -151,6 +157,28 @@ def test_gradients_side_by_side_and_those_not_wanted():
         some = run(tuple(i == only for i in range(4)))
         assert [x is not None for x in some] == [i == only for i in range(4)]
         assert torch.equal(some[only], whole[only])
+
+
+def test_launches_of_a_layer(monkeypatch):
+    """One for what lies beside the scores, one that sums over parts, and nothing that only fills memory."""
+    calls = []
+    for module in (cuda_gradients, cuda_uses):
+        call = module.call_cuda
+        monkeypatch.setattr(module, "call_cuda", lambda name, *args, call=call: calls.append(name) or call(name, *args))
+    assert_right(scores_of(70, 70, 1, 4, 32, 4, torch.bfloat16), Masks(), Penalty(), LAYER)
+    calls = [name.removeprefix("attention_") for name in calls]
+    by_run = ["by_sources", "by_targets"]
+    assert calls == ["pack", *by_run, *by_run, "offsets", *["values_gradient"] * 3]
+
+
+def test_wide_uses_are_read_where_they_lie():
+    scores = scores_of(20, 20, 1, 4, 32, 4, torch.bfloat16)
+    _, uses = made(scores, Masks(), LAYER)
+    (first, others), tensors = cuda_uses.bring_together(scores, uses)
+    assert [heads for heads, _ in (first, others)] == [range(1), range(1, 4)]
+    assert first[1].v.data == uses[0].values.data_ptr()
+    assert (first[1].channels, others[1].channels, others[1].packed) == (40, 0, 24)
+    assert len(tensors) == 5  # values, gradients and delta, and the use's own two
 
 
 def test_results_repeat_bit_for_bit():

@@ -22,6 +22,9 @@ CASES = [
     (40, 1, 16, 7, 7),
     (140, 2, 26, 31, 32),
     (37, 2, 24, 31, -1),
+    (50, 2, 12, 41, None),
+    (110, 1, 10, 75, None),
+    (60, 1, 34, 47, 20),
 ]
 """Frames, sequences, channels, taps, frames of a chunk or None."""
 

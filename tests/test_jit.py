@@ -20,8 +20,8 @@ def printed():
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     command = [sys.executable, str(ROOT / "tests/jit_launches.py")]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    if "a Triton before 3.4" in result.stderr:
-        pytest.skip("a Triton from 3.4 on would run this: before, Triton launches itself")
+    if "another Triton" in result.stderr:
+        pytest.skip("Triton 3.4 to 3.6 would run this: others launch themselves")
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
 
@@ -59,7 +59,10 @@ def test_who_hooks_into_launches_sees_them(printed):
 
 
 def test_wrong_arguments_raise_what_triton_raises(printed):
-    assert [row["wrong"] for row in printed if "wrong" in row] == ["TypeError", "KeyError", "TypeError"]
+    errors = [row["wrong"] for row in printed if "wrong" in row]
+    assert len(errors) == 3
+    for ours, theirs in errors:
+        assert ours == theirs
 
 
 def launched(tree):

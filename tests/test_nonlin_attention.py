@@ -97,14 +97,17 @@ def test_gates_of_any_layout(lane, channels):
             a, b, c = projected.chunk(3, dim=2)
             room = torch.full((*a.shape[:2], 5 * channels), 7.0, device=lane.device, dtype=dtype)
             ds, dx, dy = room.split(channels, dim=2)[1:4]
+            values, again = a.new_empty(a.shape), torch.empty_like(ds)
             with lane.active():
                 actual = gates.open_(b, a), gates.close(a, b), gates.close_backward(a, b, c, dy)
-                gates.open_backward(a, b, c, ds, dx)
+                gates.open_backward(a, b, c, ds, dx, values)
+                gates.open_backward(a, b, c, again, torch.empty_like(dx), None)
+            assert torch.equal(again, ds)
             a, b, c = (x.double() for x in (a, b, c))
             gate = b.tanh()
-            wanted = a * gate, a * b, a * c, a * b, a * c * (1 - gate**2), a * gate
+            wanted = a * gate, a * b, a * c, a * b, a * c * (1 - gate**2), a * gate, c * gate
             assert all(x.is_contiguous() for x in actual[:2])
-            for i, (x, exact) in enumerate(zip((*actual, dy, ds, dx), wanted, strict=True)):
+            for i, (x, exact) in enumerate(zip((*actual, dy, ds, dx, values), wanted, strict=True)):
                 assert x.dtype == dtype
                 assert relative(x, exact) < TOLERANCE[dtype], i
             assert (room[..., :channels] == 7).all()

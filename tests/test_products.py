@@ -9,7 +9,7 @@ from lanes import HAS_GPU
 from tolerances import rounding
 
 from zipformer_kernels.branch import products
-from zipformer_kernels.branch.products import BY_TORCH, choose, unsupported
+from zipformer_kernels.branch.products import BY_TORCH, Dropout, choose, unsupported
 from zipformer_kernels.core import backend, tuning
 from zipformer_kernels.core.backend import use_backend
 
@@ -89,12 +89,20 @@ def weight_of(out_channels, in_channels, low, lane, layout="rows"):
     return drawn(out_channels, in_channels, dtype=low, lane=lane, scale=scale)
 
 
-def mask_of(sequences, channels, low, lane, kind):
-    """A dropout's mask, or None."""
+def dropout_of(sequences, channels, low, lane, kind):
+    """A dropout, with draws in half precision or not, or None."""
     if kind is None:
         return None
-    mask = (drawn(sequences, channels, dtype=torch.float32, lane=lane) > -0.5).to(torch.float32) / 0.7
-    return mask[None].to(low) if kind == "low" else mask
+    draws = torch.rand(sequences, channels, dtype=low if kind == "low" else torch.float32).to(device_of(lane))
+    return Dropout(draws[None] if kind == "low" else draws, 0.3)
+
+
+def mask_in_float64(dropout):
+    """What a result is multiplied by."""
+    if dropout is None:
+        return None
+    factor = torch.tensor(1 / (1 - dropout.rate))  # in float32, as the mask of a module
+    return (dropout.draws > dropout.rate).double().cpu() * factor.double()
 
 
 def chosen_of(sequences, lane):
@@ -124,10 +132,10 @@ def test_activated(lane, low, shape, kind, mask, bias, layout):
     weight = weight_of(hidden_channels, channels, low, lane, layout)
     bias_dtype = low if bias == "low" or low == torch.float64 else torch.float32
     bias = None if bias is None else drawn(hidden_channels, dtype=bias_dtype, lane=lane)
-    mask = mask_of(sequences, hidden_channels, low, lane, mask)
+    dropout = dropout_of(sequences, hidden_channels, low, lane, mask)
     activated = products_of(lane).activated
-    hidden, a = activated(x, weight, bias, mask, kind, True)
-    x64, w64, b64, m64, h64 = wide(x, weight, bias, mask, hidden)
+    hidden, a = activated(x, weight, bias, dropout, kind, True)
+    (x64, w64, b64, h64), m64 = wide(x, weight, bias, hidden), mask_in_float64(dropout)
     expected = x64 @ w64.t() + (0 if b64 is None else b64)
     size = x64.abs() @ w64.abs().t() + (0 if b64 is None else b64.abs())
     rounded_bias = None if b64 is None else (low, b64.abs().expand(expected.shape))
@@ -135,7 +143,7 @@ def test_activated(lane, low, shape, kind, mask, bias, layout):
     assert_near(hidden, expected, channels + 1, size, "hidden", rounded_bias)
     factor = 1 if m64 is None else m64
     assert_near(a, curve(h64, kind)[0] * factor, 4, (h64.abs() + 1) * factor, "a")
-    none, again = activated(x, weight, bias, mask, kind, False)
+    none, again = activated(x, weight, bias, dropout, kind, False)
     assert none is None
     assert torch.equal(again, a), "stored or not"
 
@@ -148,10 +156,10 @@ def test_activated_gradient(lane, low, shape, kind, mask):
     grad = drawn(frames, sequences, channels, dtype=low, lane=lane)
     weight = weight_of(channels, hidden_channels, low, lane)
     hidden = drawn(frames, sequences, hidden_channels, dtype=low, lane=lane, scale=3.0)
-    mask = mask_of(sequences, hidden_channels, low, lane, mask)
-    dhidden, a, sums = products_of(lane).activated_gradient(grad, weight, hidden, mask, kind)
+    dropout = dropout_of(sequences, hidden_channels, low, lane, mask)
+    dhidden, a, sums = products_of(lane).activated_gradient(grad, weight, hidden, dropout, kind)
     assert dhidden.dtype == a.dtype == low
-    g64, w64, h64, m64 = wide(grad, weight, hidden, mask)
+    (g64, w64, h64), m64 = wide(grad, weight, hidden), mask_in_float64(dropout)
     factor = 1 if m64 is None else m64
     value, slope = curve(h64, kind)
     size = (g64.abs() @ w64.abs()) * factor
@@ -252,12 +260,16 @@ def test_lowered(lane, low, shape, grad_dtype, chooses, expanded):
 
 
 @lanes
-def test_total(lane, low):
-    sums = drawn(37, 40, dtype=torch.promote_types(low, torch.float32), lane=lane)
-    total = products_of(lane).total(sums, low)
-    (s64,) = wide(sums)
-    assert total.dtype == low
-    assert_near(total, s64.sum(0), 37, s64.abs().sum(0), "total")
+def test_totals(lane, low):
+    """Of one tensor, and of two at once, in one launch."""
+    dtype = torch.promote_types(low, torch.float32)
+    one, other = (drawn(*sizes, dtype=dtype, lane=lane) for sizes in ((137, 40), (3, 70)))
+    total, none = products_of(lane).totals(one)
+    assert none is None
+    for sums, found in zip((one, other, one), (*products_of(lane).totals(one, other), total), strict=True):
+        (s64,) = wide(sums)
+        assert found.dtype == dtype
+        assert_near(found, s64.sum(0), len(sums), s64.abs().sum(0), "total")
 
 
 # ---- Triton's kernels ----
@@ -269,13 +281,13 @@ def everything(triton, x, src):
     torch.manual_seed(1)
     first, last = (weight_of(*sizes, x.dtype, "triton") for sizes in ((160, channels), (channels, 160)))
     bias = drawn(hidden_channels, dtype=torch.float32, lane="triton")
-    mask, chosen = mask_of(x.shape[1], hidden_channels, x.dtype, "triton", "low"), chosen_of(x.shape[1], "triton")
-    hidden, a = triton.activated(x, first, bias, mask, "l", True)
+    dropout, chosen = dropout_of(x.shape[1], hidden_channels, x.dtype, "triton", "low"), chosen_of(x.shape[1], "triton")
+    hidden, a = triton.activated(x, first, bias, dropout, "l", True)
     y, y_low = triton.added(src, a, last, None, chosen, x.dtype)
     low, sums = triton.lowered(y, chosen, x.dtype)
     return (
         *(hidden, a, y, y_low, low, sums),
-        *triton.activated_gradient(low, last, hidden, mask, "l"),
+        *triton.activated_gradient(low, last, hidden, dropout, "l"),
         *triton.added_gradient(y, hidden, first, x.dtype),
     )
 
@@ -305,7 +317,7 @@ def test_a_row_does_not_depend_on_others():
 @pytest.mark.parametrize("tile", [(32, 64, 16, 4, 2), (64, 256, 32, 8, 3), (256, 64, 64, 8, 2)])
 def test_other_tiles(tile):
     call = "triton", torch.float16, SHAPES["ragged"]
-    with tuning.override(**{"products.triton_tile": tile, "products.triton_narrow_tile": tile}):
+    with tuning.override(**{f"products.triton_{name}": tile for name in ("tile", "gradient_tile", "narrow_tile")}):
         test_activated(*call, "l", "low", "low", "rows")
         test_activated_gradient(*call, "l", "low")
         test_added(*call, "wide", True, "float32")

@@ -29,6 +29,7 @@ from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
 
 from benchmarks.gpu.pretending import TARGET, as_on_a_gpu, everywhere  # before the package
+from zipformer_kernels.branch.products.plain import multiplies_widely
 from zipformer_kernels.core import launch
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +50,7 @@ class Launch:
         grid: blocks.
         threads: of a block.
         shared: dynamic shared memory of a block, bytes.
+        call: of a CUDA kernel, what of the compiled module launched it, such as ``swoosh_forward``.
         numbers: the arguments that are no tensors, by name; of a CUDA kernel those of the call that launched it, the
             tensors' addresses among them.
         compiled: the compiled Triton kernel.
@@ -62,6 +64,7 @@ class Launch:
     grid: tuple[int, int, int] = (1, 1, 1)
     threads: int = 0
     shared: int = 0
+    call: str = ""
     numbers: dict[str, Any] = field(default_factory=dict, compare=False)
     compiled: Any = field(default=None, compare=False, repr=False)
 
@@ -100,7 +103,9 @@ class _Native:
                 kernel, *sizes = line.split()
                 x, y, z, threads_x, threads_y, threads_z, shared = map(int, sizes)
                 launched = {"threads": threads_x * threads_y * threads_z, "shared": shared, "grid": (x, y, z)}
-                self._record(Launch("cuda", kernel, moved, **launched, numbers=numbers))
+                self._record(
+                    Launch("cuda", kernel, moved, **launched, call=name.removesuffix("_cuda"), numbers=numbers)
+                )
                 moved = 0
 
         return call
@@ -277,7 +282,7 @@ def recording(native: ModuleType | None = None, target: str = TARGET) -> Iterato
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_on_a_gpu(module, target))
         stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
-        for patch in everywhere(pointer, noted):
+        for patch in (*everywhere(pointer, noted), *everywhere(multiplies_widely, lambda x: True)):
             stack.enter_context(patch)
         # who looks on here does not count
         stack.enter_context(mock.patch("zipformer_kernels.core.call.count_dispatch_modes", return_value=0))

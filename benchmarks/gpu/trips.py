@@ -53,6 +53,13 @@ def position_gradient(n: dict[str, Any], body: Body, depth: int) -> float:
     return walked / len(starts)
 
 
+def pack_use(n: dict[str, Any], body: Body, depth: int) -> float:
+    """Programs of targets, whose loop multiplies, and of sources walk over the channels."""
+    rows = n["T"] + n["S"]
+    share = n["T"] if body["FFMA"] or body["FMUL"] or not n["S"] else n["S"]
+    return share / rows * ceil_div(n["CHANNELS"], n["BC"])
+
+
 def chunk_loop(n: dict[str, Any], body: Body, depth: int) -> float:
     """The search for a chunk's tensor, then the chunk."""
     return n["tensors"].bit_length() if sum(body.values()) < 30 else n["CHUNK"] // n["BLOCK"]
@@ -86,35 +93,55 @@ def attention_by_targets(n: dict[str, Any], body: Body, depth: int) -> float:
 
 def attention_gradients(outer: int) -> Rule:
     """Inside of `outer` loops over a block's own frames, steps of 64. In these, blocks of 64 channels of all uses, and
-    in float four pairs of products. What looks for masks, or applies them, is rare.
+    in float four pairs of products. What looks for masks, or applies them, is rare. By targets, a block first zeroes
+    its sums, four stores of a thread at once.
     """
 
     def rule(n: dict[str, Any], body: Body, depth: int) -> float:
-        weights = n["weights"]
+        weights, channels = n["weights"], n.get("channels", 0)
         if not body["HMMA"] and not body["SHFL"]:
-            return 0
+            return offset_rows(n) / 64 / 4 if outer and body["STG.E.128"] == 4 else 0
+        if "uses" in n:
+            channels = n["uses"].channels + n["uses"].packed
         if depth < outer:
             return ceil_div(weights.targets, 64) / n["parts"]
         if depth == outer:
             return ceil_div(weights.sources if outer else weights.targets, 64)
         if depth == outer + 1:
-            return n["channels"] / 64 if body["LDGSTS"] else 4
+            return ceil_div(channels, 64) if body["LDGSTS"] else 4
         return 4  # products in float take channels two at a time
 
     return rule
 
 
+def offset_rows(n: dict[str, Any]) -> int:
+    """Rows of a part's sums for the position projections."""
+    return 64 * (n["share"] + 1 + ceil_div(n["weights"].sources, 64))
+
+
 def pack_uses(n: dict[str, Any], body: Body, depth: int) -> float:
-    """Four rows one after the other, of targets or of sources; eight lanes share a row's channels, four at a time."""
-    if depth > 0:
-        return ceil_div(n["end"] - n["first"], 32)
-    return 4 * n["targets" if body["SHFL"] else "sources"] / (n["targets"] + n["sources"])
+    """Four rows one after the other, of targets or of sources; of each the uses; eight lanes share a row's channels,
+    four at a time. Of a use that is not packed only targets are read, of its own heads.
+    """
+    uses = n["uses"]
+    if depth == 0:
+        return 4
+    if depth == 1:
+        return len(uses)
+    targets = n["targets"] / (n["targets"] + (n["sources"] if n["width"] else 0))
+    spans = (ceil_div(one.end - one.first, 32) for one in uses)
+    own = (targets * one.heads / n["heads"] * ceil_div(one.use.channels, 32) for one in uses)
+    return sum(span or mine for span, mine in zip(spans, own, strict=True)) / len(uses)
 
 
 def attention_offsets(n: dict[str, Any], body: Body, depth: int) -> float:
-    """Eight groups of threads share the parts; the loop that takes several at once, then what is left."""
-    parts, at_once = ceil_div(n["parts"], 8), body["LDG"] // 2
-    return 1 if at_once == 0 else parts // at_once if at_once > 1 else parts % 4
+    """Parts whose rows have the offset; eight groups of threads share the sequences, four at once, then the rest."""
+    share = n["share"] + 1 + ceil_div(n["sources"], 64)
+    parts = n["parts"] * min(1, 64 * share / (n["targets"] + n["sources"] - 1))
+    sequences, at_once = ceil_div(n["sequences"], 8), body["LDG"] // 2
+    if depth == 0:
+        return parts if body["LDG"] else 1
+    return sequences // at_once if at_once > 1 else sequences % 4
 
 
 def bias_norm_backward(n: dict[str, Any], body: Body, depth: int) -> float:
@@ -179,11 +206,11 @@ def bias_norm_bypass_sums(n: dict[str, Any], body: Body, depth: int) -> float:
 
 
 def parts_of_columns(parts: float, body: Body) -> float:
-    """Groups of threads share the parts: a loop takes several at once, one what is left; then their sums."""
-    groups, at_once = sum_groups(parts), body["LDG"]
-    if at_once == 0:
-        return (groups - 1) / max(body["LDS"], 1)
-    return parts / groups // at_once if at_once > 1 else parts / groups % 4
+    """Groups of threads share the parts, eight at once; then groups are added up, sixteen at once, four, and one."""
+    groups, terms = sum_groups(parts), body["LDS"]
+    if body["LDG"]:
+        return parts / groups // 8
+    return (groups - 1) // 16 if terms >= 16 else (groups - 1) % 16 // 4 if terms >= 4 else (groups - 1) % 4
 
 
 def sum_groups(parts: float) -> int:
@@ -280,6 +307,7 @@ RULES: dict[str, Rule] = {
     "products.activated_kernel": walk("K", "BK"),
     "products.activated_gradient_kernel": walk("K", "BK"),
     "products.added_kernel": walk("K", "BK"),
+    "products.totals_kernel": lambda n, body, depth: ceil_div(n["parts"], n["PARTS"]),
     "attention.softmax_kernel": walk("S", "BN"),
     "attention.weights_kernel": walk("w_st", "BN"),
     "attention.aggregate_kernel": walk("S", "BN"),
@@ -288,7 +316,7 @@ RULES: dict[str, Rule] = {
     "attention.key_gradient_kernel": lambda n, body, depth: ceil_div(block_of_targets(n), n["BM"]),
     "attention.position_query_gradient_kernel": lambda n, body, depth: ceil_div(n["S"] + n["BM"] - 1, n["BN"]),
     "attention.position_gradient_kernel": position_gradient,
-    "attention.pack_kernel": walk("CHANNELS", "BC"),
+    "attention.pack_kernel": pack_use,
     "scaled_adam.partials_kernel": chunk_loop,
     "scaled_adam.update_kernel": chunk_loop,
     "scaled_adam.plan_kernel": scaled_adam_plan("LANES", "tensors"),

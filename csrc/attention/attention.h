@@ -36,15 +36,16 @@ constexpr W visible_limit = W(-200);
 struct AttentionWeights {
   AttentionRows q, k, p, e;
   void* softmax;           // (heads, sequences, targets) of SoftmaxRow
-  const uint8_t* padding;  // (sequences, sources), nonzero where masked; or null
-  const uint8_t* mask;     // (targets, sources) of these strides, nonzero where masked; or null
+  const uint8_t* padding;  // (sequences, sources) of these strides, nonzero where masked; or null. CPU: contiguous
+  int64_t padding_frame, padding_sequence;
+  const uint8_t* mask;  // (targets, sources) of these strides, nonzero where masked; or null
   int64_t mask_frame, mask_sequence;
   int64_t targets, sources, sequences, heads, query_channels, position_channels;
   int64_t chunk, left_chunks;  // chunk <= 0: no rule; left_chunks < 0: all
   DType dtype;
 
-  ZK_FIELDS(q, k, p, e, softmax, padding, mask, mask_frame, mask_sequence, targets, sources, sequences, heads,
-            query_channels, position_channels, chunk, left_chunks, dtype)
+  ZK_FIELDS(q, k, p, e, softmax, padding, padding_frame, padding_sequence, mask, mask_frame, mask_sequence, targets,
+            sources, sequences, heads, query_channels, position_channels, chunk, left_chunks, dtype)
 };
 
 // The softmax rows, which `weights.softmax` points to.
@@ -114,42 +115,60 @@ struct AttentionValuesGradient {
   ZK_FIELDS(weights, grad, dv, channels)
 };
 
-// The gradients of q, k, p and e of all uses at once; without data where not wanted. `values` (heads, sequences,
-// sources, channels) and `grads`, of targets, are those of all uses side by side, contiguous, a multiple of 32
-// channels; `delta` (heads, sequences, targets), float, is the sum of grad out over these channels. `offsets` (heads,
-// sequences, parts, offset_rows, 8), float, begins as zeros, and takes what each of `parts` shares of the targets adds
-// to de.
-struct AttentionScoresGradients {
-  AttentionWeights weights;
-  const void *values, *grads, *delta;
+// Channels of all uses, of some heads: those of one use are read where they lie, a multiple of 8 in rows of 16 bytes,
+// or it is without data; those of the others lie side by side in `values` (heads, sequences, sources, packed) and
+// `grads`, of targets, contiguous. `packed` is a multiple of 8, or 0. `delta` (heads, sequences, targets), float, is
+// the sum of grad out over all channels.
+struct AttentionChannels {
+  AttentionRows v, grad;
   int64_t channels;
-  AttentionRows dq, dk, dp;
-  void* offsets;
-  int64_t parts, offset_rows;
-  double penalty, limit;
+  const void *values, *grads;
+  int64_t packed;
+  const void* delta;
 
-  ZK_FIELDS(weights, values, grads, delta, channels, dq, dk, dp, offsets, parts, offset_rows, penalty, limit)
+  ZK_FIELDS(v, grad, channels, values, grads, packed, delta)
 };
 
-// Brings one use's share of `values`, `grads` and `delta` there: channels `first` to `end`, zeros behind the use's own.
-struct AttentionPack {
+// The gradients of q, k, p and e of all uses at once; without data where not wanted. `offsets` (heads, sequences,
+// parts, rows, 8), float, takes what each part, `share` blocks of 64 targets, adds to de; see `PartOfTargets`.
+struct AttentionScoresGradients {
+  AttentionWeights weights;
+  AttentionChannels uses;
+  AttentionRows dq, dk, dp;
+  void* offsets;
+  int64_t parts, share;
+  float penalty, limit;
+
+  ZK_FIELDS(weights, uses, dq, dk, dp, offsets, parts, share, penalty, limit)
+};
+
+// A use, which heads it has, and where its channels go in packed rows: to `first` up to `end`, with zeros behind its
+// own, and zeros alone for other heads. Nowhere if both are 0.
+struct AttentionPackedUse {
   AttentionUse use;
+  int64_t first_head, heads, first, end;
+
+  ZK_FIELDS(use, first_head, heads, first, end)
+};
+
+// Fills `values`, `grads` and `delta` as `AttentionChannels` has them, of all heads.
+struct AttentionPack {
+  std::vector<AttentionPackedUse> uses;
   void *values, *grads, *delta;
-  int64_t targets, sources, sequences, heads, first, end, width;
-  bool add;  // to delta
+  int64_t targets, sources, sequences, heads, width;
   DType dtype;
 
-  ZK_FIELDS(use, values, grads, delta, targets, sources, sequences, heads, first, end, width, add, dtype)
+  ZK_FIELDS(uses, values, grads, delta, targets, sources, sequences, heads, width, dtype)
 };
 
 // de from `offsets`: sums over sequences and parts.
 struct AttentionOffsets {
   const void* offsets;
   AttentionRows de;
-  int64_t projections, heads, parts, offset_rows;  // parts of all sequences
+  int64_t targets, sources, sequences, heads, parts, share;
   DType dtype;
 
-  ZK_FIELDS(offsets, de, projections, heads, parts, offset_rows, dtype)
+  ZK_FIELDS(offsets, de, targets, sources, sequences, heads, parts, share, dtype)
 };
 
 ZK_DECLARE_CPU(attention_softmax, AttentionSoftmax)

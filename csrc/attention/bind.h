@@ -15,6 +15,8 @@ inline void bind_attention(pybind11::module_& m) {
   bind_cpu(m, "attention_backward_cpu", attention_backward_cpu);
   bind_cpu(m, "attention_weights_forward_cpu", attention_weights_forward_cpu);
 #if ZK_WITH_CUDA
+  bind_struct<AttentionChannels>(m, "AttentionChannels");
+  bind_struct<AttentionPackedUse>(m, "AttentionPackedUse");
   bind_cuda(m, "attention_softmax_cuda", attention_softmax_cuda);
   bind_cuda(m, "attention_forward_cuda", attention_forward_cuda);
   bind_cuda(m, "attention_gated_forward_cuda", attention_gated_forward_cuda);

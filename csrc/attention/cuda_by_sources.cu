@@ -1,7 +1,7 @@
 // Attention on the GPU: dk = dS^T q, the gradient of the keys, of all uses at once. A block has sources, and goes over
 // the targets; see cuda_sources.h. With V and G the values and gradients of all uses, channels side by side:
-// dS = W (G V^T - delta), zero where masked, and what the penalty adds. Beyond 32 channels V and G come in blocks
-// of 32.
+// dS = W (G V^T - delta), zero where masked, and what the penalty adds. More than 32 channels come in blocks; see
+// cuda_channels.h.
 #include "attention/cuda_channels.h"
 #include "attention/cuda_sources.h"
 
@@ -29,7 +29,6 @@ __global__ void __launch_bounds__(attention_threads, 2) by_sources(const Attenti
             h = item / sequences;
   const int warp = threadIdx.x / 32, lane = lane_of_warp(), t = lane % 4;
   const int first_source = block * Stage::sources, own = first_source + 16 * MT * warp;
-  const float penalty = float(args.penalty), limit = float(args.limit);
 
   unsigned char* memory = dynamic_shared<unsigned char>();
   auto stage_of = [&](int n) { return Stage{reinterpret_cast<T*>(memory + n % 2 * Memory::stage)}; };
@@ -42,23 +41,20 @@ __global__ void __launch_bounds__(attention_threads, 2) by_sources(const Attenti
 
   // Where a target does not see a source, only the penalty adds to the gradient.
   int begin = 0, end = targets;
-  if (penalty == 0.0f) {
+  if (args.penalty == 0.0f) {
     int last = first_source + Stage::sources < sources ? first_source + Stage::sources : sources;
     begin = seeing(w, first_source).begin / attention_step * attention_step;
     end = seen ? seeing(w, last - 1).end : begin;
   }
   const int steps = end > begin ? (end - begin + attention_step - 1) / attention_step : 0;
 
-  // Rows of (heads, sequences, frames) of all uses' channels.
-  const int channels = int(args.channels);
-  const T* values = static_cast<const T*>(args.values) + (h * int64_t(sequences) + b) * sources * channels;
-  const T* grads = static_cast<const T*>(args.grads) + ((h * int64_t(sequences) + b) * targets + begin) * channels;
-
-  TargetLoader<T, MT, true> loader(w, static_cast<const float*>(args.delta), b, h, first_source, begin);
-  TileLoader<T, 32, 8> grads_loader(grads, channels, channels);
-  ChannelBlocks<T> channel_blocks(reinterpret_cast<T*>(memory + Memory::channels),
-                                  values + int64_t(first_source) * channels, sources - first_source, grads,
-                                  targets - begin, channels, steps);
+  const AttentionChannels& uses = args.uses;
+  auto values = ChannelRows<T>::of(uses.v, uses.values, sources, args, b, h);
+  auto grads = ChannelRows<T>::of(uses.grad, uses.grads, targets, args, b, h);
+  TargetLoader<T, MT, true> loader(w, static_cast<const float*>(uses.delta), b, h, first_source, begin);
+  TileLoader<T, 32, 8, int> grads_loader(grads.piece(begin, 0).from, grads.packed_channels, grads.packed_channels);
+  ChannelBlocks<T> channel_blocks(reinterpret_cast<T*>(memory + Memory::channels), values, first_source, sources, grads,
+                                  begin, targets, steps);
   for (int n = 0; n < 2; ++n) loader.clear(stage_of(n));
   __syncthreads();
   auto load = [&](int n) {
@@ -75,7 +71,9 @@ __global__ void __launch_bounds__(attention_threads, 2) by_sources(const Attenti
   SourceScores<T, MT> scores(w, b, h, own);
   [[maybe_unused]] const int eight = first_eight<T>();
   Pair<T> own_values[MT][2][4];
-  if constexpr (!wide) load_operands<T, 32, MT>(own_values, values, channels, own, sources, channels);
+  if constexpr (!wide) {
+    load_operands<T, 32, MT>(own_values, values.packed, values.packed_channels, own, sources, values.packed_channels);
+  }
 
   float acc[MT][score_channels / 8][4] = {};
   for (int n = 0; n < steps; ++n) {
@@ -95,7 +93,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_sources(const Attenti
     const Stage stage = stage_of(n);
     const int first = begin + n * attention_step;
     // Rows of padded sources come to nothing in the end, unless there is a penalty.
-    const bool free = penalty == 0.0f && masks.all_see(w, first);
+    const bool free = args.penalty == 0.0f && masks.all_see(w, first);
     if (n == 0) scores.begin(stage);
 #pragma unroll(wide ? 4 : unrolled<T>)
     for (int y = 0; y < attention_step / 16; ++y) {
@@ -132,7 +130,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_sources(const Attenti
         for (int n = 0; n < 8 * MT; ++n) {
           float& sum = dw[n / 8][n / 4 % 2][n % 4];
           if (hidden >> n & 1) sum = 0.0f;
-          if (penalty != 0.0f) sum += penalty_of(s[n / 8][n / 4 % 2][n % 4], penalty, limit);
+          if (args.penalty != 0.0f) sum += penalty_of(s[n / 8][n / 4 % 2][n % 4], args.penalty, args.limit);
         }
       }
 #pragma unroll
@@ -142,7 +140,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_sources(const Attenti
     if (n + 1 < steps) loader.finish(stage_of(n + 1));
   }
 
-  if (penalty == 0.0f && masks.any_empty) {
+  if (args.penalty == 0.0f && masks.any_empty) {
 #pragma unroll
     for (int r = 0; r < 2 * MT; ++r) {
 #pragma unroll
@@ -171,7 +169,7 @@ void attention_by_sources_cuda(const AttentionScoresGradients& given, void* stre
   args.weights = for_kernels(given.weights);
   dispatch_attention(args.weights, [&](auto element) {
     using T = decltype(element);
-    if (args.channels > 32) return run<T, true>(args, stream);
+    if (args.uses.channels > 0 || args.uses.packed > 32) return run<T, true>(args, stream);
     run<T, false>(args, stream);
   });
 }

@@ -5,6 +5,7 @@
 // A block takes several times 64 targets of one sequence and head in turn. What they add to de it adds up in memory of
 // its own, always by the same thread; another kernel sums over blocks and sequences. So the order of sums is fixed.
 #include "attention/cuda_channels.h"
+#include "attention/cuda_parts.h"
 #include "attention/cuda_targets.h"
 
 namespace zk {
@@ -21,7 +22,7 @@ struct Layout {
 };
 
 template <class T, bool wide>
-__global__ void __launch_bounds__(attention_threads, 2) by_targets(const AttentionScoresGradients args) {
+__global__ void __launch_bounds__(attention_threads, wide ? 2 : 3) by_targets(const AttentionScoresGradients args) {
   using Memory = Layout<T, wide>;
   using Stage = typename Memory::Stage;
   const AttentionWeights& w = args.weights;
@@ -29,36 +30,38 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
   const int parts = int(args.parts), part = int(blockIdx.x % parts), item = int(blockIdx.x / parts);
   const int b = item % sequences, h = item / sequences;
   const int warp = threadIdx.x / 32, lane = lane_of_warp(), g = lane / 4, t = lane % 4;
-  const float penalty = float(args.penalty), limit = float(args.limit);
-  const int channels = int(args.channels);
 
   unsigned char* memory = dynamic_shared<unsigned char>();
   auto stage_of = [&](int n) { return Stage{reinterpret_cast<T*>(memory + n % 2 * Stage::bytes)}; };
   Diagonals<T> diagonals(reinterpret_cast<T*>(memory + Memory::diagonals));
+  const PartOfTargets own_part(targets, int(args.share), part);
   // Each thread's place in a row of sums over diagonals: of the lower 16 offsets of a warp.
   float* offsets = nullptr;
   if (args.offsets) {
-    int64_t rows = args.offset_rows;
-    offsets = static_cast<float*>(args.offsets) + ((int64_t(item) * parts + part) * rows + 16 * warp + g) * 8 + 2 * t;
+    int rows = int(PartOfTargets::rows(sources, args.share));
+    offsets = static_cast<float*>(args.offsets) + (int64_t(item) * parts + part) * rows * 8;
+    for (int n = threadIdx.x; n < 2 * rows; n += attention_threads) {
+      *reinterpret_cast<Pack<float, 4>*>(offsets + 4 * n) = Pack<float, 4>{};
+    }
+    offsets += (16 * warp + g) * 8 + 2 * t;
   }
 
   const int64_t pair = h * int64_t(sequences) + b;
-  const T* values = static_cast<const T*>(args.values) + pair * sources * channels;
-  const T* grads = static_cast<const T*>(args.grads) + pair * targets * channels;
-  const float* deltas = static_cast<const float*>(args.delta) + pair * targets;
+  const AttentionChannels& uses = args.uses;
+  auto values = ChannelRows<T>::of(uses.v, uses.values, sources, args, b, h);
+  auto grads = ChannelRows<T>::of(uses.grad, uses.grads, targets, args, b, h);
+  const float* deltas = static_cast<const float*>(uses.delta) + pair * targets;
   auto* rows = static_cast<const SoftmaxRow<float>*>(w.softmax) + pair * targets;
 
   auto* ranges = reinterpret_cast<FrameRange*>(memory + Memory::ranges);
   const MaskEdges edges = mask_edges<ScoreShape<T, 1>>(w, {0, b, h}, false);
 
-  const int blocks = (targets + attention_step - 1) / attention_step;
-  const int last_block = int(int64_t(blocks) * (part + 1) / parts);
-  for (int block = int(int64_t(blocks) * part / parts); block < last_block; ++block) {
+  for (int block = own_part.begin; block < own_part.end; ++block) {
     const int first_target = block * attention_step, own = first_target + 16 * warp;
     const int last_target = (first_target + attention_step < targets ? first_target + attention_step : targets) - 1;
     // Where a target does not see a source, only the penalty adds to the gradient.
     int begin = 0, end = sources;
-    if (penalty == 0.0f) {
+    if (args.penalty == 0.0f) {
       begin = seen_by(w, first_target).begin / attention_step * attention_step;
       end = seen_by(w, last_target).end;
       end = end < edges.end_unpadded ? end : edges.end_unpadded;
@@ -66,14 +69,14 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
     const int steps = end > begin ? (end - begin + attention_step - 1) / attention_step : 0;
 
     TileLoader<T, score_channels, 8> keys(head_of<T>(w.k, b, h) + begin * w.k.frame, w.k.frame, int(w.query_channels));
-    TileLoader<T, 32, 8> values_loader(values + int64_t(begin) * channels, channels, channels);
+    TileLoader<T, 32, 8, int> values_loader(values.piece(begin, 0).from, values.packed_channels,
+                                            values.packed_channels);
     // The first row of a window is that of the offset before the lowest.
     WindowLoader<T, Stage::window_rows> window(head_of<T>(w.e, 0, h), w.e.frame, targets + sources - 1,
                                                targets - 1 - (first_target + attention_step - 1) + begin - 1,
                                                attention_step);
-    ChannelBlocks<T> channel_blocks(reinterpret_cast<T*>(memory + Memory::channels),
-                                    grads + int64_t(first_target) * channels, targets - first_target,
-                                    values + int64_t(begin) * channels, sources - begin, channels, steps);
+    ChannelBlocks<T> channel_blocks(reinterpret_cast<T*>(memory + Memory::channels), grads, first_target, targets,
+                                    values, begin, sources, steps);
     auto load = [&](int n) {
       int left = sources - (begin + n * attention_step);
       keys.load(stage_of(n).key_tile(), left);
@@ -91,7 +94,9 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
     TargetScores<T> scores(w, b, h, own);
     [[maybe_unused]] const int eight = first_eight<T>();
     Pair<T> own_grads[1][2][4], p[4][2];
-    if constexpr (!wide) load_operands<T, 32, 1>(own_grads, grads, channels, own, targets, channels);
+    if constexpr (!wide) {
+      load_operands<T, 32, 1>(own_grads, grads.packed, grads.packed_channels, own, targets, grads.packed_channels);
+    }
     constexpr bool keeps = sizeof(T) == 2;  // for float that takes too many registers
     if constexpr (keeps) diagonals.load_positions(p, w, b, h, first_target);
     Shift<T> shifts[2];
@@ -126,13 +131,14 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
       const Stage stage = stage_of(n);
       const int first = begin + n * attention_step;
       // Sums over diagonals that this step ends begin with those of targets before.
-      float* sums = offsets + (int64_t(targets) - first_target + first) * 8;
+      float* sums = offsets + own_part.row(block, first) * 8;
       float before[4];
       if (keeps && offsets) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) before[i] = sums[i / 2 * 64 + i % 2];
       }
-      const bool free = penalty == 0.0f && !w.mask && first >= all_seen.begin && first + attention_step <= all_seen.end;
+      const bool free =
+          args.penalty == 0.0f && !w.mask && first >= all_seen.begin && first + attention_step <= all_seen.end;
       if (n == 0) scores.begin(stage);
 #pragma unroll(wide ? 4 : unrolled<T>)
       for (int y = 0; y < attention_step / 16; ++y) {
@@ -158,7 +164,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
             float& sum = dw[0][n / 4][n % 4];
             if (hidden >> n & 1) sum = 0.0f;
             bool exists = first + 16 * y + n / 4 * 8 + 2 * t + n % 2 < sources;
-            if (penalty != 0.0f && exists) sum += penalty_of(s[0][n / 4][n % 4], penalty, limit);
+            if (args.penalty != 0.0f && exists) sum += penalty_of(s[0][n / 4][n % 4], args.penalty, args.limit);
           }
         }
         Pair<T> a[1][4];
@@ -187,7 +193,7 @@ __global__ void __launch_bounds__(attention_threads, 2) by_targets(const Attenti
                                            int(w.query_channels), dq);
     }
     if (offsets && steps > 0) {
-      float* sums = offsets + (int64_t(targets) - first_target + begin + steps * attention_step) * 8;
+      float* sums = offsets + own_part.row(block, begin + steps * attention_step) * 8;
 #pragma unroll
       for (int i = 0; i < 4; ++i) sums[i / 2 * 64 + i % 2] += de[0][i];
     }
@@ -217,7 +223,7 @@ void attention_by_targets_cuda(const AttentionScoresGradients& given, void* stre
   dispatch_attention(args.weights, [&](auto element) {
     using T = decltype(element);
     if constexpr (sizeof(T) == 2) {
-      if (args.channels <= 32) return run<T, false>(args, stream);
+      if (args.uses.channels == 0 && args.uses.packed <= 32) return run<T, false>(args, stream);
     }
     run<T, true>(args, stream);  // of float always: gradients of 32 channels take too many registers
   });

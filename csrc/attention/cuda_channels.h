@@ -6,6 +6,36 @@
 
 namespace zk {
 
+// Rows of one sequence and head of `AttentionChannels`.
+template <class T>
+struct ChannelRows {
+  const T* direct;
+  int64_t stride;
+  int channels;  // of these
+  const T* packed;
+  int packed_channels;
+
+  static __device__ __forceinline__ ChannelRows of(const AttentionRows& direct, const void* packed, int64_t frames,
+                                                   const AttentionScoresGradients& args, int b, int h) {
+    const AttentionChannels& uses = args.uses;
+    int64_t pair = h * args.weights.sequences + b;
+    return {head_of<T>(direct, b, h), direct.frame, int(uses.channels),
+            static_cast<const T*>(packed) + pair * frames * uses.packed, int(uses.packed)};
+  }
+
+  __device__ __forceinline__ int all() const { return channels + packed_channels; }
+
+  // Rows from `row` on, of eight channels from c on.
+  struct Piece {
+    const T* from;
+    int64_t stride;
+  };
+  __device__ __forceinline__ Piece piece(int row, int c) const {
+    if (c < channels) return {direct + row * stride + c, stride};
+    return {packed + row * int64_t(packed_channels) + (c - channels), packed_channels};
+  }
+};
+
 // a b^T of 64 rows `a` of a block, the same all along, and 64 rows `b`, other ones in each step.
 template <class T>
 class ChannelBlocks {
@@ -14,32 +44,35 @@ class ChannelBlocks {
   static constexpr int tile = attention_step * width;
   static constexpr int bytes = 4 * tile * int(sizeof(T));
 
-  // `memory` is shared, of `bytes`; rows are of `channels`, a multiple of `width`.
-  __device__ ChannelBlocks(T* memory, const T* a, int a_rows, const T* b, int b_rows, int channels, int steps)
+  // `memory` is shared, of `bytes`. Of a there are rows from `a_first` to `a_end`, of b alike.
+  __device__ ChannelBlocks(T* memory, const ChannelRows<T>& a, int a_first, int a_end, const ChannelRows<T>& b,
+                           int b_first, int b_end, int steps)
       : memory_(memory),
         to_(Tile<T, width>::place(row(), unit())),
-        a_(a + row() * channels + unit() * 8),
-        b_(b + row() * channels + unit() * 8),
-        a_rows_(a_rows - row()),
-        b_rows_(b_rows - row()),
-        channels_(channels),
-        left_(steps * channels / width) {}
+        a_(a),
+        b_(b),
+        a_first_(a_first),
+        a_end_(a_end),
+        b_first_(b_first),
+        b_end_(b_end),
+        blocks_(a.all() > width ? (a.all() + width - 1) / width : 1),
+        left_(steps * blocks_) {}
 
   // Begins to copy the next block of channels, after the last that of the next step.
   __device__ __forceinline__ void load() {
     T* to = memory_ + loaded_ % 2 * 2 * tile + to_;
+    int c = block_ * width + unit() * 8, a_row = a_first_ + row(), b_row = b_first_ + row();
+    bool exists = c < a_.all();
+    auto a = a_.piece(a_row, c), b = b_.piece(b_row, c);
 #pragma unroll
     for (int rows = 0; rows < attention_step; rows += pass) {
-      copy_elements<8>(to + rows * width, a_ + rows * channels_, rows < a_rows_);
-      copy_elements<8>(to + tile + rows * width, b_ + rows * channels_, rows < b_rows_);
+      copy_elements<8>(to + rows * width, a.from + rows * a.stride, exists && a_row + rows < a_end_);
+      copy_elements<8>(to + tile + rows * width, b.from + rows * b.stride, exists && b_row + rows < b_end_);
     }
     ++loaded_;
-    channel_ += width;
-    a_ += width, b_ += width;
-    if (channel_ == channels_) {
-      channel_ = 0;
-      a_ -= channels_, b_ += (attention_step - 1) * channels_;
-      b_rows_ -= attention_step;
+    if (++block_ == blocks_) {
+      block_ = 0;
+      b_first_ += attention_step;
     }
   }
 
@@ -50,7 +83,7 @@ class ChannelBlocks {
     int lane = lane_of_warp();
     next();
     then();
-    for (int c = width;; c += width) {
+    for (int block = 1;; ++block) {
       const T *a_tile = memory_ + (loaded_ - 1) % 2 * 2 * tile, *b_tile = a_tile + tile;
       if (loaded_ < left_) load();
       commit_copies();
@@ -69,7 +102,7 @@ class ChannelBlocks {
           mma<T>(sums[x / 2][0][x % 2], a[1], b[2], b[3]);
         }
       }
-      if (c == channels_) break;
+      if (block == blocks_) break;
       next();
     }
   }
@@ -88,9 +121,9 @@ class ChannelBlocks {
 
   T* memory_;
   int to_;
-  const T *a_, *b_;  // this thread's, in the next block
-  int a_rows_, b_rows_, channels_, left_;
-  int loaded_ = 0, channel_ = 0;
+  ChannelRows<T> a_, b_;
+  int a_first_, a_end_, b_first_, b_end_, blocks_, left_;
+  int loaded_ = 0, block_ = 0;
 };
 
 }  // namespace zk

@@ -18,10 +18,9 @@ __device__ __forceinline__ MaskEdges mask_edges(const AttentionWeights& args, co
   __shared__ MaskEdges of_warps[score_warps];
   int sources = int(args.sources), first = sources, end = args.padding ? 0 : sources;
   if (args.padding) {
-    const uint8_t* padding = args.padding + place.sequence * args.sources;
 #pragma unroll 4
     for (int j = threadIdx.x; j < sources; j += score_threads) {
-      bool padded = padding[j] != 0;
+      bool padded = is_padding(args, place.sequence, j);
       first = padded && j < first ? j : first;
       end = padded ? end : j + 1;
     }
@@ -112,7 +111,7 @@ class ScoreMasks {
 #pragma unroll
     for (int word = 0; word < 2; ++word) {
       int j = source + 32 * word + lane_of_warp();
-      bool hides = args_.padding && j < sources && args_.padding[place_.sequence * args_.sources + j];
+      bool hides = args_.padding && j < sources && is_padding(args_, place_.sequence, j);
       uint32_t hidden = __ballot_sync(~0u, hides), outside = __ballot_sync(~0u, j >= sources);
 #pragma unroll
       for (int x = 0; x < 4; ++x) {

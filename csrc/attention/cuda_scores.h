@@ -64,6 +64,11 @@ inline AttentionWeights for_kernels(AttentionWeights args) {
   return args;
 }
 
+// Whether a source is padding, where there is a mask of padding.
+__device__ __forceinline__ bool is_padding(const AttentionWeights& args, int64_t sequence, int source) {
+  return args.padding[sequence * args.padding_sequence + source * args.padding_frame] != 0;
+}
+
 // How many blocks of the grid that `score_place` takes apart.
 template <class Shape>
 int64_t score_blocks(const AttentionWeights& args) {

@@ -215,7 +215,7 @@ class SourceMasks {
     const int last = int(w.sources) - 1, warp = threadIdx.x / 32;
     for (int row = threadIdx.x; row < sources; row += attention_threads) {
       int j = first_source + row <= last ? first_source + row : last;
-      bool padded = w.padding && w.padding[int64_t(b) * w.sources + j] != 0;
+      bool padded = w.padding && is_padding(w, b, j);
       memory[row] = padded ? FrameRange{0, 0} : seeing(w, j);
     }
     __syncthreads();

@@ -72,11 +72,11 @@ __device__ __forceinline__ Pair<T> no_pair() {
 
 // Brings 64 rows of a tensor into a tile, N elements a copy, step by step. Channels from `width` on are zero. A row has
 // two threads, so that a thread's copies lie at constant distances.
-template <class T, int channels, int N>
+template <class T, int channels, int N, class Stride = int64_t>
 class TileLoader {
  public:
   // `x` is the first row.
-  __device__ TileLoader(const T* x, int64_t stride, int width)
+  __device__ TileLoader(const T* x, Stride stride, int width)
       : from_(x + row() * stride + unit() * N), step_(attention_step * stride), width_(width - unit() * N) {}
 
   // Begins to copy the next rows, of which `left` exist.
@@ -94,7 +94,7 @@ class TileLoader {
   static __device__ __forceinline__ int unit() { return int(threadIdx.x) % 2; }
 
   const T* from_;
-  int64_t step_;
+  Stride step_;
   int width_;
 };
 
@@ -210,7 +210,7 @@ __device__ __forceinline__ unsigned hidden_sums(const AttentionWeights& w, int b
     bool hides = !ranges[r].has(c);
     int target = rows_are_targets ? row + r : c, source = rows_are_targets ? c : row + r;
     if (target < w.targets && source < w.sources) {
-      if (rows_are_targets && w.padding) hides |= w.padding[int64_t(b) * w.sources + source] != 0;
+      if (rows_are_targets && w.padding) hides |= is_padding(w, b, source);
       if (w.mask) hides |= w.mask[b * w.mask_sequence + target * w.mask_frame + source] != 0;
     }
     bits |= unsigned(hides) << n;

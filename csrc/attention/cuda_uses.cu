@@ -1,6 +1,8 @@
 // Attention on the GPU: what lies before and behind the gradients of scores. Values and gradients of uses side by side,
 // and delta, the sum over uses and channels of grad out; sums over sequences of what targets add to de.
-#include "attention/attention.h"
+#include <algorithm>
+
+#include "attention/cuda_parts.h"
 #include "common/launch.h"
 #include "common/vectors.h"
 
@@ -9,38 +11,59 @@ namespace zk {
 namespace {
 
 constexpr int pack_threads = 256, lanes = 8, turns = 4, pack_rows = turns * pack_threads / lanes;
+constexpr int most_uses = 8;  // of a launch
+
+// What a launch packs.
+struct Packed {
+  AttentionPackedUse uses[most_uses];
+  int count;
+  void *values, *grads, *delta;
+  int64_t targets, sources, sequences, heads, width;
+  bool add;  // to delta
+};
 
 // Blocks of rows of a sequence and head: first those of targets, then those of sources.
 __host__ __device__ __forceinline__ unsigned blocks_of(int64_t frames) {
   return unsigned((frames + pack_rows - 1) / pack_rows);
 }
 
+template <class T>
+__device__ __forceinline__ const T* row_of_use(const AttentionRows& x, int64_t frame, int64_t b, int64_t head) {
+  return static_cast<const T*>(x.data) + frame * x.frame + b * x.sequence + head * x.head;
+}
+
 // Eight lanes have a target or a source of a sequence and head, N channels at a time.
 template <class T, int N>
-__global__ void __launch_bounds__(pack_threads) pack_kernel(const AttentionPack n) {
-  const unsigned of_targets = blocks_of(n.targets), blocks = of_targets + blocks_of(n.sources);
+__global__ void __launch_bounds__(pack_threads) pack_kernel(const Packed n) {
+  const unsigned of_targets = blocks_of(n.targets), blocks = of_targets + (n.values ? blocks_of(n.sources) : 0);
   const unsigned pair = blockIdx.x / blocks, block = blockIdx.x % blocks, sequences = unsigned(n.sequences);
   const int64_t b = pair % sequences, h = pair / sequences;
   const bool target = block < of_targets;
   const int64_t frames = target ? n.targets : n.sources, first = (target ? block : block - of_targets) * pack_rows;
-  const AttentionRows& rows = target ? n.use.grad : n.use.v;
-  const T* from = static_cast<const T*>(rows.data) + b * rows.sequence + h * rows.head;
-  const T* out = static_cast<const T*>(n.use.out.data) + b * n.use.out.sequence + h * n.use.out.head;
-  T* to = static_cast<T*>(target ? n.grads : n.values) + pair * frames * n.width + n.first;
+  T* packed = static_cast<T*>(target ? n.grads : n.values) + pair * frames * n.width;
   float* delta = static_cast<float*>(n.delta) + pair * frames;
-  const int width = int(n.end - n.first), channels = int(n.use.channels), lane = threadIdx.x % lanes;
+  const int lane = threadIdx.x % lanes;
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
     const int64_t frame = first + turn * (pack_threads / lanes) + threadIdx.x / lanes;
     float sum = 0.0f;
-    if (frame < frames) {
-      const T *row = from + frame * rows.frame, *result = out + frame * n.use.out.frame;
-      T* packed = to + frame * n.width;
 #pragma unroll 1
-      for (int c = lane * N; c < width; c += lanes * N) {
+    for (int u = 0; u < n.count && frame < frames; ++u) {
+      const AttentionPackedUse& own = n.uses[u];
+      const int64_t head = h - own.first_head;
+      const int channels = head >= 0 && head < own.heads ? int(own.use.channels) : 0, width = int(own.end - own.first);
+      const T *row = nullptr, *result = nullptr;
+      if (channels > 0) {
+        row = row_of_use<T>(target ? own.use.grad : own.use.v, frame, b, head);
+        result = row_of_use<T>(own.use.out, frame, b, head);
+      }
+      T* to = packed + frame * n.width + own.first;
+      const int end = width > 0 ? width : target ? channels : 0;
+#pragma unroll 1
+      for (int c = lane * N; c < end; c += lanes * N) {
         Pack<T, N> x{};
         if (c < channels) x = *reinterpret_cast<const Pack<T, N>*>(row + c);
-        store_pack(packed + c, x);
+        if (width > 0) store_pack(to + c, x);
         if (!target || c >= channels) continue;
         auto y = *reinterpret_cast<const Pack<T, N>*>(result + c);
 #pragma unroll
@@ -56,47 +79,73 @@ __global__ void __launch_bounds__(pack_threads) pack_kernel(const AttentionPack 
 
 constexpr int columns = 64, groups = 8;
 
-// A block has 16 offsets of a head, 4 channels each, and eight groups of threads that share the parts.
+// A block has 16 offsets of a head, 4 channels each, and eight groups of threads that share the sequences.
 template <class T>
 __global__ void __launch_bounds__(columns* groups) offsets_kernel(const AttentionOffsets n) {
   __shared__ float shared[groups][columns];
   const int column = threadIdx.x % columns, group = threadIdx.x / columns, c = column % 4;
-  const int64_t blocks = (n.projections + columns / 4 - 1) / (columns / 4);
+  const int64_t projections = n.targets + n.sources - 1, rows = PartOfTargets::rows(n.sources, n.share);
+  const int64_t blocks = (projections + columns / 4 - 1) / (columns / 4);
   const int64_t h = blockIdx.x / blocks, offset = blockIdx.x % blocks * (columns / 4) + column / 4;
   float sum = 0.0f;
-  if (offset < n.projections) {
-    // Row 64 is that of offset 0; what even targets add lies one row later, in the first four columns.
-    const float* from = static_cast<const float*>(n.offsets) + (h * n.parts * n.offset_rows + offset + 64) * 8;
-    for (int64_t part = group; part < n.parts; part += groups) {
-      const float* row = from + part * n.offset_rows * 8;
-      sum += row[8 + c] + row[4 + c];
+  if (offset < projections) {
+    const int64_t of_part = rows * 8, of_sequence = n.parts * of_part;
+#pragma unroll 1
+    for (int part = 0; part < n.parts; ++part) {
+      const int64_t row = PartOfTargets(int(n.targets), int(n.share), part).row_of(offset);
+      const bool odd = row >= 0 && row < rows, even = row + 1 >= 0 && row + 1 < rows;
+      if (!odd && !even) continue;
+      const float* from =
+          static_cast<const float*>(n.offsets) + h * n.sequences * of_sequence + part * of_part + row * 8;
+#pragma unroll 4
+      for (int64_t b = group; b < n.sequences; b += groups) {
+        sum += (even ? from[b * of_sequence + 8 + c] : 0.0f) + (odd ? from[b * of_sequence + 4 + c] : 0.0f);
+      }
     }
   }
   shared[group][column] = sum;
   __syncthreads();
-  if (group != 0 || offset >= n.projections) return;
+  if (group != 0 || offset >= projections) return;
   for (int g = 1; g < groups; ++g) sum += shared[g][column];
   static_cast<T*>(n.de.data)[offset * n.de.frame + h * n.de.head + c] = narrow<T>(sum);
+}
+
+// Whether N elements at a time can be read and written.
+template <class T, int N>
+bool aligned(const Packed& args) {
+  bool all = args.width % N == 0;
+  for (int u = 0; u < args.count; ++u) {
+    const AttentionPackedUse& own = args.uses[u];
+    all = all && (own.use.channels | own.first | own.end) % N == 0;
+    for (const AttentionRows* rows : {&own.use.v, &own.use.out, &own.use.grad}) {
+      all = all && reinterpret_cast<uintptr_t>(rows->data) % (N * sizeof(T)) == 0;
+      all = all && (rows->frame | rows->sequence | rows->head) % N == 0;
+    }
+  }
+  return all;
 }
 
 }  // namespace
 
 void attention_pack_cuda(const AttentionPack& args, void* stream) {
-  int64_t blocks = args.heads * args.sequences * (blocks_of(args.targets) + int64_t(blocks_of(args.sources)));
+  Packed packed{{},         0,          args.values, args.grads, args.delta, args.targets, args.sources, args.sequences,
+                args.heads, args.width, false};
+  int64_t of_pair = blocks_of(args.targets) + (args.values ? int64_t(blocks_of(args.sources)) : 0);
+  unsigned blocks = grid_size(args.heads * args.sequences * of_pair);
   dispatch_gpu(args.dtype, [&](auto element) {
     using T = decltype(element);
-    bool by_four = (args.use.channels | args.first | args.end) % 4 == 0;
-    for (const AttentionRows* rows : {&args.use.v, &args.use.out, &args.use.grad}) {
-      by_four = by_four && reinterpret_cast<uintptr_t>(rows->data) % (4 * sizeof(T)) == 0;
-      by_four = by_four && (rows->frame | rows->sequence | rows->head) % 4 == 0;
+    for (size_t first = 0; first < args.uses.size(); first += most_uses) {
+      packed.count = int(std::min<size_t>(args.uses.size() - first, most_uses));
+      std::copy_n(args.uses.begin() + first, packed.count, packed.uses);
+      packed.add = first > 0;
+      auto kernel = aligned<T, 4>(packed) ? pack_kernel<T, 4> : pack_kernel<T, 1>;
+      launch("attention_pack", kernel, dim3(blocks), dim3(pack_threads), 0, stream, packed);
     }
-    auto kernel = by_four ? pack_kernel<T, 4> : pack_kernel<T, 1>;
-    launch("attention_pack", kernel, dim3(grid_size(blocks)), dim3(pack_threads), 0, stream, args);
   });
 }
 
 void attention_offsets_cuda(const AttentionOffsets& args, void* stream) {
-  int64_t blocks = ceil_div(args.projections, columns / 4) * args.heads;
+  int64_t blocks = ceil_div(args.targets + args.sources - 1, columns / 4) * args.heads;
   dispatch_gpu(args.dtype, [&](auto element) {
     launch("attention_offsets", offsets_kernel<decltype(element)>, dim3(grid_size(blocks)), dim3(columns * groups), 0,
            stream, args);

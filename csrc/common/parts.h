@@ -24,6 +24,7 @@ __device__ __forceinline__ float sum_of_parts(const float* from, int64_t parts, 
   int groups = sum_threads / columns;
   float sum = 0.0f;
   if (from) {
+#pragma unroll 8
     for (int64_t part = int(threadIdx.x) / columns; part < parts; part += groups) sum += from[part * stride];
   }
   sums[threadIdx.x] = sum;

@@ -34,10 +34,11 @@ struct Strips {
 // Which taps, and frames of a tile, a warp takes of the products that are dw.
 struct Share {
   int taps, first, count;  // the first of `tap_group` taps; groups of frames
+  int parts;               // into which the frames are shared out
 
   __device__ Share(int kernel, int warp) {
-    int groups = padded(kernel) / tap_group, parts = groups <= 1 ? 8 : groups == 2 ? 4 : groups <= 4 ? 2 : 1;
-    int part = unsigned(warp) / unsigned(groups);
+    int groups = padded(kernel) / tap_group, part = unsigned(warp) / unsigned(groups);
+    parts = groups <= 1 ? 8 : groups == 2 ? 4 : groups <= 4 ? 2 : 1;
     taps = (warp - part * groups) * tap_group;
     count = part < parts ? warps / parts : 0;
     first = part * count;
@@ -46,21 +47,20 @@ struct Share {
 
 // Writes the block's partial sums; `scratch` takes what warps have.
 template <int N>
-__device__ __forceinline__ void write_sums(const ConvModuleShape& n, const Row<N> (&dw)[tap_group], const Share& share,
+__device__ __forceinline__ void write_sums(const ConvModuleShape& n, const Row<N> (&dw)[tap_group], int parts,
                                            Row<N>* scratch, float* partial, Place<N> at) {
-  int kernel = int(n.kernel), frames = warps / (share.count > 0 ? share.count : warps);
+  int kernel = int(n.kernel), rows = padded(kernel);
 #pragma unroll
   for (int k = 0; k < tap_group; ++k) scratch[(at.warp * tap_group + k) * lanes + at.lane] = dw[k];
   __syncthreads();
-  int groups = padded(kernel) / tap_group;
 #pragma unroll 1
   for (int k = at.warp; k < kernel; k += warps) {
     const Row<N>* own = scratch + k * lanes + at.lane;
     Row<N> sum = {};
 #pragma unroll 1
-    for (int part = 0; part < frames; ++part) {
+    for (int part = 0; part < parts; ++part) {
 #pragma unroll
-      for (int c = 0; c < N; ++c) sum.of[c] += own[part * groups * tap_group * lanes].of[c];
+      for (int c = 0; c < N; ++c) sum.of[c] += own[part * rows * lanes].of[c];
     }
     if (at.inside) *reinterpret_cast<Row<N>*>(partial + (kernel - 1 - k) * n.channels) = sum;
   }
@@ -84,11 +84,113 @@ __device__ __forceinline__ void write_row(const Row<N>& mine, Row<N>* scratch, f
   __syncthreads();
 }
 
+// Fills a strip with the gradient of y of frames from `before` on: each warp its own frames of the tile, of which it
+// writes SwooshR(y) and adds up the gradient in `db`; then some of those around the tile.
+template <class X, class Y, bool through_swoosh, int N>
+__device__ __forceinline__ void fill_gradient(Row<N>* strip, const ConvModuleShape& n, const Given<X, Y>& given,
+                                              int64_t b, int before, Row<N>& db, Place<N> at) {
+  int kernel = int(n.kernel), half = kernel / 2, frames = int(n.frames), first = half + at.warp * group;
+  int64_t from = dense(n, b, before, at.channel), step = n.batch * n.channels;
+  Frames<Y> dy(given.dy, from, step), y(given.y, from, step), activated(given.activated, from, step);
+#pragma unroll 1
+  for (int r = first; r < first + group; r += at_once) {
+    bool is[at_once];
+    Bits<Y, N> dy_bits[at_once], y_bits[at_once] = {};
+#pragma unroll
+    for (int j = 0; j < at_once; ++j) {
+      is[j] = at.inside && before + r + j < frames;
+      dy_bits[j] = load_bits<N>(dy.at(r + j), is[j]);
+      if constexpr (through_swoosh) y_bits[j] = load_bits<N>(y.at(r + j), is[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < at_once; ++j) {
+      Row<N> value, gradient = gradient_of<Y, through_swoosh, N>(dy_bits[j], y_bits[j], &value);
+      if (through_swoosh && is[j]) store_row<N>(activated.to(r + j), value);
+#pragma unroll
+      for (int c = 0; c < N; ++c) db.of[c] += gradient.of[c];
+      strip[(r + j) * lanes + at.lane] = gradient;
+    }
+  }
+#pragma unroll 1
+  for (int h = at.warp; h < padded(kernel); h += around_at_once * warps) {
+    Bits<Y, N> dy_bits[around_at_once], y_bits[around_at_once] = {};
+    int row[around_at_once];
+#pragma unroll
+    for (int j = 0; j < around_at_once; ++j) {
+      row[j] = h + j * warps + (h + j * warps < half ? 0 : tile);
+      bool is = at.inside && unsigned(before + row[j]) < unsigned(frames);
+      dy_bits[j] = load_bits<N>(dy.at(row[j]), is);
+      if constexpr (through_swoosh) y_bits[j] = load_bits<N>(y.at(row[j]), is);
+    }
+#pragma unroll
+    for (int j = 0; j < around_at_once; ++j) {
+      strip[row[j] * lanes + at.lane] = gradient_of<Y, through_swoosh, N>(dy_bits[j], y_bits[j], nullptr);
+    }
+  }
+}
+
+// Fills `to` with e times the rows of a strip whose first row is frame `before`.
+template <int N>
+__device__ __forceinline__ void fill_scaled(Row<N>* to, const Row<N>* strip, int rows, const ConvModuleInputs& in,
+                                            int before, Place<N> at) {
+  for (int r = at.warp; r < rows; r += warps) {
+    int t = before + r;
+    bool is = at.inside && unsigned(t) < unsigned(in.shape.frames);
+    Row<N> row = strip[r * lanes + at.lane];
+#pragma unroll
+    for (int c = 0; c < N; ++c) row.of[c] = is ? row.of[c] * factor_of(in, t, at.channel + c) : 0.0f;
+    to[r * lanes + at.lane] = row;
+  }
+}
+
+// da and ds of a warp's frames from t on, from their dx, and their sums; and the gated input to `x`, unless it is null.
+template <class X, class Y, int N>
+__device__ __forceinline__ void write_inputs(const ConvModuleInputs& in, const Given<X, Y>& given, int64_t b, int t,
+                                             const Row<N> (&dx)[group], Row<N>* x, Row<N>& sum_a, Row<N>& sum_s,
+                                             Place<N> at) {
+  const ConvModuleShape& n = in.shape;
+  // Lane i looks at frame i.
+  bool mine = at.lane < group && heard(in.padding, n.frames, b, t + at.lane);
+  unsigned present = __ballot_sync(0xffffffffu, mine);
+  if (!at.inside) present = 0;
+  int64_t from = strided(n, b, t, at.channel), to = (int64_t(t) * n.batch + b) * given.step + at.channel;
+  Frames<X> a(in.a, from, n.frame_stride), s(in.s, from, n.frame_stride);
+  Frames<X> da(given.da, to, n.batch * given.step), ds(given.ds, to, n.batch * given.step);
+  int count = at.inside && given.da ? int(n.frames) - t : 0;
+#pragma unroll
+  for (int r0 = 0; r0 < group; r0 += at_once) {
+    Bits<X, N> a_bits[at_once], s_bits[at_once];  // loaded before stores that might, for all nvcc knows, change them
+#pragma unroll
+    for (int r = r0; r < r0 + at_once; ++r) {
+      a_bits[r - r0] = load_bits<N>(a.at(r), present >> r & 1);
+      s_bits[r - r0] = load_bits<N>(s.at(r), present >> r & 1);
+    }
+#pragma unroll
+    for (int r = r0; r < r0 + at_once; ++r) {
+      Row<N> in_a = widened<X, N>(a_bits[r - r0]), in_s = widened<X, N>(s_bits[r - r0]), gated, out_a, out_s;
+#pragma unroll
+      for (int c = 0; c < N; ++c) {
+        float gate = open(in_s.of[c]);
+        gated.of[c] = in_a.of[c] * gate;
+        out_a.of[c] = present >> r & 1 ? dx[r].of[c] * gate : 0.0f;
+        out_s.of[c] = out_a.of[c] * (in_a.of[c] - gated.of[c]);
+        sum_a.of[c] += out_a.of[c];
+        sum_s.of[c] += out_s.of[c];
+      }
+      if (x) x[r * lanes] = gated;
+      if (r < count) {
+        store_row<N>(da.to(r), out_a);
+        store_row<N>(ds.to(r), out_s);
+      }
+    }
+  }
+}
+
 template <class X, class Y, int N, bool chunked, bool through_swoosh>
 __global__ void __launch_bounds__(warps* lanes, 2) backward(ConvModuleInputs in, Given<X, Y> given) {
   const ConvModuleShape& n = in.shape;
   Place<N> at(n, blockIdx.y);
-  int kernel = int(n.kernel), half = kernel / 2, frames = int(n.frames), first = at.warp * group;
+  int kernel = int(n.kernel), half = kernel / 2, first = at.warp * group, mine = first * lanes + at.lane;
   Strips<N, chunked> strips(dynamic_shared<Row<N>>(), kernel);
   fill_taps<N>(strips.weight, in.weight, kernel, n.channels, true, at, blockIdx.y);
   if (chunked) fill_taps<N>(strips.causal, in.causal_weight, half + 1, n.channels, true, at, blockIdx.y);
@@ -104,106 +206,22 @@ __global__ void __launch_bounds__(warps* lanes, 2) backward(ConvModuleInputs in,
       here.t0 = 0;
       ++here.b;
     }
-    int t0 = int(here.t0), before = t0 - half;
-
-    // The gradient of y: each warp its own frames of the tile, then some of those around it.
-    int64_t from_y = dense(n, here.b, before, at.channel), step_y = n.batch * n.channels;
-    Frames<Y> dy(given.dy, from_y, step_y), y(given.y, from_y, step_y), activated(given.activated, from_y, step_y);
-#pragma unroll 1
-    for (int r = half + first; r < half + first + group; r += at_once) {
-      bool is[at_once];
-      Bits<Y, N> dy_bits[at_once], y_bits[at_once] = {};
-#pragma unroll
-      for (int j = 0; j < at_once; ++j) {
-        is[j] = at.inside && before + r + j < frames;
-        dy_bits[j] = load_bits<N>(dy.at(r + j), is[j]);
-        if constexpr (through_swoosh) y_bits[j] = load_bits<N>(y.at(r + j), is[j]);
-      }
-#pragma unroll
-      for (int j = 0; j < at_once; ++j) {
-        Row<N> value, gradient = gradient_of<Y, through_swoosh, N>(dy_bits[j], y_bits[j], &value);
-        if (through_swoosh && is[j]) store_row<N>(activated.to(r + j), value);
-#pragma unroll
-        for (int c = 0; c < N; ++c) db.of[c] += gradient.of[c];
-        strips.gradient[(r + j) * lanes + at.lane] = gradient;
-      }
-    }
-#pragma unroll 1
-    for (int h = at.warp; h < padded(kernel); h += around_at_once * warps) {
-      Bits<Y, N> dy_bits[around_at_once], y_bits[around_at_once] = {};
-      int row[around_at_once];
-#pragma unroll
-      for (int j = 0; j < around_at_once; ++j) {
-        row[j] = h + j * warps + (h + j * warps < half ? 0 : tile);
-        bool is = at.inside && unsigned(before + row[j]) < unsigned(frames);
-        dy_bits[j] = load_bits<N>(dy.at(row[j]), is);
-        if constexpr (through_swoosh) y_bits[j] = load_bits<N>(y.at(row[j]), is);
-      }
-#pragma unroll
-      for (int j = 0; j < around_at_once; ++j) {
-        strips.gradient[row[j] * lanes + at.lane] = gradient_of<Y, through_swoosh, N>(dy_bits[j], y_bits[j], nullptr);
-      }
-    }
+    int t0 = int(here.t0);
+    fill_gradient<X, Y, through_swoosh>(strips.gradient, n, given, here.b, t0 - half, db, at);
     __syncthreads();
     if (chunked) {
-      for (int r = at.warp; r < strips.rows; r += warps) {
-        int t = before + r;
-        Row<N> row = strips.gradient[r * lanes + at.lane];
-#pragma unroll
-        for (int c = 0; c < N; ++c) {
-          row.of[c] = at.inside && t >= 0 && t < frames ? row.of[c] * factor_of(in, t, at.channel + c) : 0.0f;
-        }
-        strips.scaled[r * lanes + at.lane] = row;
-      }
+      fill_scaled(strips.scaled, strips.gradient, strips.rows, in, t0 - half, at);
       __syncthreads();
     }
-
-    // dx, da and ds; and x, for what comes next.
-    Row<N> sums[group] = {};
-    const Row<N>* mine = strips.gradient + first * lanes + at.lane;
+    Row<N> dx[group] = {};
     if constexpr (chunked) {
-      convolve_inside<N>(strips.scaled + first * lanes + at.lane, strips.weight + at.lane, kernel, half,
-                         Positions<group>(n, t0 + first), sums);
-      convolve<N>(mine + half * lanes, strips.causal + at.lane, half + 1, sums);
+      convolve_inside<N>(strips.scaled + mine, strips.weight + at.lane, kernel, half, Positions<group>(n, t0 + first),
+                         dx);
+      convolve<N>(strips.gradient + mine + half * lanes, strips.causal + at.lane, half + 1, dx);
     } else if (given.da) {
-      convolve<N>(mine, strips.weight + at.lane, kernel, sums);
+      convolve<N>(strips.gradient + mine, strips.weight + at.lane, kernel, dx);
     }
-    // Lane i looks at frame i of the warp's.
-    unsigned present =
-        __ballot_sync(0xffffffffu, at.lane < group && heard(in.padding, frames, here.b, t0 + first + at.lane));
-    if (!at.inside) present = 0;
-    int64_t from = strided(n, here.b, t0 + first, at.channel);
-    Frames<X> a(in.a, from, n.frame_stride), s(in.s, from, n.frame_stride);
-    int64_t to = (int64_t(t0 + first) * n.batch + here.b) * given.step + at.channel;
-    Frames<X> da(given.da, to, n.batch * given.step), ds(given.ds, to, n.batch * given.step);
-    int count = at.inside && given.da ? frames - t0 - first : 0;
-#pragma unroll
-    for (int r0 = 0; r0 < group; r0 += at_once) {
-      Bits<X, N> a_bits[at_once], s_bits[at_once];  // loaded before stores that might, for all nvcc knows, change them
-#pragma unroll
-      for (int r = r0; r < r0 + at_once; ++r) {
-        a_bits[r - r0] = load_bits<N>(a.at(r), present >> r & 1);
-        s_bits[r - r0] = load_bits<N>(s.at(r), present >> r & 1);
-      }
-#pragma unroll
-      for (int r = r0; r < r0 + at_once; ++r) {
-        Row<N> in_a = widened<X, N>(a_bits[r - r0]), in_s = widened<X, N>(s_bits[r - r0]), x, out_a, out_s;
-#pragma unroll
-        for (int c = 0; c < N; ++c) {
-          float gate = open(in_s.of[c]);
-          x.of[c] = in_a.of[c] * gate;
-          out_a.of[c] = present >> r & 1 ? sums[r].of[c] * gate : 0.0f;
-          out_s.of[c] = out_a.of[c] * (in_a.of[c] - x.of[c]);
-          sum_a.of[c] += out_a.of[c];
-          sum_s.of[c] += out_s.of[c];
-        }
-        if (!chunked) strips.x[(first + r) * lanes + at.lane] = x;
-        if (r < count) {
-          store_row<N>(da.to(r), out_a);
-          store_row<N>(ds.to(r), out_s);
-        }
-      }
-    }
+    write_inputs<X, Y>(in, given, here.b, t0 + first, dx, chunked ? nullptr : strips.x + mine, sum_a, sum_s, at);
     __syncthreads();
     if (!chunked && given.parameters) {
 #pragma unroll 1
@@ -217,9 +235,8 @@ __global__ void __launch_bounds__(warps* lanes, 2) backward(ConvModuleInputs in,
 
   SumRows rows(kernel, chunked, given.parameters, given.da != nullptr);
   Row<N>* scratch = strips.gradient;
-  __syncthreads();
   if (!chunked && given.parameters) {
-    write_sums<N>(n, dw, share, scratch, given.partial(n, rows, 0, at.channel), at);
+    write_sums<N>(n, dw, share.parts, scratch, given.partial(n, rows, 0, at.channel), at);
     write_row<N>(db, scratch, given.partial(n, rows, rows.bias, at.channel), at);
   }
   if (given.da) {

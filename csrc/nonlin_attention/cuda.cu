@@ -9,35 +9,36 @@ namespace {
 
 constexpr int threads = 256;
 
-// What each gate makes of an element of every input: results `out` and `other`.
+// What each gate makes of an element of every input: as many of the results `out`, `other` and `values`.
 struct Open {
   static constexpr int inputs = 2, results = 1;
-  static __device__ __forceinline__ void apply(const float (&in)[3], float& out, float&) {
-    out = in[1] * tanh_of(in[0]);  // s, x
+  static __device__ __forceinline__ void apply(const float (&in)[3], float (&out)[3]) {
+    out[0] = in[1] * tanh_of(in[0]);  // s, x
   }
 };
 
 struct Close {
   static constexpr int inputs = 2, results = 1;
-  static __device__ __forceinline__ void apply(const float (&in)[3], float& out, float&) {
-    out = in[0] * in[1];  // average, y
+  static __device__ __forceinline__ void apply(const float (&in)[3], float (&out)[3]) {
+    out[0] = in[0] * in[1];  // average, y
   }
 };
 
 struct OpenBackward {
-  static constexpr int inputs = 3, results = 2;
-  static __device__ __forceinline__ void apply(const float (&in)[3], float& out, float& other) {
+  static constexpr int inputs = 3, results = 3;
+  static __device__ __forceinline__ void apply(const float (&in)[3], float (&out)[3]) {
     float gate = tanh_of(in[1]);  // the gradient of the values, s, x
-    out = in[0] * in[2] * (1.0f - gate * gate);
-    other = in[0] * gate;
+    out[0] = in[0] * in[2] * (1.0f - gate * gate);
+    out[1] = in[0] * gate;
+    out[2] = in[2] * gate;
   }
 };
 
 struct CloseBackward {
   static constexpr int inputs = 3, results = 2;
-  static __device__ __forceinline__ void apply(const float (&in)[3], float& out, float& other) {
-    out = in[0] * in[2];  // grad, average, y
-    other = in[0] * in[1];
+  static __device__ __forceinline__ void apply(const float (&in)[3], float (&out)[3]) {
+    out[0] = in[0] * in[2];  // grad, average, y
+    out[1] = in[0] * in[1];
   }
 };
 
@@ -55,25 +56,31 @@ __global__ void __launch_bounds__(threads) map_rows(const NonlinMap args, int la
   int64_t frame = row / sequences, sequence = row % sequences;
   const T* from[3] = {row_of<T>(args.first, frame, sequence), row_of<T>(args.second, frame, sequence),
                       row_of<T>(args.third, frame, sequence)};
-  T *out = row_of<T>(args.out, frame, sequence), *other = row_of<T>(args.other, frame, sequence);
+  T* to[3] = {row_of<T>(args.out, frame, sequence), row_of<T>(args.other, frame, sequence),
+              row_of<T>(args.values, frame, sequence)};
   for (int64_t c = threadIdx.x % unsigned(lanes) * N; c < args.channels; c += lanes * N) {
-    float in[3][N], results[2][N];
+    float in[3][N], results[3][N];
 #pragma unroll
     for (int i = 0; i < Gate::inputs; ++i) load(from[i] + c, in[i]);
 #pragma unroll
     for (int j = 0; j < N; ++j) {
       const float element[3] = {in[0][j], in[1][j], Gate::inputs > 2 ? in[2][j] : 0.0f};
-      Gate::apply(element, results[0][j], results[1][j]);
+      float made[3];
+      Gate::apply(element, made);
+#pragma unroll
+      for (int i = 0; i < Gate::results; ++i) results[i][j] = made[i];
     }
-    store(out + c, results[0]);
-    if constexpr (Gate::results > 1) store(other + c, results[1]);
+#pragma unroll
+    for (int i = 0; i < Gate::results; ++i) {
+      if (i < 2 || args.values.data) store(to[i] + c, results[i]);
+    }
   }
 }
 
 template <class T>
 bool aligned(const NonlinMap& args) {
   bool all = args.channels % pack_size<T> == 0;
-  for (const NonlinRows* rows : {&args.first, &args.second, &args.third, &args.out, &args.other}) {
+  for (const NonlinRows* rows : {&args.first, &args.second, &args.third, &args.out, &args.other, &args.values}) {
     all = all && aligned16(rows->data) && rows->frame % pack_size<T> == 0 && rows->sequence % pack_size<T> == 0;
   }
   return all;

@@ -66,16 +66,16 @@ struct NonlinOpenBackward {
 //
 //   open             (s, x) -> x tanh(s)
 //   close            (average, y) -> average y
-//   open_backward    (dvalues, s, x) -> ds, dx
+//   open_backward    (dvalues, s, x) -> ds, dx, and the values x tanh(s) where they are given room
 //   close_backward   (grad, average, y) -> the gradient of the average, dy
 //
 // What a gate does not have is without data.
 struct NonlinMap {
-  NonlinRows first, second, third, out, other;
+  NonlinRows first, second, third, out, other, values;
   int64_t frames, sequences, channels;
   DType dtype;  // of everything
 
-  ZK_FIELDS(first, second, third, out, other, frames, sequences, channels, dtype)
+  ZK_FIELDS(first, second, third, out, other, values, frames, sequences, channels, dtype)
 };
 
 ZK_DECLARE_CPU(nonlin_attention_open, NonlinOpen)

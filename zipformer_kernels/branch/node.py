@@ -28,6 +28,7 @@ from zipformer_kernels.branch.products import Products
 from zipformer_kernels.core import backend as backends
 from zipformer_kernels.core.autograd import gradient_hook, reference_gradients, store, stored_tensors
 from zipformer_kernels.core.call import plain, without_autocast
+from zipformer_kernels.core.private import apply_of
 
 Change = Callable[[Tensor, Tensor], Tensor]
 """``(gradient, x)`` -> the gradient of x as a Balancer or a Whiten that acts has it."""
@@ -187,22 +188,25 @@ class Call:
         weights, stored = Weights(*rest[:PARAMETERS]), rest[PARAMETERS:]
         low, sums = self._lowered(grad, chosen, result)
         back = self.plan.middle.backward(products, low, weights, context, stored, asked)
-        last = self._of_product(low, back.a, sums, asked.parameters[2:], dtypes[1])
+        weight = self._of_weight(low, back.a, asked.parameters[2], dtypes[1])
         if back.dhidden is None:
-            return grad, Weights(None, None, *last), back.context
-        sums = products.lowered(back.dhidden, None, self.low)[1] if back.sums is None else back.sums
-        first = self._of_product(back.dhidden, x, sums, asked.parameters[:2], dtypes[0])
+            return grad, Weights(None, None, weight, self._of_biases(dtypes[1:], sums)[0]), back.context
+        own = products.lowered(back.dhidden, None, self.low)[1] if back.sums is None else back.sums
+        bias, other = self._of_biases(dtypes, own, sums)
+        gradients = Weights(self._of_weight(back.dhidden, x, asked.parameters[0], dtypes[0]), bias, weight, other)
         dsrc, *handed = products.added_gradient(grad, back.dhidden, weights.first, self.low)
         if self.hands:
             self.handed.give(dsrc, *handed)
-        return dsrc, Weights(*first, *last), back.context
+        return dsrc, gradients, back.context
 
-    def _of_product(
-        self, grad: Tensor, x: Tensor, sums: Tensor, needs: Sequence[bool], dtype: torch.dtype
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """The gradients of a product's parameters."""
-        weight = self.products.weight_gradient(grad, x, dtype) if needs[0] else None
-        return weight, self.products.total(sums, dtype) if needs[1] else None
+    def _of_weight(self, grad: Tensor, x: Tensor, need: bool, dtype: torch.dtype) -> Tensor | None:
+        """The gradient of a product's weight, if it is wanted."""
+        return self.products.weight_gradient(grad, x, dtype) if need else None
+
+    def _of_biases(self, dtypes: Sequence[torch.dtype], *sums: Tensor) -> list[Tensor | None]:
+        """The gradients of biases from their sums, in one launch."""
+        totals = self.products.totals(*sums)
+        return [None if x is None else x.to(dtype) for x, dtype in zip(totals, dtypes, strict=False)]
 
     def _lowered(self, grad: Tensor, chosen: Tensor | None, result: Tensor | None) -> tuple[Tensor, Tensor]:
         """The gradient of the module's result in `low`, and its sums."""
@@ -247,16 +251,15 @@ class AddBranch(torch.autograd.Function):
             needs = False, *ctx.needs_input_grad[2:]
             gradients = reference_gradients(reference, (src, x, *tensors), needs, given)
             return None, given, *gradients[1:]
-        with backends.use_backend(ctx.request):
+        with backends.as_in(ctx.request):
             gradients = without_autocast(AddBranch._gradients, ctx, given, x, tensors, stored)
         return None, gradients[0], None, *gradients[1:]
 
     @staticmethod
     def _gradients(ctx: Any, grad: Tensor, x: Tensor, tensors: Tensors, stored: Tensors) -> list[Tensor | None]:
         needs, context = ctx.needs_input_grad[3:], tensors[PARAMETERS:]
-        functions = iter(
-            [node for node, _ in ctx.next_functions[2 + sum(p is not None for p in tensors[:PARAMETERS]) :]]
-        )
+        first = 2 + sum(p is not None for p in tensors[:PARAMETERS])
+        functions = iter([node for node, _ in ctx.next_functions[first:]])
         nodes = [None if tensor is None else next(functions) for tensor in context]
         hidden = ctx.needs_input_grad[1] or ctx.needs_input_grad[2] or any(needs[:2]) or any(needs[PARAMETERS:])
         asked = Asked(hidden or any(node is not None for node in nodes), needs[:PARAMETERS], needs[PARAMETERS:], nodes)
@@ -264,6 +267,9 @@ class AddBranch(torch.autograd.Function):
         dsrc, weights, others = ctx.call.gradients(grad, x, context, stored, asked, dtypes)
         others = others or [None] * len(context)
         return [dsrc, *(g if need else None for g, need in zip((*weights, *others), needs, strict=True))]
+
+
+_apply = apply_of(AddBranch)  # it is settled that nobody looks on
 
 
 def acting(*changes: Change | None) -> tuple[Change, ...]:
@@ -282,5 +288,5 @@ def add(call: Call, src: Tensor, x: Tensor, parameters: Weights) -> tuple[Tensor
     """
     context = call.plan.context
     if torch.is_grad_enabled():
-        return AddBranch.apply(call, src, x, *parameters, *context)
+        return _apply(call, src, x, *parameters, *context)
     return without_autocast(call.add, src, x, context, False)[:2]

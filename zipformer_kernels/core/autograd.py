@@ -128,9 +128,7 @@ class _GradientHook(torch.autograd.Function):
 
 def _as_asked(request: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
     """The function's result with the choice of backends of its forward pass, whichever thread runs it."""
-    if backends.requested() == request:
-        return function(*args)
-    with backends.use_backend(request):
+    with backends.as_in(request):
         return function(*args)
 
 

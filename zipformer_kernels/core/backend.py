@@ -26,7 +26,7 @@ import os
 import threading
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -164,6 +164,11 @@ def requested(argument: str | None = None) -> str:
     if _latest is None:  # as nearly always: nobody has chosen
         return _default
     return _latest if is_compiling() else _innermost()
+
+
+def as_in(request: str) -> AbstractContextManager[None]:
+    """`use_backend` of what a forward pass was asked for, for its backward pass; nothing where that is asked for."""
+    return nullcontext() if requested() == request else use_backend(request)
 
 
 def asked_for(argument: str | None, request: str, offered: Collection[str]) -> tuple[str, ...]:

@@ -3,11 +3,12 @@
 ``kernel[grid](*args, **named)`` launches as Triton's own does. Triton asks at every launch which of the kernel's
 compiled forms is the right one, by types, alignments and values, in general code that takes 5 to 15 us. Here the first
 launch of a form is Triton's, and the compiled kernel that it chose is kept, under a key at least as fine as its own.
-Later launches take it by that key, and hand it addresses in place of tensors: 1 to 3 us.
+Later launches take it by that key, and hand it addresses in place of tensors: 1 to 3 us. That the tensors can be read
+is asked before (`zipformer_kernels.core.call`).
 
 Triton itself launches wherever that would not be the same: in its interpreter; for profilers' hooks, and where
-``JITFunction.run`` was replaced; with arguments of other kinds; and in versions before 3.4, whose compiled kernels are
-called in another way.
+``JITFunction.run`` was replaced; with arguments of other kinds; on AMD's GPUs, where a form is one of a tensor's size,
+too; and in other versions than those that are read here (`VERSIONS`), which may call compiled kernels in another way.
 """
 
 from __future__ import annotations
@@ -25,10 +26,8 @@ from zipformer_kernels.core.backend import TRITON_INTERPRETS
 from zipformer_kernels.core.call import PLAIN
 from zipformer_kernels.core.private import current_device
 
-try:
-    from triton import knobs
-except ImportError:  # before 3.4
-    knobs = None
+VERSIONS = "3.4", "3.5", "3.6"
+"""The versions of Triton whose way to launch is known."""
 
 ALIGNMENT = 16
 """Of addresses, and of integers, what kernels are compiled to know: whether this divides them."""
@@ -69,6 +68,8 @@ class _Watchers:
     """Who wants Triton itself to launch: those who hook into launches, debuggers, and tests."""
 
     def __init__(self) -> None:
+        from triton import knobs  # since 3.4
+
         self._runtime, self._compilation = knobs.runtime, vars(knobs.compilation)
         self._hooks = self._runtime.launch_enter_hook, self._runtime.launch_exit_hook
         self._calls = tuple(getattr(hook, "calls", () if hook is None else (hook,)) for hook in self._hooks)
@@ -198,6 +199,7 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     """Decorates a kernel that Python launches; arguments and result as of ``triton.jit``."""
     if function is None:
         return partial(jit, **options)
-    if TRITON_INTERPRETS or knobs is None:
+    known = triton.__version__.startswith(tuple(f"{version}." for version in VERSIONS)) and torch.version.hip is None
+    if TRITON_INTERPRETS or not known:
         return triton.jit(function, **options)
     return Kernel(function, **options)

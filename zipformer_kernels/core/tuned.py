@@ -124,10 +124,6 @@ _ON_CPU = [
         "scaled_adam.chunk", 1 << 14, "elements", "of a block's or thread's share, in CUDA too",
         "CPU and GPU", "reasoned: long enough to pay, short enough to share out small models",
     ),
-    Entry(
-        "scaled_adam.block", 256, "parameters", "that are looked at before a step at a time",
-        CPU, "reasoned: what is asked of a few hundred stays in cache",
-    ),
 ]  # fmt: skip
 
 _ON_GPU = [
@@ -139,7 +135,7 @@ _ON_GPU = [
     ),
     Entry("attention.cuda_blocks", 8, "blocks a multiprocessor", "that sum gradients of position projections", GPU,
           _PER_MULTIPROCESSOR),
-    Entry("attention.cuda_parts", 6, "parts", "of a sequence and head at most, each with sums of its own for e", GPU,
+    Entry("attention.cuda_parts", 8, "parts", "of a sequence and head at most, each with sums of its own for e", GPU,
           "reasoned: their memory is linear in the frames; more blocks run at once where sequences are few"),
     Entry("bias_norm.cuda_blocks", 4, "blocks a multiprocessor", "at most in backward", GPU, _PER_MULTIPROCESSOR),
     Entry("bias_norm.cuda_part_frames", 16, "frames", "of a sequence whose sums a block takes, at least", GPU, _LONG),
@@ -154,7 +150,6 @@ _ON_GPU = [
         GPU, "reasoned: so many targets that there are programs for all multiprocessors", least=0,
     ),
     _tile("attention.triton_table_rows", 128, "rows", "of a table of e that a program writes"),
-    _tile("attention.triton_filling", 512, "sources", "whose filling a program writes"),
     _tile("nonlin_attention.triton_tile", 2048, "elements", "of a program that gates"),
     _tile("nonlin_attention.triton_channels", 256, "channels", "of such a tile at most"),
     _warps("nonlin_attention.triton_warps"),
@@ -205,8 +200,12 @@ _ON_GPU = [
     Entry("conv_module.triton_parts", 4, "groups a multiprocessor", "of frames summed apart", GPU, _PER_MULTIPROCESSOR),
     _warps("conv_module.triton_warps"),
     Entry("products.triton_tile", (128, 128, 64, 8, 3), _PRODUCT, "of a product", SM_90, _TILES),
+    Entry("products.triton_gradient_tile", (128, 128, 32, 8, 4), _PRODUCT, "of one with the gradient of Swoosh", SM_90,
+          _TILES),
     Entry("products.triton_narrow_tile", (128, 64, 64, 8, 3), _PRODUCT,
           "of a product where wide ones would lie idle by a quarter", SM_90, _TILES),
+    Entry("products.triton_totals_tile", (32, 64, 4), "channels, parts, warps", "of sums that are added up", SM_90,
+          _TILES),
     Entry("products.triton_lowered_tile", (128, 64, 8), "rows, channels, warps", "of a cast with sums", SM_90, _TILES),
     Entry(
         "scaled_adam.triton_chunk", 1 << 15, "elements", "of a program's share",

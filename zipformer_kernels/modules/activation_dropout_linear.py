@@ -61,24 +61,23 @@ class ActivationDropoutAndLinear(Module):
         shape = list(x.shape)
         if self.dropout_shared_dim is not None:
             shape[self.dropout_shared_dim] = 1
-        mask = self.dropout_mask(shape, x.dtype, x.device)
+        draws, rate = self.draws(shape, x.dtype, x.device)
+        mask = None if draws is None else (draws > rate) * (1.0 / (1.0 - rate))
         return swoosh_linear(x, self.weight, self.bias, mask, ACTIVATIONS[self.activation])
 
     def activated(self, x: Tensor) -> Tensor:
         """What the product takes in eval mode: Swoosh(x)."""
         return swoosh(x, ACTIVATIONS[self.activation])
 
-    def dropout_mask(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """In training 0 or 1 / (1 - p), in the default dtype; None where nothing is dropped.
+    def draws(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, float]:
+        """In training what is drawn for the dropout, uniform in [0, 1), and its rate; None where nothing is dropped.
 
         Args:
             shape: of x, but of size 1 along a shared dimension.
             dtype, device: of x.
         """
-        p = number(self.dropout_p) if self.training else 0.0
-        if p == 0.0:
-            return None
-        return (torch.rand(shape, device=device, dtype=dtype) > p) * (1.0 / (1.0 - p))
+        rate = number(self.dropout_p) if self.training else 0.0
+        return None if rate == 0.0 else torch.rand(shape, device=device, dtype=dtype), rate
 
 
 reads(ActivationDropoutAndLinear, "activation")

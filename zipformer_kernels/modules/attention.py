@@ -283,7 +283,7 @@ class RelPositionMultiheadAttentionWeights(Module):
         if pos_emb.shape[0] == 1 and being_traced():  # to flatten 1 x n rows ties torch.export to some lengths
             pos_emb = pos_emb[0]
         e = split_last(project(self.linear_pos, pos_emb, passes=False)[0], self.num_heads)
-        e = e[0] if e.ndim == 4 and e.shape[0] == 1 else e
+        e = e.squeeze(0) if e.ndim == 4 and e.shape[0] == 1 else e  # backward of e[0] would be a launch
         return AttentionWeights(q, k, p, e, *rest, stored_bytes=self.stored_bytes)
 
 

@@ -62,9 +62,9 @@ class FeedforwardModule(Branch):
     def plan(self, site: Site) -> Plan:
         last, (_, batch, _) = self.out_proj, site.shape
         change = self.hidden_balancer.change(site.hidden, last.weight.shape[1])
-        mask = last.dropout_mask((1, batch, last.weight.shape[1]), site.low, site.device)
+        draws, rate = last.draws((1, batch, last.weight.shape[1]), site.low, site.device)
         whiten = self.out_whiten.change(site.result, site.shape[2])
-        return Plan(SwooshMiddle(ACTIVATIONS[last.activation], change), (mask,), acting(whiten))
+        return Plan(SwooshMiddle(ACTIVATIONS[last.activation], rate, change), (draws,), acting(whiten))
 
     def in_place(self, backend: SettledBackend, hidden: Tensor, state: None) -> tuple[Tensor, None]:
         kind = ACTIVATIONS[self.out_proj.activation]

@@ -8,33 +8,35 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zipformer_kernels.branch.node import Asked, Back, Change, Tensors, Weights
-from zipformer_kernels.branch.products import Products
+from zipformer_kernels.branch.products import Dropout, Products
 from zipformer_kernels.core.autograd import gradient_hook
 from zipformer_kernels.ops.swoosh_linear.reference import activate
 
 
 class SwooshMiddle(NamedTuple):
-    """a = mask * swoosh(h); the context is the mask, (1, batch, hidden), or None.
+    """a = mask * swoosh(h); the context are the draws of the dropout, (1, batch, hidden), or None.
 
     Attributes:
         kind: of Swoosh.
+        rate: of the dropout.
         change: what acts on the gradient of h, or None.
     """
 
     kind: str
+    rate: float
     change: Change | None
 
     def forward(
         self, products: Products, x: Tensor, weights: Weights, context: Tensors, stores: bool
     ) -> tuple[Tensor, Tensors]:
-        hidden, a = products.activated(x, weights.first, weights.first_bias, *context, self.kind, stores)
+        hidden, a = products.activated(x, weights.first, weights.first_bias, self._dropout(context), self.kind, stores)
         return a, (hidden,)
 
     def backward(
         self, products: Products, grad: Tensor, weights: Weights, context: Tensors, stored: Tensors, asked: Asked
     ) -> Back:
         (hidden,) = stored
-        dhidden, a, sums = products.activated_gradient(grad, weights.last, hidden, *context, self.kind)
+        dhidden, a, sums = products.activated_gradient(grad, weights.last, hidden, self._dropout(context), self.kind)
         if self.change is not None:
             dhidden, sums = self.change(dhidden, hidden), None
         return Back(dhidden, sums, a)
@@ -43,4 +45,9 @@ class SwooshMiddle(NamedTuple):
         hidden = F.linear(x, weights.first, weights.first_bias)
         if self.change is not None:
             hidden = gradient_hook(hidden, self.change, hidden)
-        return activate(hidden, *context, self.kind, hidden.dtype)
+        dropout = self._dropout(context)
+        return activate(hidden, None if dropout is None else dropout.mask(), self.kind, hidden.dtype)
+
+    def _dropout(self, context: Tensors) -> Dropout | None:
+        (draws,) = context
+        return None if draws is None else Dropout(draws, self.rate)

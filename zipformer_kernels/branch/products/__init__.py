@@ -7,11 +7,11 @@ import importlib
 import torch
 from torch import Tensor
 
-from zipformer_kernels.branch.products.interface import Products
+from zipformer_kernels.branch.products.interface import Dropout, Products
 from zipformer_kernels.branch.products.plain import BY_TORCH
 from zipformer_kernels.core import backend as backends
 
-__all__ = ["BY_TORCH", "Products", "choose", "unsupported"]
+__all__ = ["BY_TORCH", "Dropout", "Products", "choose", "unsupported"]
 
 LOW = (torch.float16, torch.bfloat16)
 MOST_SEQUENCES = 1 << 16  # kernels find a row's sequence by a quotient in float32

@@ -98,12 +98,13 @@ def quarters(tile, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def mask_of(mask_ptr, m, r, c, B, N, inside):
-    """The mask of a tile, of each row's sequence, (B, N); 1 where there is none."""
-    if mask_ptr is None:
+def mask_of(draws_ptr, rate, factor, m, r, c, B, N, inside):
+    """The mask of a tile, by the draws of each row's sequence, (B, N); 1 where there is none."""
+    if draws_ptr is None:
         mask = 1.0
     else:
-        mask = tl.load(mask_ptr + (sequence(m, r, B)[:, None] * N + c[None, :]), inside, other=0.0).to(tl.float32)
+        draws = tl.load(draws_ptr + (sequence(m, r, B)[:, None] * N + c[None, :]), inside, other=0.0).to(tl.float32)
+        mask = tl.where(draws > rate, factor, 0.0)
     return mask
 
 
@@ -118,7 +119,9 @@ def activated_kernel(
     x_ptr,
     w_ptr,
     bias_ptr,
-    mask_ptr,
+    draws_ptr,
+    rate,
+    factor,
     hidden_ptr,
     a_ptr,
     rows,
@@ -149,7 +152,7 @@ def activated_kernel(
         hidden = hidden.to(low)  # as backward will read it
         if hidden_ptr is not None:
             tl.store(hidden_ptr + i, hidden, inside)
-        a = swoosh_value(hidden.to(tl.float32), SHIFT, OFFSET) * mask_of(mask_ptr, m, r, c, B, N, inside)
+        a = swoosh_value(hidden.to(tl.float32), SHIFT, OFFSET) * mask_of(draws_ptr, rate, factor, m, r, c, B, N, inside)
         tl.store(a_ptr + i, a.to(low), inside)
 
 
@@ -158,7 +161,9 @@ def activated_gradient_kernel(
     grad_ptr,
     w_ptr,
     hidden_ptr,
-    mask_ptr,
+    draws_ptr,
+    rate,
+    factor,
     dhidden_ptr,
     a_ptr,
     sums_ptr,
@@ -185,7 +190,7 @@ def activated_gradient_kernel(
         c = columns(N, q, BN)
         i, inside = elements(m, r, c, left, N)
         hidden = tl.load(hidden_ptr + i, inside, other=0.0).to(tl.float32)
-        mask = mask_of(mask_ptr, m, r, c, B, N, inside)
+        mask = mask_of(draws_ptr, rate, factor, m, r, c, B, N, inside)
         tl.store(a_ptr + i, (swoosh_value(hidden, SHIFT, OFFSET) * mask).to(low), inside)
         da = q0 if q == 0 else q1 if q == 1 else q2 if q == 2 else q3
         dhidden = da.to(tl.float32) * mask * swoosh_derivative(hidden, SHIFT)
@@ -233,6 +238,41 @@ def added_kernel(
             tl.store(low_ptr + i, y.to(low_ptr.dtype.element_ty), inside)
         if sums_ptr is not None:
             store_sums(sums_ptr, y, m, c, N, inside, BM)
+
+
+@triton.jit
+def store_total(sums_ptr, total_ptr, block, parts, N, BN: tl.constexpr, PARTS: tl.constexpr):
+    """The sum of all parts of some columns."""
+    c, p = block * BN + tl.arange(0, BN), tl.arange(0, PARTS)
+    total = tl.zeros([BN], tl.float32)
+    for first in range(0, parts, PARTS):
+        part = (first + p).to(tl.int64)[:, None] * N + c[None, :]
+        total += tl.sum(tl.load(sums_ptr + part, (first + p < parts)[:, None] & (c < N)[None, :], other=0.0), 0)
+    tl.store(total_ptr + c, total, c < N)
+
+
+@jit(do_not_specialize=["parts", "other_parts"])
+def totals_kernel(
+    sums_ptr,
+    total_ptr,
+    parts,
+    N,
+    other_sums_ptr,
+    other_total_ptr,
+    other_parts,
+    other_N,
+    BN: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """The sums of all parts, of one tensor and of another, if there is one."""
+    block, blocks = tl.program_id(0), tl.cdiv(N, BN)
+    if other_sums_ptr is None:
+        store_total(sums_ptr, total_ptr, block, parts, N, BN, PARTS)
+    else:
+        if block < blocks:
+            store_total(sums_ptr, total_ptr, block, parts, N, BN, PARTS)
+        else:
+            store_total(other_sums_ptr, other_total_ptr, block - blocks, other_parts, other_N, BN, PARTS)
 
 
 @jit(do_not_specialize=VARYING)

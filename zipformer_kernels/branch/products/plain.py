@@ -9,26 +9,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from zipformer_kernels.branch.products.interface import Products
+from zipformer_kernels.branch.products.interface import Dropout, Products
 from zipformer_kernels.ops.swoosh import reference as curve
 
-MM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")  # since torch 2.8, for CUDA tensors
+MM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")  # since torch 2.8
 
 
 def _activated(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, stores: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, dropout: Dropout | None, kind: str, stores: bool
 ) -> tuple[Tensor | None, Tensor]:
     hidden = F.linear(x, weight, _in(x.dtype, bias))
-    return hidden if stores else None, _masked_swoosh(hidden, mask, kind)
+    return hidden if stores else None, _dropped_swoosh(hidden, dropout, kind)
 
 
 def _activated_gradient(
-    grad: Tensor, weight: Tensor, hidden: Tensor, mask: Tensor | None, kind: str
+    grad: Tensor, weight: Tensor, hidden: Tensor, dropout: Dropout | None, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     da = grad @ weight
     slope = curve.derivative(hidden, kind)
-    dhidden = (da * slope if mask is None else da * mask * slope).to(hidden.dtype)
-    return dhidden, _masked_swoosh(hidden, mask, kind), _sums(dhidden)
+    dhidden = (da * slope if dropout is None else da * dropout.mask() * slope).to(hidden.dtype)
+    return dhidden, _dropped_swoosh(hidden, dropout, kind), _sums(dhidden)
 
 
 def _added(
@@ -48,9 +48,14 @@ def _added_gradient(grad: Tensor, dhidden: Tensor, weight: Tensor, low: torch.dt
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """grad^T x over all rows, (out, in), in `dtype`; accumulated in float32."""
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
-    if dtype == torch.float32 != x.dtype and x.is_cuda and MM_HAS_OUT_DTYPE:
+    if dtype == torch.float32 != x.dtype and multiplies_widely(x):
         return torch.mm(grad.t(), x, out_dtype=dtype)
     return torch.mm(grad.t(), x).to(dtype)
+
+
+def multiplies_widely(x: Tensor) -> bool:
+    """Whether torch multiplies tensors like x, in half precision, to a result in float32."""
+    return MM_HAS_OUT_DTYPE and x.is_cuda
 
 
 def _lowered(grad: Tensor, chosen: Tensor | None, low: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -58,20 +63,23 @@ def _lowered(grad: Tensor, chosen: Tensor | None, low: torch.dtype) -> tuple[Ten
     return lowered, _sums(lowered)
 
 
-def total(sums: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sums of all rows, (channels,), in `dtype`; the parts are added in a fixed order."""
-    return sums.sum(0).to(dtype)
+def _totals(sums: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    return _total(sums), None if other is None else _total(other)
+
+
+def _total(sums: Tensor) -> Tensor:
+    return sums[0] if len(sums) == 1 else sums.sum(0)
 
 
 def _in(dtype: torch.dtype, bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.to(dtype)
 
 
-def _masked_swoosh(hidden: Tensor, mask: Tensor | None, kind: str) -> Tensor:
-    if mask is None:
+def _dropped_swoosh(hidden: Tensor, dropout: Dropout | None, kind: str) -> Tensor:
+    if dropout is None:
         return curve.swoosh(hidden, kind)
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    return (curve.swoosh(hidden.to(wide), kind) * mask).to(hidden.dtype)
+    return (curve.swoosh(hidden.to(wide), kind) * dropout.mask()).to(hidden.dtype)
 
 
 def _sums(x: Tensor) -> Tensor:
@@ -80,4 +88,4 @@ def _sums(x: Tensor) -> Tensor:
     return x.flatten(0, -2).sum(0, keepdim=True, dtype=wide)
 
 
-BY_TORCH = Products(_activated, _activated_gradient, _added, _added_gradient, weight_gradient, _lowered, total)
+BY_TORCH = Products(_activated, _activated_gradient, _added, _added_gradient, weight_gradient, _lowered, _totals)

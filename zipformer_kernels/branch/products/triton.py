@@ -11,20 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from zipformer_kernels.branch.products.interface import Products
+from zipformer_kernels.branch.products.interface import Dropout, Products
 from zipformer_kernels.branch.products.kernels import (
     activated_gradient_kernel,
     activated_kernel,
     added_kernel,
     lowered_kernel,
+    totals_kernel,
 )
-from zipformer_kernels.branch.products.plain import total, weight_gradient
+from zipformer_kernels.branch.products.plain import weight_gradient
 from zipformer_kernels.core import tuning
 from zipformer_kernels.core.launch import cdiv, contiguous, on_device
 from zipformer_kernels.ops.swoosh.reference import OFFSET, SHIFT
 
 TILE = tuning.entry("products.triton_tile")
+GRADIENT = tuning.entry("products.triton_gradient_tile")
 NARROW = tuning.entry("products.triton_narrow_tile")
+TOTALS = tuning.entry("products.triton_totals_tile")
 LOWERED = tuning.entry("products.triton_lowered_tile")
 
 
@@ -39,10 +42,22 @@ def _cut(channels: int, inner: int, wide: tuple[int, ...], narrow: tuple[int, ..
     return bm, cdiv(channels, bn), whole | {"BM": bm, "BN": bn, "BK": bk, "num_warps": warps, "num_stages": stages}
 
 
+def _drawn(dropout: Dropout | None) -> tuple[Tensor | None, float, float]:
+    """The draws, the rate as torch compares them with it, and the factor of what is not dropped."""
+    if dropout is None:
+        return None, 0.0, 1.0
+    return dropout.draws.contiguous(), _rounded(dropout.rate, dropout.draws.dtype), dropout.factor
+
+
+@lru_cache(maxsize=1024)
+def _rounded(number: float, dtype: torch.dtype) -> float:
+    return torch.tensor(number, dtype=dtype).item()
+
+
 def _activated(
-    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, stores: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, dropout: Dropout | None, kind: str, stores: bool
 ) -> tuple[Tensor | None, Tensor]:
-    x, bias, mask = contiguous(x, bias, mask)
+    x, bias = contiguous(x, bias)
     (frames, sequences, inner), channels = x.shape, weight.shape[0]
     a = x.new_empty(frames, sequences, channels)
     hidden = torch.empty_like(a) if stores else None
@@ -51,18 +66,18 @@ def _activated(
     if rows > 0:
         with on_device(x):
             activated_kernel[(cdiv(rows, bm) * across,)](
-                x, weight, bias, mask, hidden, a, rows, sequences, channels, inner, *weight.stride(),
+                x, weight, bias, *_drawn(dropout), hidden, a, rows, sequences, channels, inner, *weight.stride(),
                 SHIFT[kind], OFFSET[kind], **constants,
             )  # fmt: skip
     return hidden, a
 
 
 def _activated_gradient(
-    grad: Tensor, weight: Tensor, hidden: Tensor, mask: Tensor | None, kind: str
+    grad: Tensor, weight: Tensor, hidden: Tensor, dropout: Dropout | None, kind: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    grad, hidden, mask = contiguous(grad, hidden, mask)
+    grad, hidden = contiguous(grad, hidden)
     (frames, sequences, inner), channels = grad.shape, weight.shape[1]
-    bm, across, constants = _cut(channels, inner, TILE.value, NARROW.value)
+    bm, across, constants = _cut(channels, inner, GRADIENT.value, NARROW.value)
     rows = frames * sequences
     parts = cdiv(rows, bm)
     dhidden, a = torch.empty_like(hidden), torch.empty_like(hidden)
@@ -71,7 +86,7 @@ def _activated_gradient(
         w_sk, w_sn = weight.stride()
         with on_device(grad):
             activated_gradient_kernel[(parts * across,)](
-                grad, weight, hidden, mask, dhidden, a, sums, rows, sequences, channels, inner, w_sn, w_sk,
+                grad, weight, hidden, *_drawn(dropout), dhidden, a, sums, rows, sequences, channels, inner, w_sn, w_sk,
                 SHIFT[kind], OFFSET[kind], **constants,
             )  # fmt: skip
     return dhidden, a, sums
@@ -133,4 +148,18 @@ def _lowered(grad: Tensor, chosen: Tensor | None, low: torch.dtype) -> tuple[Ten
     return grad if lowered is None else lowered, sums
 
 
-TRITON = Products(_activated, _activated_gradient, _added, _added_gradient, weight_gradient, _lowered, total)
+def _totals(sums: Tensor, other: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    bn, at_once, warps = TOTALS.value
+    (parts, channels), total = sums.shape, sums.new_empty(sums.shape[1])
+    other_parts, other_channels, other_total = 0, 0, None
+    if other is not None:
+        (other_parts, other_channels), other_total = other.shape, other.new_empty(other.shape[1])
+    with on_device(sums):
+        totals_kernel[(cdiv(channels, bn) + cdiv(other_channels, bn),)](
+            sums, total, parts, channels, other, other_total, other_parts, other_channels,
+            BN=bn, PARTS=at_once, num_warps=warps,
+        )  # fmt: skip
+    return total, other_total
+
+
+TRITON = Products(_activated, _activated_gradient, _added, _added_gradient, weight_gradient, _lowered, _totals)

@@ -18,6 +18,10 @@ class Rows(NamedTuple):
     sequence: int
     head: int
 
+    def from_head(self, head: int, size: int) -> Rows:
+        """Those from a head on, of elements of so many bytes."""
+        return self._replace(data=self.data + head * self.head * size) if head and self.data else self
+
 
 NO_ROWS = Rows(0, 0, 0, 0)
 
@@ -31,6 +35,8 @@ class Weights(NamedTuple):
     e: Rows
     softmax: int
     padding: int
+    padding_frame: int
+    padding_sequence: int
     mask: int
     mask_frame: int
     mask_sequence: int
@@ -43,6 +49,14 @@ class Weights(NamedTuple):
     chunk: int
     left_chunks: int
     dtype: int
+
+    def of_heads(self, heads: range, size: int) -> Weights:
+        """Those of some heads; q, k, p and e have elements of so many bytes."""
+        if len(heads) == self.heads:
+            return self
+        scores = {name: getattr(self, name).from_head(heads.start, size) for name in ("q", "k", "p", "e")}
+        softmax = self.softmax + heads.start * self.sequences * self.targets * 8
+        return self._replace(**scores, softmax=softmax, heads=len(heads))
 
 
 class Use(NamedTuple):
@@ -84,15 +98,16 @@ class Arguments:
     def __init__(self, scores: Scores, softmax: Tensor | None, masks: Masks) -> None:
         self.q, self.k, self.p, self.e = (unit_stride(x) for x in scores)
         self.softmax = None if softmax is None else softmax.contiguous()
-        self.padding = None if masks.key_padding_mask is None else masks.key_padding_mask.contiguous()
+        self.padding = masks.key_padding_mask
         self.mask = unit_stride(masks.attn_mask)
         self.rule = masks.chunk, masks.left_chunks
 
     def struct(self) -> Weights:
         """What every function of the compiled module takes first."""
-        q, k, p, mask = self.q, self.k, self.p, self.mask
+        q, k, p, padding, mask = self.q, self.k, self.p, self.padding, self.mask
         scores = rows(q), rows(k), rows(p), projections(self.e)
         strides = (0, 0) if mask is None else (mask.stride(-2), mask.stride(0) if mask.ndim == 3 else 0)
-        masks = pointer(self.padding), pointer(mask), *strides
+        padded = (0, 0, 0) if padding is None else (pointer(padding), padding.stride(1), padding.stride(0))
+        masks = *padded, pointer(mask), *strides
         sizes = (q.shape[0], k.shape[0], *q.shape[1:], 0 if p is None else p.shape[3], *self.rule)
         return Weights(*scores, pointer(self.softmax), *masks, *sizes, DTYPE_CODES[q.dtype])

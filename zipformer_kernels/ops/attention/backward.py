@@ -69,7 +69,7 @@ def gradients_of_scores(
     found = empty_beside(*(x for x in (q, k, p) if x is not None))
     dq, dk, dp = (*map(unit_stride, found), None)[:3]
     sequences, heads = q.shape[1:3]
-    de = None if p is None else e.new_zeros(sequences, heads, *e.shape[::2], dtype=torch.float32)
+    de = None if p is None or not needs[3] else e.new_empty(sequences, heads, *e.shape[::2], dtype=torch.float32)
     for part in parts:
         of_part = Scores(*(None if x is None else x[:, :, part.heads] for x in (dq, dk, dp)), None)
         own = None if de is None else de[:, part.heads]
@@ -93,7 +93,6 @@ def _of_part(
     block = min(cdiv(weights.targets, step), max(1, limit // step)) * step
     several = block < weights.targets
     ds = q.new_empty(planes * block * width + margin)
-    ds[-margin:].zero_()  # behind the last row, where diagonals lead
     dk = torch.zeros_like(written.k, dtype=torch.float32) if several else written.k
     stored, dense = _padded(part.w, q.dtype), _padded(part.dw, q.dtype)
     packed = pack(part.uses, stored, dense, weights)
@@ -153,8 +152,11 @@ def _add_positions(
             **constants,
         )
     if needs[3]:
+        several = targets < weights.targets  # blocks: none of them has all offsets
+        if several and block_of_targets[-2] == 0:
+            de.zero_()
         gradients.position_gradient_kernel[(weights.programs(weights.sources + targets - 1, tile.sources),)](
-            *(p, *strides_of(p), *block_of_targets, de, *de.stride()[:2]), **constants
+            *(p, *strides_of(p), *block_of_targets, int(several), de, *de.stride()[:2]), **constants
         )
 
 
@@ -170,30 +172,35 @@ def pack(
     values, grad = (
         empty(*planes, rows, width, dtype=dtype, device=weights.q.device) for rows in (weights.sources, weights.targets)
     )
-    delta = torch.zeros(*planes, weights.targets, dtype=torch.float32, device=weights.q.device)
+    make = torch.zeros if dw is None and not uses else torch.empty
+    packed = Packed(values, grad, make(*planes, weights.targets, dtype=torch.float32, device=weights.q.device))
     at = 0
-    for number, (v, out, g) in enumerate(uses):
-        channels = v.shape[3]
+    for number, use in enumerate(uses):
+        channels = use[0].shape[3]
         wide = width - at if number == len(uses) - 1 else channels
-        _pack(v, v, values[..., at:], delta, wide, DELTA=False)
-        _pack(g, out, grad[..., at:], delta, wide, DELTA=True)
+        _pack(use, packed, at, wide, number == 0)
         at += channels
     if dw is not None:
-        by_row = (x.permute(2, 1, 0, 3) for x in (dw, w))
-        _pack(*by_row, grad, delta, dw.shape[3], PACK=False, DELTA=True)
-    return Packed(values, grad, delta)
+        w, dw = (x.permute(2, 1, 0, 3) for x in (w, dw))
+        _pack((None, w, dw), packed, 0, dw.shape[3], not uses)
+    return packed
 
 
-def _pack(x: Tensor, out: Tensor, packed: Tensor, delta: Tensor, channels: int, **what: bool) -> None:
-    rows, sequences, heads, own = x.shape
-    tile = tile_of("pack", x.dtype)
-    with on_device(x):
-        gradients.pack_kernel[(cdiv(rows, tile.targets) * sequences * heads,)](
-            *(x, *x.stride()[:3], out, *out.stride()[:3], packed, packed.stride(2), delta),
-            *(rows, sequences, heads, own, channels),
+def _pack(use: Sequence[Tensor | None], packed: Packed, at: int, wide: int, first: bool) -> None:
+    """Packs V, and of O and G, at a channel, so many; or adds to delta alone where there is no V."""
+    v, out, g = use
+    targets, sequences, heads, channels = g.shape
+    sources, tile = 0 if v is None else v.shape[0], tile_of("pack", g.dtype)
+    programs = (cdiv(targets, tile.targets) + cdiv(sources, tile.targets)) * sequences * heads
+    values = g if v is None else v
+    with on_device(g):
+        gradients.pack_kernel[(programs,)](
+            *(values, *values.stride()[:3], g, *g.stride()[:3], out, *out.stride()[:3]),
+            *(packed.values[..., at:], packed.grad[..., at:], packed.grad.stride(2), packed.delta),
+            *(targets, sources, sequences, heads, channels, wide, int(first)),
             BM=tile.targets,
-            BC=tile.block(channels),
-            **{"PACK": True, **what},
+            BC=tile.block(wide),
+            PACK=v is not None,
             **tile.options(),
         )
 

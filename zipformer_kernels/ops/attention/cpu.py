@@ -37,7 +37,7 @@ def _softmax(*args: Tensor | int | None) -> tuple[Tensor]:
     scores, _, masks, _ = grouped(0, args)
     softmax = empty_rows(scores.q)
     if softmax.numel() > 0:
-        weights = Arguments(scores, softmax, masks)  # holds copies until the call is over
+        weights = Arguments(scores, softmax, masks.dense())  # holds copies until the call is over
         call_cpu("attention_softmax", scores.q, weights.struct())
     return (softmax,)
 
@@ -66,7 +66,7 @@ def average_values(scores: Scores, softmax: Tensor, masks: Masks, values: Tensor
     """W V, (T, B, H, C), with weights made of the scores and the softmax rows."""
     out = values.new_empty(scores.q.shape[0], *values.shape[1:])
     if out.numel() > 0:
-        weights, values = Arguments(scores, softmax, masks), unit_stride(values)
+        weights, values = Arguments(scores, softmax, masks.dense()), unit_stride(values)
         call_cpu("attention_forward", values, weights.struct(), rows(values), pointer(out), values.shape[3])
     return out
 
@@ -102,7 +102,7 @@ def make_weights(*args: Tensor | int | float | None) -> tuple[Tensor]:
     q, k, *_ = scores
     w = q.new_empty(q.shape[2], q.shape[1], q.shape[0], k.shape[0])
     if w.numel() > 0:
-        weights = Arguments(scores, None, masks)
+        weights = Arguments(scores, None, masks.dense())
         call_cpu("attention_weights_forward", q, weights.struct(), pointer(w))
     return (w,)
 
@@ -155,7 +155,7 @@ def _launch_backward(
     penalty: Penalty,
 ) -> None:
     """Calls the kernel; V and O of a use may be None for the gradient of the values alone."""
-    dtype, weights = scores.q.dtype, Arguments(scores, softmax, masks)  # holds copies until the call is over
+    dtype, weights = scores.q.dtype, Arguments(scores, softmax, masks.dense())  # holds copies until the call is over
     w, dw = [None if x is None else x.to(dtype).contiguous() for x in (w, dw)]
     uses = [[None if x is None else unit_stride(x.to(dtype)) for x in use] for use in uses]
     given = [Use(*map(rows, use), use[2].shape[3]) for use in uses]

@@ -121,6 +121,7 @@ launchers = AttentionLaunchers(
     _backward,
     worthwhile,
     average_values=average_values,
+    gated_average=gated_average,
     values_gradient=values_gradient,
     scores_gradients=scores_gradients,
     variants={"softmax": Launchers(unsupported, softmax_rows, None, worthwhile)},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,16 +10,13 @@ from torch import Tensor
 from zipformer_kernels.core import tuning
 from zipformer_kernels.core.joint import empty_beside
 from zipformer_kernels.core.launch import DTYPE_CODES, call_cuda, cdiv, multiprocessors, pointer
-from zipformer_kernels.ops.attention import arguments
-from zipformer_kernels.ops.attention.aligned import GROUP, aligned_scores, aligned_values, whole_groups
-from zipformer_kernels.ops.attention.arguments import NO_ROWS, Arguments, projections, rows, unit_stride
-from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, Use, by_heads
+from zipformer_kernels.ops.attention.aligned import GROUP, aligned_scores, aligned_values
+from zipformer_kernels.ops.attention.arguments import NO_ROWS, Arguments, projections, rows
+from zipformer_kernels.ops.attention.cuda_uses import Together, bring_together
+from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, Use
 
 STEP = 64
 """Targets that a block takes at once, and sources that it goes forward: `attention_step` of csrc."""
-
-PACKED, PACKED_WIDE = 32, 128
-"""Channels of all uses side by side are as many as the first number, or a multiple of as many as fill so many bytes."""
 
 MOST_PARTS = tuning.entry("attention.cuda_parts")
 """Into so many the targets of a sequence and head are shared out at most: each part sums the gradient of the position
@@ -47,14 +43,6 @@ def values_gradient(scores: Scores, softmax: Tensor, masks: Masks, grad: Tensor)
     return dv[..., :channels].contiguous()
 
 
-class _Packed(NamedTuple):
-    """Values and gradients of uses side by side, (H, B, S or T, channels), and delta, (H, B, T)."""
-
-    values: Tensor
-    grads: Tensor
-    delta: Tensor
-
-
 def scores_gradients(
     needs: Sequence[bool], scores: Scores, softmax: Tensor, masks: Masks, penalty: Penalty, uses: Sequence[Use]
 ) -> list[Tensor | None]:
@@ -73,12 +61,8 @@ def scores_gradients(
         return gradients
     given = aligned_scores(scores)
     written = [_writable(x, like) for x, like in zip(gradients[:3], given[:3], strict=True)]
-    for heads, of_them in by_heads(scores.q.shape[2], uses):
-        packed = _pack(scores.of_heads(heads), of_them)
-        weights = Arguments(given.of_heads(heads), softmax[heads], masks)
-        results = [None if x is None else x[:, :, heads] for x in written]
-        de = None if gradients[3] is None else gradients[3][:, heads]
-        _launch(weights, packed, penalty, results, de)
+    weights = Arguments(given, softmax, masks)  # holds copies until the calls are over
+    _launch(weights, bring_together(given, uses), penalty, written, gradients[3])
     for x, y in zip(gradients[:3], written, strict=True):
         if x is not y:
             x.copy_(y[..., : x.shape[3]])
@@ -111,69 +95,50 @@ def _writable(x: Tensor | None, like: Tensor | None) -> Tensor | None:
     return like.new_empty(like.shape)
 
 
-def _pack(scores: Scores, uses: Sequence[tuple[Tensor, Tensor, Tensor]]) -> _Packed:
-    """Values and gradients side by side, of uses that have all heads of the scores: values, result and gradient."""
-    q, k = scores.q, scores.k
-    (targets, batch, heads, _), sources = q.shape, k.shape[0]
-    given = sum(values.shape[3] for values, *_ in uses)
-    channels = PACKED if given <= PACKED else whole_groups(given, PACKED_WIDE // q.element_size())
-    make = torch.empty if uses else torch.zeros
-    options = {"device": q.device}
-    packed = _Packed(
-        make(heads, batch, sources, channels, dtype=q.dtype, **options),
-        make(heads, batch, targets, channels, dtype=q.dtype, **options),
-        make(heads, batch, targets, dtype=torch.float32, **options),
-    )
-    first = 0
-    for use in uses:
-        v, out, grad = (unit_stride(x.to(q.dtype)) for x in use)
-        own, width = arguments.Use(rows(v), rows(out), rows(grad), v.shape[3]), v.shape[3]
-        end = channels if use is uses[-1] else first + width
-        sizes = targets, sources, batch, heads, first, end, channels
-        call_cuda("attention_pack", q, own, *map(pointer, packed), *sizes, first > 0, DTYPE_CODES[q.dtype])
-        first = end
-    return packed
-
-
 def _launch(
-    weights: Arguments, packed: _Packed, penalty: Penalty, results: Sequence[Tensor | None], de: Tensor | None
+    weights: Arguments, uses: Together, penalty: Penalty, results: Sequence[Tensor | None], de: Tensor | None
 ) -> None:
-    """Fills the gradients of some heads that are given room."""
-    dq, dk, dp = results
-    q, struct = weights.q, weights.struct()
-    (targets, batch, heads, _), sources = q.shape, weights.k.shape[0]
-    shared = struct, *map(pointer, packed), packed.values.shape[3]
-    if dk is not None:
-        call_cuda("attention_by_sources", q, *shared, NO_ROWS, rows(dk), NO_ROWS, 0, 1, 0, *penalty)
-    if dq is None and dp is None and de is None:
-        return
-    blocks = cdiv(targets, STEP)
-    wanted = cdiv(BLOCKS_PER_MULTIPROCESSOR.value * multiprocessors(q), batch * heads)
-    parts = min(blocks, wanted, MOST_PARTS.value if de is not None else blocks)
-    length = targets + whole_groups(sources, STEP) + STEP
+    """Fills the gradients that are given room."""
+    dq, dk, dp = (rows(x) for x in results)
+    q, k, struct = weights.q, weights.k, weights.struct()
+    (targets, batch, heads, _), sources, size = q.shape, k.shape[0], q.element_size()
+    parts, share = _parts(q, min(len(own) for own, _ in uses.runs), de is not None)
     offsets = None
     if de is not None:
-        offsets = torch.zeros(heads, batch * parts, length, 2 * GROUP, dtype=torch.float32, device=q.device)
-    call_cuda(
-        "attention_by_targets",
-        q,
-        *shared,
-        *(rows(dq), NO_ROWS, rows(dp)),
-        *(pointer(offsets), parts, length, *penalty),
-    )
+        length = STEP * (share + 1 + cdiv(sources, STEP))
+        offsets = torch.empty(heads, batch, parts, length, 2 * GROUP, dtype=torch.float32, device=q.device)
+    for own, channels in uses.runs:
+        first, of_run = own.start, (struct.of_heads(own, size), channels)
+        if dk.data:
+            call_cuda(
+                "attention_by_sources", q, *of_run, NO_ROWS, dk.from_head(first, size), NO_ROWS, 0, 1, 0, *penalty
+            )
+        if dq.data or dp.data or de is not None:
+            memory = 0 if offsets is None else pointer(offsets) + first * offsets.stride(0) * 4
+            call_cuda(
+                "attention_by_targets",
+                q,
+                *of_run,
+                *(dq.from_head(first, size), NO_ROWS, dp.from_head(first, size)),
+                *(memory, parts, share, *penalty),
+            )
     if de is not None:
         sums = de if de.shape[2] == GROUP and de.stride(2) == 1 else de.new_empty(*de.shape[:2], GROUP)
-        dtype = DTYPE_CODES[q.dtype]
-        call_cuda(
-            "attention_offsets",
-            q,
-            pointer(offsets),
-            projections(sums),
-            targets + sources - 1,
-            heads,
-            batch * parts,
-            length,
-            dtype,
-        )
+        sizes = targets, sources, batch, heads, parts, share
+        call_cuda("attention_offsets", q, pointer(offsets), projections(sums), *sizes, DTYPE_CODES[q.dtype])
         if sums is not de:
             de.copy_(sums[..., : de.shape[2]])
+
+
+def _parts(q: Tensor, heads: int, summing: bool) -> tuple[int, int]:
+    """Into how many parts the targets of a sequence and head are shared out, and how many blocks of them one has.
+
+    Args:
+        q: the queries.
+        heads: of the launch that has the fewest.
+        summing: whether each part sums the gradient of the position projections.
+    """
+    blocks = cdiv(q.shape[0], STEP)
+    wanted = cdiv(BLOCKS_PER_MULTIPROCESSOR.value * multiprocessors(q), q.shape[1] * heads)
+    share = cdiv(blocks, min(wanted, MOST_PARTS.value if summing else blocks))
+    return cdiv(blocks, share), share

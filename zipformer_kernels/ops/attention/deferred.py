@@ -45,6 +45,9 @@ class Reader(Protocol):
     def average(self, tensors: Tensors, values: Tensor) -> Tensor:
         """W V, (T, B, heads, C), of any strides, from values (S, B, heads, C)."""
 
+    def gated_average(self, tensors: Tensors, values: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        """W V and (W V) y, y (T, B, heads, C), where that is as good as two steps; else None."""
+
     def values_gradient(self, tensors: Tensors, grad: Tensor) -> Tensor:
         """W^T G, (S, B, heads, C), of any strides, from the gradient of an average."""
 

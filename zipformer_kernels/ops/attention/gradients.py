@@ -20,6 +20,7 @@ from zipformer_kernels.ops.attention.kernels import (
     VARYING,
     fill_masked,
     fill_rules,
+    load_filling,
     load_largest,
     load_positions,
     load_rows,
@@ -34,30 +35,41 @@ from zipformer_kernels.ops.attention.kernels import (
 )
 
 
-@jit(do_not_specialize=["rows", "B", "H"], do_not_specialize_on_alignment=["x_ptr", "out_ptr"])
+@triton.jit(
+    do_not_specialize=["T", "S", "B", "H", "first"],
+    do_not_specialize_on_alignment=["v_ptr", "g_ptr", "out_ptr", "values_ptr", "grads_ptr"],
+)
 def pack_kernel(
-    x_ptr, x_st, x_sb, x_sh, out_ptr, out_st, out_sb, out_sh, packed_ptr, packed_st, delta_ptr, rows, B, H, C, CHANNELS,
-    BM: tl.constexpr, BC: tl.constexpr, PACK: tl.constexpr, DELTA: tl.constexpr,
+    v_ptr, v_st, v_sb, v_sh, g_ptr, g_st, g_sb, g_sh, out_ptr, out_st, out_sb, out_sh, values_ptr, grads_ptr, packed_st,
+    delta_ptr, T, S, B, H, C, CHANNELS, first, BM: tl.constexpr, BC: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """Lays x, (rows, B, H, C), into (H, B, rows, packed_st), and zeros behind it: CHANNELS in all.
+    """Lays a use's v, (S, B, H, C), and g, (T, B, H, C), into (H, B, S or T, packed_st), CHANNELS in all.
 
-    With DELTA x is the gradient of `out`, and delta[h, b, i], (H, B, rows), gains sum_c x[i, c] out[i, c].
+    Behind its C there are zeros. And delta[h, b, i], (H, B, T), gains sum_c g[i, c] out[i, c]; of the first use it is
+    that. Without PACK there is only that, and no v.
     """
-    block, b, h = split_program(tl.cdiv(rows, BM), B, H)
-    i = block * BM + tl.arange(0, BM)
-    delta = tl.zeros([BM], tl.float32)
-    for c0 in range(0, CHANNELS, BC):
-        c = c0 + tl.arange(0, BC)
-        x = load_rows(x_ptr + b * x_sb + h * x_sh, i, x_st, rows, c, C)
-        if PACK:
-            store_rows(packed_ptr + (h * B + b) * rows * packed_st, x, i, packed_st, rows, c, CHANNELS)
-        if DELTA:
-            out = load_rows(out_ptr + b * out_sb + h * out_sh, i, out_st, rows, c, C)
-            delta += tl.sum(x.to(tl.float32) * out.to(tl.float32), 1)
-    if DELTA:
-        delta_ptr += (h * B + b) * rows
-        delta += tl.load(delta_ptr + i, mask=i < rows, other=0.0)
-        tl.store(delta_ptr + i, delta, mask=i < rows)
+    targets = tl.cdiv(T, BM)
+    block, b, h = split_program(targets + (tl.cdiv(S, BM) if PACK else 0), B, H)
+    if block < targets:
+        i = block * BM + tl.arange(0, BM)
+        delta = tl.zeros([BM], tl.float32)
+        for c0 in range(0, CHANNELS, BC):
+            c = c0 + tl.arange(0, BC)
+            g = load_rows(g_ptr + b * g_sb + h * g_sh, i, g_st, T, c, C)
+            if PACK:
+                store_rows(grads_ptr + (h * B + b) * T * packed_st, g, i, packed_st, T, c, CHANNELS)
+            out = load_rows(out_ptr + b * out_sb + h * out_sh, i, out_st, T, c, C)
+            delta += tl.sum(g.to(tl.float32) * out.to(tl.float32), 1)
+        delta_ptr += (h * B + b) * T
+        if first == 0:
+            delta += tl.load(delta_ptr + i, mask=i < T, other=0.0)
+        tl.store(delta_ptr + i, delta, mask=i < T)
+    elif PACK:
+        j = (block - targets) * BM + tl.arange(0, BM)
+        for c0 in range(0, CHANNELS, BC):
+            c = c0 + tl.arange(0, BC)
+            v = load_rows(v_ptr + b * v_sb + h * v_sh, j, v_st, S, c, C)
+            store_rows(values_ptr + (h * B + b) * S * packed_st, v, j, packed_st, S, c, CHANNELS)
 
 
 @triton.jit
@@ -80,11 +92,11 @@ def weights_gradient_tile(g, g_ptr, v_ptr, i, j, T, S, packed, BC: tl.constexpr,
 
 @triton.jit
 def score_gradient_walk(
-    q_ptr, q_st, k_ptr, k_st, p_ptr, p_st, table_ptr, largest, scale, filling_ptr, mask_ptr, mask_st,
+    q_ptr, q_st, k_ptr, k_st, p_ptr, p_st, table_ptr, largest, scale, padding_ptr, padding_sj, mask_ptr, mask_st,
     T, S, chunk, left_chunks, lead, copy, w_ptr, w_st, dw_ptr, g_ptr, v_ptr, packed, delta, penalty, limit,
     ds_ptr, ds_st, i0,
     D: tl.constexpr, D_TILE: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
-    MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BC: tl.constexpr, ONE_BLOCK: tl.constexpr, STORED: tl.constexpr, DENSE: tl.constexpr, PENALIZED: tl.constexpr,
 ):  # fmt: skip
     """The walk of `score_gradient_kernel` over the sources.
@@ -106,13 +118,14 @@ def score_gradient_walk(
     for j0 in range(0, S, BN):
         j = j0 + tl.arange(0, BN)
         k = load_rows(k_ptr, j, k_st, S, d, D)
+        filling = load_filling(padding_ptr, padding_sj, j, S, PADDING)
         if not STORED:
             raw = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P_TILE, BM, BN, TERM)
         if STORED:
             own = (i < T)[:, None] & (j < w_st)[None, :]
             w = tl.load(w_ptr + (row * w_st + j[None, :]), mask=own, other=0.0).to(tl.float32)
         else:
-            s = fill_masked(raw, i, j, filling_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
+            s = fill_masked(raw, i, j, filling, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
             w = make_weights(s, largest, scale, ROUGHLY)
         dw = weights_gradient_tile(g, g_ptr, v_ptr, i, j, T, S, packed, BC, ONE_BLOCK)
         if DENSE:
@@ -120,7 +133,7 @@ def score_gradient_walk(
             dw += tl.load(dw_ptr + (row * w_st + j[None, :]), mask=own, other=0.0).to(tl.float32)
         ds = w * (dw - delta[:, None])
         ds = fill_rules(ds, 0.0, i, j, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
-        ds = tl.where((tl.load(filling_ptr + j) == 0.0)[None, :], ds, 0.0)
+        ds = tl.where((filling == 0.0)[None, :], ds, 0.0)
         if PENALIZED:
             if STORED:
                 raw = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P_TILE, BM, BN, TERM)
@@ -138,11 +151,11 @@ def score_gradient_walk(
 @jit(do_not_specialize=[*VARYING, "first", "targets"], do_not_specialize_on_alignment=["p_ptr", "dp_ptr"])
 def score_gradient_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
-    filling_ptr, filling_sb, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
+    padding_ptr, padding_sb, padding_sj, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
     w_ptr, w_st, dw_ptr, g_ptr, v_ptr, packed, delta_ptr, penalty, limit, ds_ptr, ds_st, first, targets,
     dq_ptr, dq_st, dq_sb, dq_sh, dp_ptr, dp_st, dp_sb, dp_sh, P,
     D: tl.constexpr, D_TILE: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
-    MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BC: tl.constexpr, ONE_BLOCK: tl.constexpr, MARGIN: tl.constexpr, STORED: tl.constexpr, DENSE: tl.constexpr,
 ):  # fmt: skip
     """ds = w (dw - delta) where not masked, plus the penalty's sign(s) where |s| > limit.
@@ -159,7 +172,7 @@ def score_gradient_kernel(
     k_ptr += b * k_sb + h * k_sh
     p_ptr += (b * p_sb + h * p_sh) * 4
     table_ptr = table_of(table_ptr, h, copy, P_TILE, TERM)
-    filling_ptr += b * filling_sb
+    padding_ptr += b * padding_sb
     mask_ptr += b * mask_sb
     bh = h * B + b
     i0 = first * 16 + block * BM
@@ -178,19 +191,21 @@ def score_gradient_kernel(
         scale = load_scale(softmax_ptr + bh * T * 2, i, T)
     zeros = ds_ptr + (tl.arange(0, BM)[:, None] * ds_st + tl.arange(0, MARGIN)[None, :])
     tl.store(zeros, tl.zeros([BM, MARGIN], ds_ptr.dtype.element_ty))
+    if tl.program_id(0) == tl.num_programs(0) - 1:  # behind the last row, where diagonals lead
+        tl.store(ds_ptr + BM * ds_st + tl.arange(0, MARGIN), tl.zeros([MARGIN], ds_ptr.dtype.element_ty))
     if penalty != 0.0:
         dq, slots = score_gradient_walk(
-            q_ptr, q_st, k_ptr, k_st, p_ptr, p_st, table_ptr, largest, scale, filling_ptr, mask_ptr, mask_st,
-            T, S, chunk, left_chunks, lead, copy, w_ptr, w_st, dw_ptr, g_ptr, v_ptr, packed, delta, penalty, limit,
-            ds_ptr + MARGIN, ds_st, i0,
-            D, D_TILE, P_TILE, TERM, MASK, CHUNKS, BM, BN, BC, ONE_BLOCK, STORED, DENSE, True,
+            q_ptr, q_st, k_ptr, k_st, p_ptr, p_st, table_ptr, largest, scale, padding_ptr, padding_sj,
+            mask_ptr, mask_st, T, S, chunk, left_chunks, lead, copy, w_ptr, w_st, dw_ptr, g_ptr, v_ptr, packed, delta,
+            penalty, limit, ds_ptr + MARGIN, ds_st, i0,
+            D, D_TILE, P_TILE, TERM, PADDING, MASK, CHUNKS, BM, BN, BC, ONE_BLOCK, STORED, DENSE, True,
         )  # fmt: skip
     else:
         dq, slots = score_gradient_walk(
-            q_ptr, q_st, k_ptr, k_st, p_ptr, p_st, table_ptr, largest, scale, filling_ptr, mask_ptr, mask_st,
-            T, S, chunk, left_chunks, lead, copy, w_ptr, w_st, dw_ptr, g_ptr, v_ptr, packed, delta, penalty, limit,
-            ds_ptr + MARGIN, ds_st, i0,
-            D, D_TILE, P_TILE, TERM, MASK, CHUNKS, BM, BN, BC, ONE_BLOCK, STORED, DENSE, False,
+            q_ptr, q_st, k_ptr, k_st, p_ptr, p_st, table_ptr, largest, scale, padding_ptr, padding_sj,
+            mask_ptr, mask_st, T, S, chunk, left_chunks, lead, copy, w_ptr, w_st, dw_ptr, g_ptr, v_ptr, packed, delta,
+            penalty, limit, ds_ptr + MARGIN, ds_st, i0,
+            D, D_TILE, P_TILE, TERM, PADDING, MASK, CHUNKS, BM, BN, BC, ONE_BLOCK, STORED, DENSE, False,
         )  # fmt: skip
     store_rows(dq_ptr + b * dq_sb + h * dq_sh, dq, i, dq_st, T, tl.arange(0, D_TILE), D)
     if TERM == BY_SLOTS:
@@ -253,12 +268,13 @@ def position_query_gradient_kernel(
     store_rows(dp_ptr + b * dp_sb + h * dp_sh, dp, i0 + row, dp_st, T, d, P)
 
 
-@jit(do_not_specialize=["T", "S", "B", "H", "first", "targets", "de_sb", "de_sh"])
+@jit(do_not_specialize=["T", "S", "B", "H", "first", "targets", "accumulate", "de_sb", "de_sh"])
 def position_gradient_kernel(
-    p_ptr, p_st, p_sb, p_sh, ds_ptr, ds_st, T, S, B, H, first, targets, de_ptr, de_sb, de_sh,
+    p_ptr, p_st, p_sb, p_sh, ds_ptr, ds_st, T, S, B, H, first, targets, accumulate, de_ptr, de_sb, de_sh,
     P: tl.constexpr, P_COLUMNS: tl.constexpr, MARGIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """de[n] = sum_i ds[i, n - (T - 1) + i] p[i] over a block of targets, added to what is there, along diagonals.
+    """de[n] = sum_i ds[i, n - (T - 1) + i] p[i] over a block of targets, along diagonals; added to what is there
+    where `accumulate`.
 
     For the offsets n that the block meets: those from T - (16 first + targets) on.
     """
@@ -285,16 +301,18 @@ def position_gradient_kernel(
     n = T - (first + targets) + n0 + column
     inside = ((n >= 0) & (n0 + column < S + targets - 1))[:, None] & (d < P)[None, :]
     at = de_ptr + n[:, None] * P + d[None, :]
-    tl.store(at, de + tl.load(at, mask=inside, other=0.0), mask=inside)
+    if accumulate != 0:
+        de += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, de, mask=inside)
 
 
 @jit(do_not_specialize=VARYING)
 def value_gradient_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
-    filling_ptr, filling_sb, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
+    padding_ptr, padding_sb, padding_sj, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
     g_ptr, g_st, g_sb, g_sh, dv_ptr, C,
     D: tl.constexpr, D_TILE: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
-    MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
     BC: tl.constexpr, REST: tl.constexpr,
 ):  # fmt: skip
     """dv[j] = sum_i w[i, j] g[i], contiguous, for one block of BC + REST channels, as in `aggregate_kernel`."""
@@ -304,7 +322,7 @@ def value_gradient_kernel(
     p_ptr += (b * p_sb + h * p_sh) * 4
     g_ptr += b * g_sb + h * g_sh
     table_ptr = table_of(table_ptr, h, copy, P_TILE, TERM)
-    filling_ptr += b * filling_sb
+    padding_ptr += b * padding_sb
     mask_ptr += b * mask_sb
     softmax_ptr += (h * B + b) * T * 2
     ROUGHLY: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
@@ -321,7 +339,8 @@ def value_gradient_kernel(
         q = load_rows(q_ptr, i, q_st, T, d, D)
         p = load_positions(p_ptr, p_st, i0, T, P_TILE, BM, TERM)
         s = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P_TILE, BM, BN, TERM)
-        s = fill_masked(s, i, j, filling_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
+        filling = load_filling(padding_ptr, padding_sj, j, S, PADDING)
+        s = fill_masked(s, i, j, filling, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
         w = make_weights(s, load_largest(softmax_ptr, i, T), load_scale(softmax_ptr, i, T), ROUGHLY)
         w = tl.trans(w.to(g_ptr.dtype.element_ty))
         dv += product(w, load_rows(g_ptr, i, g_st, T, c, C))

@@ -43,7 +43,8 @@ VARYING = [
     "p_st",
     "p_sb",
     "p_sh",
-    "filling_sb",
+    "padding_sb",
+    "padding_sj",
     "lead",
     "copy",
 ]
@@ -160,15 +161,24 @@ def score_tile(
 
 
 @triton.jit
+def load_filling(padding_ptr, padding_sj, j, S, PADDING: tl.constexpr):
+    """What stands for the scores of sources j (BN,): -inf beyond the sources, -1000 for padding, 0: themselves."""
+    filling = tl.where(j < S, 0.0, float("-inf"))
+    if PADDING:
+        padded = tl.load(padding_ptr + j.to(tl.int64) * padding_sj, mask=j < S, other=0) != 0
+        filling = tl.where(padded, MASKED_SCORE, filling)
+    return filling
+
+
+@triton.jit
 def fill_masked(
-    s, i, j, filling_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK: tl.constexpr, CHUNKS: tl.constexpr
+    s, i, j, filling, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK: tl.constexpr, CHUNKS: tl.constexpr
 ):
     """Scores of targets i (BM,) and sources j (BN,), -1000 where a pair is masked and -inf beyond the sources.
 
-    `filling_ptr` and `mask_ptr` are those of the sequence.
+    `filling` is that of the sources; `mask_ptr` is that of the sequence.
     """
     s = fill_rules(s, MASKED_SCORE, i, j, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
-    filling = tl.load(filling_ptr + j)
     return tl.where((filling == 0.0)[None, :], s, filling[None, :])
 
 
@@ -236,24 +246,12 @@ def spread_kernel(
         tl.store(table + row[:, None] * P_TILE + d[None, :], e, mask=(row < rows)[:, None])
 
 
-@jit(do_not_specialize=["S", "length"])
-def filling_kernel(padding_ptr, filling_ptr, S, length, PADDING: tl.constexpr, BLOCK: tl.constexpr):
-    """What stands for a source's scores, (B, length): -inf beyond the sources, -1000 for padding, 0: themselves."""
-    j = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    b = tl.program_id(1).to(tl.int64)
-    filling = tl.where(j < S, 0.0, float("-inf"))
-    if PADDING:
-        padded = tl.load(padding_ptr + b * S + j, mask=j < S, other=0) != 0
-        filling = tl.where(padded, MASKED_SCORE, filling)
-    tl.store(filling_ptr + b * length + j, filling, mask=j < length)
-
-
 @jit(do_not_specialize=[*VARYING, "H"])  # of all heads, and of one where weights are constant
 def softmax_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
-    filling_ptr, filling_sb, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
+    padding_ptr, padding_sb, padding_sj, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
     D: tl.constexpr, D_TILE: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
-    MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """The largest score of each target and 1 / sum_j exp(s - largest), online over the sources: (H, B, T, 2)."""
     block, b, h = split_program(tl.cdiv(T, BM), B, H)
@@ -261,7 +259,7 @@ def softmax_kernel(
     k_ptr += b * k_sb + h * k_sh
     p_ptr += (b * p_sb + h * p_sh) * 4
     table_ptr = table_of(table_ptr, h, copy, P_TILE, TERM)
-    filling_ptr += b * filling_sb
+    padding_ptr += b * padding_sb
     mask_ptr += b * mask_sb
     ROUGHLY: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
     i0 = block * BM
@@ -275,7 +273,8 @@ def softmax_kernel(
         j = j0 + tl.arange(0, BN)
         k = load_rows(k_ptr, j, k_st, S, d, D)
         s = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P_TILE, BM, BN, TERM)
-        s = fill_masked(s, i, j, filling_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
+        filling = load_filling(padding_ptr, padding_sj, j, S, PADDING)
+        s = fill_masked(s, i, j, filling, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
         new = tl.maximum(largest, tl.max(s, 1))  # finite: the first tile has a source
         total = total * tl.exp2((largest - new) * LOG2E) + tl.sum(exponential(s, new, ROUGHLY), 1)
         largest = new
@@ -287,9 +286,10 @@ def softmax_kernel(
 @jit(do_not_specialize=[*VARYING, "H"])
 def weights_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
-    filling_ptr, filling_sb, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy, w_ptr, w_st,
+    padding_ptr, padding_sb, padding_sj, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
+    w_ptr, w_st,
     D: tl.constexpr, D_TILE: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
-    MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """W itself, (H, B, T, w_st), with zeros beyond the sources; w_st is a multiple of 16."""
     block, b, h = split_program(tl.cdiv(T, BM), B, H)
@@ -297,7 +297,7 @@ def weights_kernel(
     k_ptr += b * k_sb + h * k_sh
     p_ptr += (b * p_sb + h * p_sh) * 4
     table_ptr = table_of(table_ptr, h, copy, P_TILE, TERM)
-    filling_ptr += b * filling_sb
+    padding_ptr += b * padding_sb
     mask_ptr += b * mask_sb
     softmax_ptr += (h * B + b) * T * 2
     w_st = tl.multiple_of(w_st, 16)
@@ -313,7 +313,8 @@ def weights_kernel(
         j = j0 + tl.arange(0, BN)
         k = load_rows(k_ptr, j, k_st, S, d, D)
         s = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P_TILE, BM, BN, TERM)
-        s = fill_masked(s, i, j, filling_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
+        filling = load_filling(padding_ptr, padding_sj, j, S, PADDING)
+        s = fill_masked(s, i, j, filling, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
         w = make_weights(s, largest, scale, ROUGHLY).to(w_ptr.dtype.element_ty)
         own = (i < T)[:, None] & (j < w_st)[None, :]
         tl.store(w_ptr + (tl.arange(0, BM)[:, None] * w_st + j[None, :]), w, mask=own)
@@ -322,20 +323,23 @@ def weights_kernel(
 @jit(do_not_specialize=VARYING)
 def aggregate_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
-    filling_ptr, filling_sb, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
-    v_ptr, v_st, v_sb, v_sh, out_ptr, C,
+    padding_ptr, padding_sb, padding_sj, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
+    v_ptr, v_st, v_sb, v_sh, out_ptr, C, y_ptr, y_st, y_sb, y_sh, gated_ptr,
     D: tl.constexpr, D_TILE: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr,
-    MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr, REST: tl.constexpr,
+    PADDING: tl.constexpr, MASK: tl.constexpr, CHUNKS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BC: tl.constexpr, REST: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """out[i] = sum_j w[i, j] v[j], contiguous, for one block of BC + REST channels: powers of two, or no REST."""
+    """out[i] = sum_j w[i, j] v[j], contiguous, for one block of BC + REST channels: powers of two, or no REST.
+
+    Where GATED also out y, of the unrounded sum.
+    """
     block, b, h = split_program(tl.cdiv(T, BM), B, H)
     q_ptr += b * q_sb + h * q_sh
     k_ptr += b * k_sb + h * k_sh
     p_ptr += (b * p_sb + h * p_sh) * 4
     v_ptr += b * v_sb + h * v_sh
     table_ptr = table_of(table_ptr, h, copy, P_TILE, TERM)
-    filling_ptr += b * filling_sb
+    padding_ptr += b * padding_sb
     mask_ptr += b * mask_sb
     softmax_ptr += (h * B + b) * T * 2
     ROUGHLY: tl.constexpr = q_ptr.dtype.element_ty != tl.float32
@@ -353,7 +357,8 @@ def aggregate_kernel(
         j = j0 + tl.arange(0, BN)
         k = load_rows(k_ptr, j, k_st, S, d, D)
         s = score_tile(q, k, p, p_ptr, p_st, table_ptr, i0, j0, lead, copy, T, P_TILE, BM, BN, TERM)
-        s = fill_masked(s, i, j, filling_ptr, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
+        filling = load_filling(padding_ptr, padding_sj, j, S, PADDING)
+        s = fill_masked(s, i, j, filling, mask_ptr, mask_st, T, S, chunk, left_chunks, MASK, CHUNKS)
         w = exponential(s, largest, ROUGHLY).to(v_ptr.dtype.element_ty)
         sums += product(w, load_rows(v_ptr, j, v_st, S, c, C))
         if REST:
@@ -363,3 +368,11 @@ def aggregate_kernel(
     store_rows(out_ptr, sums * scale, i, B * H * C, T, c, C)
     if REST:
         store_rows(out_ptr, more * scale, i, B * H * C, T, rest, C)
+    if GATED:
+        gated_ptr += (b * H + h) * C
+        y_ptr += b * y_sb + h * y_sh
+        y = load_rows(y_ptr, i, y_st, T, c, C).to(tl.float32)
+        store_rows(gated_ptr, sums * scale * y, i, B * H * C, T, c, C)
+        if REST:
+            y = load_rows(y_ptr, i, y_st, T, rest, C).to(tl.float32)
+            store_rows(gated_ptr, more * scale * y, i, B * H * C, T, rest, C)

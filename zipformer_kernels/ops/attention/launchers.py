@@ -19,6 +19,8 @@ class AttentionLaunchers(Launchers):
 
     Attributes:
         average_values: ``(scores, softmax, masks, values)`` -> W V.
+        gated_average: ``(scores, softmax, masks, values, y)`` -> W V and (W V) y, y as W V is. None on a backend that
+            takes two steps.
         values_gradient: ``(scores, softmax, masks, grad)`` -> W^T G, (S, B, H, C).
         scores_gradients: ``(needs, scores, softmax, masks, penalty, uses)`` -> the gradients of q, k, p and e, None
             where `needs` says that they are not wanted; of all `uses` at once, each a
@@ -32,5 +34,6 @@ class AttentionLaunchers(Launchers):
     average_values: Callable[..., Tensor]
     values_gradient: Callable[..., Tensor]
     scores_gradients: Callable[..., list[Tensor | None]]
+    gated_average: Callable[..., tuple[Tensor, Tensor]] | None = None
     make_weights: Callable[..., tuple[Tensor]] | None = None
     weights_gradients: Callable[..., list[Tensor | None]] | None = None

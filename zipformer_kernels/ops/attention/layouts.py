@@ -16,7 +16,6 @@ from zipformer_kernels.ops.attention.tiles import Tile, tile_of
 
 FRONT = BACK = 256  # rows of zeros around a table of e: twice what a tile may have of targets or sources
 TABLE_ROWS = tuning.entry("attention.triton_table_rows")
-FILLING = tuning.entry("attention.triton_filling")
 
 
 @dataclass(frozen=True)
@@ -76,8 +75,7 @@ class Weights:
         p: with P_TILE channels and strides that are multiples of 4; or None.
         table: of e.
         softmax: the rows that make weights of scores, or any tensor.
-        filling: (1 or B, length), see `kernels.filling_kernel`.
-        masks: the mask for pairs as bytes with unit last stride.
+        masks: as bytes, that for pairs with unit last stride.
     """
 
     q: Tensor
@@ -85,7 +83,6 @@ class Weights:
     p: Tensor | None
     table: Table
     softmax: Tensor
-    filling: Tensor
     masks: Masks
 
     @property
@@ -114,13 +111,13 @@ class Weights:
 
     def arguments(self) -> tuple:
         """The positional arguments that kernels which make scores begin with."""
-        q, k, (_, mask, chunk, left_chunks) = self.q, self.k, self.masks
-        p, filling = q if self.p is None else self.p, self.filling
+        q, k, (padding, mask, chunk, left_chunks) = self.q, self.k, self.masks
+        p = q if self.p is None else self.p
         mask_strides = (0, 0) if mask is None else (mask.stride(0) if mask.ndim == 3 else 0, mask.stride(-2))
         return (
             *(q, *q.stride()[:3], k, *k.stride()[:3], p, *strides_of(p)),
             *(self.table.data, self.softmax),
-            *(filling, filling.stride(0) if len(filling) > 1 else 0),
+            *((q, 0, 0) if padding is None else (padding, *padding.stride())),
             *(q if mask is None else mask, *mask_strides),
             *(self.targets, self.sources, self.sequences, self.heads),
             *(chunk, left_chunks if left_chunks >= 0 else 2**30, self.table.lead, self.table.copy),
@@ -133,6 +130,7 @@ class Weights:
             "D_TILE": max(16, next_power_of_2(self.q.shape[3])),
             "P_TILE": self.table.tile,
             "TERM": self.table.term,
+            "PADDING": self.masks.key_padding_mask is not None,
             "MASK": self.masks.attn_mask is not None,
             "CHUNKS": self.masks.chunk > 0,
         }
@@ -158,8 +156,9 @@ def weights_of(scores: Scores, softmax: Tensor | None, masks: Masks) -> Weights:
         table = table_of(e, q.shape[0], k.shape[0])
         p = positions_of(p, table.tile)
     mask = None if mask is None else unit_stride(mask).view(torch.uint8)
+    padding = None if padding is None else padding.view(torch.uint8)
     q, softmax = unit_stride(q), q if softmax is None else softmax.contiguous()
-    return Weights(q, unit_stride(k), p, table, softmax, filling_of(padding, k.shape[0], q), Masks(None, mask, *rule))
+    return Weights(q, unit_stride(k), p, table, softmax, Masks(padding, mask, *rule))
 
 
 def positions_of(p: Tensor, tile: int) -> Tensor:
@@ -168,16 +167,3 @@ def positions_of(p: Tensor, tile: int) -> Tensor:
     if p.shape[3] == tile and p.stride(3) == 1 and all(stride % 4 == 0 for stride in p.stride()[:3]):
         return p
     return F.pad(p, (0, tile - p.shape[3])).contiguous()
-
-
-def filling_of(padding: Tensor | None, sources: int, like: Tensor) -> Tensor:
-    """What is to be in place of a source's scores, see `kernels.filling_kernel`; one for all without padding."""
-    length = cdiv(sources + BACK, 16) * 16
-    sequences = 1 if padding is None else padding.shape[0]
-    filling = torch.empty(sequences, length, dtype=torch.float32, device=like.device)
-    given = filling if padding is None else padding.contiguous().view(torch.uint8)
-    with on_device(like):
-        kernels.filling_kernel[(cdiv(length, FILLING.value), sequences)](
-            given, filling, sources, length, PADDING=padding is not None, BLOCK=FILLING.value
-        )
-    return filling

@@ -34,6 +34,10 @@ class Recomputed(NamedTuple):
     def average(self, tensors: Tensors, values: Tensor) -> Tensor:
         return self.launchers.average_values(*self._of(tensors), values)
 
+    def gated_average(self, tensors: Tensors, values: Tensor, y: Tensor) -> tuple[Tensor, Tensor] | None:
+        launch = self.launchers.gated_average
+        return None if launch is None else launch(*self._of(tensors), values, y)
+
     def values_gradient(self, tensors: Tensors, grad: Tensor) -> Tensor:
         return self.launchers.values_gradient(*self._of(tensors), grad)
 

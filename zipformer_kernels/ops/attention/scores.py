@@ -51,6 +51,11 @@ class Masks(NamedTuple):
     chunk: int = -1
     left_chunks: int = -1
 
+    def dense(self) -> Masks:
+        """With a contiguous padding mask."""
+        padding = self.key_padding_mask
+        return self if padding is None else self._replace(key_padding_mask=padding.contiguous())
+
 
 class Penalty(NamedTuple):
     """The gradient of the scores s gains weight sign(s) where abs(s) > limit."""

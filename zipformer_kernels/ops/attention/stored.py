@@ -27,6 +27,9 @@ class Stored(NamedTuple):
     def average(self, tensors: Tensors, values: Tensor) -> Tensor:
         return swap(tensors[0][self.heads] @ swap(values))
 
+    def gated_average(self, tensors: Tensors, values: Tensor, y: Tensor) -> None:
+        return None  # W V is a product of torch
+
     def values_gradient(self, tensors: Tensors, grad: Tensor) -> Tensor:
         return swap(tensors[0][self.heads].transpose(2, 3) @ swap(grad))
 

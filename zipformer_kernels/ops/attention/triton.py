@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, on_device, unsupported_dtype
@@ -46,22 +47,34 @@ def make_weights(*args: Tensor | int | float | None) -> tuple[Tensor]:
 
 def average_values(scores: Scores, softmax: Tensor, masks: Masks, values: Tensor) -> Tensor:
     """W V, (T, B, H, C), contiguous, of values (S, B, H, C), with weights that are computed again."""
+    return _average(scores, softmax, masks, values, None)[0]
+
+
+def gated_average(scores: Scores, softmax: Tensor, masks: Masks, values: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """W V and, of the unrounded W V, the product (W V) y, both (T, B, H, C) and contiguous."""
+    return _average(scores, softmax, masks, values, y)
+
+
+def _average(scores: Scores, softmax: Tensor, masks: Masks, values: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
     out = values.new_empty(scores.q.shape[0], *values.shape[1:])
+    gated = out if y is None else torch.empty_like(out)
     if out.numel() > 0:
         weights, values = weights_of(scores, softmax, masks), unit_stride(values)
+        gate = out if y is None else unit_stride(y)
         channels = values.shape[3]
         narrow = channels <= tile_of("aggregate", values.dtype).channels
         tile = weights.tile("aggregate" if narrow else "wide_aggregate")
         programs, shares = tile.shares(channels)
         with on_device(values):
             kernels.aggregate_kernel[(weights.programs(weights.targets, tile.targets), programs)](
-                *(*weights.arguments(), values, *values.stride()[:3], out, channels),
+                *(*weights.arguments(), values, *values.stride()[:3], out, channels, gate, *gate.stride()[:3], gated),
                 **weights.constants(),
                 **tile.blocks(),
                 **shares,
+                GATED=y is not None,
                 **tile.options(),
             )
-    return out
+    return out, gated
 
 
 def values_gradient(scores: Scores, softmax: Tensor, masks: Masks, grad: Tensor) -> Tensor:
@@ -158,6 +171,7 @@ launchers = AttentionLaunchers(
     _forward,
     _backward,
     average_values=average_values,
+    gated_average=gated_average,
     values_gradient=values_gradient,
     scores_gradients=scores_gradients,
     make_weights=make_weights,

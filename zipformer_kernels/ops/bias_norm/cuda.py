@@ -32,7 +32,8 @@ def _bypass(x: Tensor, bias: Tensor, log_scale: Tensor, src_orig: Tensor, scale:
     rows = BypassRows(x, bias, log_scale, src_orig, scale)
     y, inverse_rms = rows.results()
     if x.numel() > 0:
-        tensors = map(pointer, (*_aligned(*rows.inputs()), y, inverse_rms))
+        inputs = _aligned(*rows.inputs())  # held until the launch
+        tensors = map(pointer, (*inputs, y, inverse_rms))
         call_cuda("bias_norm_bypass_forward", x, *tensors, *rows.shape, DTYPE_CODES[x.dtype], DTYPE_CODES[y.dtype])
     return rows.returned(y), inverse_rms
 

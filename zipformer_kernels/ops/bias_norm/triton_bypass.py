@@ -26,7 +26,7 @@ SUM_PARTS = tuning.entry("bias_norm.triton_sum_parts")
 LINE = tl.constexpr(PARTIAL_LINE)
 
 
-@jit
+@jit(do_not_specialize=["frames", "sequences"])
 def bypass_forward(
     x_ptr,
     bias_ptr,
@@ -59,7 +59,7 @@ def bypass_forward(
     tl.store(inverse_ptr + row, r, frame < frames)
 
 
-@jit
+@jit(do_not_specialize=["frames", "sequences"])
 def bypass_backward(
     dy_ptr,
     x_ptr,
@@ -131,7 +131,7 @@ def sums_of(from_ptr, parts, stride, inside, PARTS: tl.constexpr, COLUMNS: tl.co
     return tl.sum(sums, 0)
 
 
-@jit
+@jit(do_not_specialize=["parts", "sequences"])
 def bypass_sum_parts(
     partials_ptr,
     dbias_ptr,

@@ -25,7 +25,7 @@ SUM_COLUMNS = tuning.entry("bypass.triton_sum_columns")
 SUM_PARTS = tuning.entry("bypass.triton_sum_parts")
 
 
-@jit
+@jit(do_not_specialize=["rows"])
 def forward_kernel(a_ptr, b_ptr, c_ptr, y_ptr, rows, C, groups, R: tl.constexpr, COLUMNS: tl.constexpr):
     """R rows and COLUMNS channels per program."""
     group = tl.program_id(0) % groups
@@ -39,7 +39,7 @@ def forward_kernel(a_ptr, b_ptr, c_ptr, y_ptr, rows, C, groups, R: tl.constexpr,
     tl.store(y_ptr + i, (a + (b - a) * scale[None, :]).to(y_ptr.dtype.element_ty), inside)
 
 
-@jit
+@jit(do_not_specialize=["rows", "parts"])
 def backward_kernel(
     g_ptr,
     a_ptr,
@@ -82,7 +82,7 @@ def backward_kernel(
         tl.store(partials_ptr + part * C + c, tl.sum(sums, 0), c < C)
 
 
-@jit
+@jit(do_not_specialize=["parts"])
 def sum_parts(partials_ptr, dc_ptr, parts, C, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sums of COLUMNS columns per program."""
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

@@ -32,7 +32,7 @@ def passed(draws_ptr, b, B, rate, DRAWN: tl.constexpr):
     return tl.where(tl.load(draws_ptr + b, b < B, other=1.0) < rate, 1.0, 0.0) if DRAWN else b * 0.0
 
 
-@jit
+@jit(do_not_specialize=["B"])
 def scale_kernel(
     scale_ptr,
     skips_ptr,
@@ -57,7 +57,7 @@ def scale_kernel(
     tl.store(y_ptr + b.to(tl.int64) * C + c, y.to(y_ptr.dtype.element_ty), c < C)
 
 
-@jit
+@jit(do_not_specialize=["B"])
 def scale_gradient_kernel(
     dy_ptr,
     scale_ptr,

@@ -51,9 +51,9 @@ def _infer(projected: Tensor, bias: Tensor | None, weights: Tensor) -> tuple[Ten
     return (_closed(average, y, None if bias is None else bias[2 * width // 3 :]),)
 
 
-def _opened(s: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x tanh(s), each with its part of the bias added before; both with channels of stride 1."""
-    values = x.new_empty(x.shape)
+def _opened(s: Tensor, x: Tensor, bias: Tensor | None, values: Tensor | None = None) -> Tensor:
+    """x tanh(s), each with its part of the bias added before, in `values` if given; both with channels of stride 1."""
+    values = x.new_empty(x.shape) if values is None else values
     _call("open", s, *map(rows, (s, x)), pointer(bias), pointer(values))
     return values
 
@@ -86,10 +86,12 @@ def _close_backward(grad: Tensor, average: Tensor, y: Tensor, dy: Tensor) -> Ten
     return inner
 
 
-def _open_backward(dvalues: Tensor, s: Tensor, x: Tensor, ds: Tensor, dx: Tensor) -> None:
+def _open_backward(dvalues: Tensor, s: Tensor, x: Tensor, ds: Tensor, dx: Tensor, values: Tensor | None) -> None:
     if s.dtype not in INFERENCE_DTYPES:
-        return BY_TORCH.open_backward(dvalues, s, x, ds, dx)
+        return BY_TORCH.open_backward(dvalues, s, x, ds, dx, values)
     dvalues, s, x = map(unit_stride, (dvalues, s, x))
+    if values is not None:
+        _opened(s, x, None, values)
     return _call("open_backward", s, *map(rows, (dvalues, s, x, ds, dx)))
 
 

@@ -32,15 +32,16 @@ def _backward(
     (inner,), grad = saved, grads[0].to(x.dtype)
     dgate, dx, dy = None, None, x.new_empty(x.shape)
     dinner = close_backward(*(t.flatten(2) for t in (grad, inner, y, dy))).view(x.shape)
-    dscores = [None] * 4
-    if any(needs[:4]):
-        values = open_(gate.flatten(2), x.flatten(2)).view(x.shape)
-        use = Use(slice(None), values, inner, dinner)
-        dscores = scores_gradients(needs[:4], scores, softmax, masks, penalty, [use])
+    dscores, values = [None] * 4, x.new_empty(x.shape)
     if needs[4] or needs[5]:
         dvalues = values_gradient(scores, softmax, masks, dinner)
         dgate, dx = x.new_empty(x.shape), x.new_empty(x.shape)
-        open_backward(*(t.flatten(2) for t in (dvalues, gate, x, dgate, dx)))
+        open_backward(*(t.flatten(2) for t in (dvalues, gate, x, dgate, dx, values)))
+    elif any(needs[:4]):
+        values = open_(gate.flatten(2), x.flatten(2)).view(x.shape)
+    if any(needs[:4]):
+        use = Use(slice(None), values, inner, dinner)
+        dscores = scores_gradients(needs[:4], scores, softmax, masks, penalty, [use])
     return *dscores, *(d if d is None else as_empty_like(d, x) for d in (dgate, dx, dy)), None, None, None
 
 
@@ -60,9 +61,9 @@ def close_backward(grad: Tensor, average: Tensor, y: Tensor, dy: Tensor) -> Tens
     return _map("close_backward", (grad, average, y), torch.empty_like(average), dy)
 
 
-def open_backward(dvalues: Tensor, s: Tensor, x: Tensor, ds: Tensor, dx: Tensor) -> None:
-    """Fills the gradients of s and x from that of the values."""
-    _map("open_backward", (dvalues, s, x), ds, dx)
+def open_backward(dvalues: Tensor, s: Tensor, x: Tensor, ds: Tensor, dx: Tensor, values: Tensor | None = None) -> None:
+    """Fills the gradients of s and x from that of the values, and the values, if given."""
+    _map("open_backward", (dvalues, s, x), ds, dx, *(() if values is None else (values,)))
 
 
 def _map(name: str, inputs: tuple[Tensor, ...], *results: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ def _map(name: str, inputs: tuple[Tensor, ...], *results: Tensor) -> Tensor:
     inputs = tuple(map(unit_stride, inputs))
     x = inputs[-1]
     if x.numel() > 0:
-        given, written = [*map(rows, inputs), NO_ROWS][:3], [*map(rows, results), NO_ROWS][:2]
+        given, written = [*map(rows, inputs), NO_ROWS][:3], [*map(rows, results), NO_ROWS, NO_ROWS][:3]
         call_cuda(f"nonlin_attention_{name}", x, *given, *written, *x.shape, DTYPE_CODES[x.dtype])
     return results[0]
 

@@ -62,7 +62,12 @@ def gated_average(gates: Gates, piece: Piece, s: Tensor, x: Tensor, y: Tensor) -
 
 def forward(gates: Gates, part: Part, s: Tensor, x: Tensor, y: Tensor, tensors: Tensors) -> tuple[Tensor, Tensor]:
     """The average before the second gate, (T, B, H * C), and the result, without a graph."""
-    average = part.reader.average(tensors, _by_head(gates.open_(s, x), part)).flatten(2)
+    values = _by_head(gates.open_(s, x), part)
+    both = part.reader.gated_average(tensors, values, _by_head(y, part))
+    if both is not None:
+        average, out = both
+        return average.flatten(2), out.flatten(2)
+    average = part.reader.average(tensors, values).flatten(2)
     return average, gates.close(average, y)
 
 
@@ -89,11 +94,15 @@ def backward(
     """
     ds, dx, dy = (d if d.stride(2) == 1 else d.new_empty(d.shape) for d in empty_beside(s, x, y))
     inner = gates.close_backward(grad, average, y, dy)
+    values = None
     if needs[0] or needs[1]:
         dvalues = part.reader.values_gradient(tensors, _by_head(inner, part)).flatten(2)
-        gates.open_backward(dvalues, s, x, ds, dx)
+        values = None if node is None else x.new_empty(x.shape)
+        gates.open_backward(dvalues, s, x, ds, dx, values)
+    elif node is not None:
+        values = gates.open_(s, x)
     if node is not None:
-        left = (_by_head(t, part) for t in (gates.open_(s, x), average, inner))
+        left = (_by_head(t, part) for t in (values, average, inner))
         part.uses.leave(node, Use(part.reader.heads, *left))
     return [d if need else None for d, need in zip((ds, dx, dy), needs, strict=True)]
 

@@ -21,13 +21,13 @@ class Gates(NamedTuple):
         open_: ``(s, x)`` -> the values x tanh(s), contiguous.
         close: ``(average, y)`` -> average y, contiguous.
         close_backward: ``(grad, average, y, dy)`` -> inner = grad y, as the average lies in memory; fills dy.
-        open_backward: ``(dvalues, s, x, ds, dx)``: fills ds and dx.
+        open_backward: ``(dvalues, s, x, ds, dx, values)``: fills ds and dx, and values = x tanh(s) if given, not None.
     """
 
     open_: Callable[[Tensor, Tensor], Tensor]
     close: Callable[[Tensor, Tensor], Tensor]
     close_backward: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-    open_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], None]
+    open_backward: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +54,10 @@ def _close_backward(grad: Tensor, average: Tensor, y: Tensor, dy: Tensor) -> Ten
     return torch.mul(grad, y, out=torch.empty_like(average))
 
 
-def _open_backward(dvalues: Tensor, s: Tensor, x: Tensor, ds: Tensor, dx: Tensor) -> None:
+def _open_backward(dvalues: Tensor, s: Tensor, x: Tensor, ds: Tensor, dx: Tensor, values: Tensor | None) -> None:
     gate = torch.tanh(s)
+    if values is not None:
+        torch.mul(x, gate, out=values)
     torch.mul(dvalues, gate, out=dx)
     ds.copy_(torch.ops.aten.tanh_backward(dvalues * x, gate))
 

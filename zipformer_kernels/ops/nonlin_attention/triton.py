@@ -15,7 +15,7 @@ from zipformer_kernels.core.jit import jit
 from zipformer_kernels.core.launch import cdiv, next_power_of_2, on_device
 from zipformer_kernels.ops.attention.scores import Use, grouped
 from zipformer_kernels.ops.attention.triton import (
-    average_values,
+    gated_average,
     scores_gradients,
     unit_stride,
     unsupported,
@@ -54,7 +54,7 @@ def store_tile(ptr, frame, sequence, t, b, c, inside, tile):
 @jit(do_not_specialize=["rows", "B"])
 def gate_kernel(
     a_ptr, a_st, a_sb, b_ptr, b_st, b_sb, c_ptr, c_st, c_sb, first_ptr, first_st, first_sb,
-    second_ptr, second_st, second_sb, rows, B, C,
+    second_ptr, second_st, second_sb, third_ptr, third_st, third_sb, rows, B, C,
     WHAT: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Of a tile of frames and sequences, `rows` in all: the function with this name below."""
@@ -75,6 +75,7 @@ def gate_kernel(
         opened, x = tanh(b), load_tile(c_ptr, c_st, c_sb, t, s, channel, inside)
         first, second = a * x * (1.0 - opened * opened), a * opened
         store_tile(second_ptr, second_st, second_sb, t, s, channel, inside, second)
+        store_tile(third_ptr, third_st, third_sb, t, s, channel, inside, x * opened)
     store_tile(first_ptr, first_st, first_sb, t, s, channel, inside, first)
 
 
@@ -94,20 +95,20 @@ def close_backward(grad: Tensor, average: Tensor, y: Tensor, dy: Tensor) -> Tens
     return _gate(CLOSE_BACKWARD, (grad, average, y), torch.empty_like(average), dy)
 
 
-def open_backward(dvalues: Tensor, s: Tensor, x: Tensor, ds: Tensor, dx: Tensor) -> None:
-    """Fills the gradients of s, dvalues x (1 - tanh(s)^2), and of x, dvalues tanh(s)."""
-    _gate(OPEN_BACKWARD, (dvalues, s, x), ds, dx)
+def open_backward(dvalues: Tensor, s: Tensor, x: Tensor, ds: Tensor, dx: Tensor, values: Tensor | None = None) -> None:
+    """Fills the gradients of s, dvalues x (1 - tanh(s)^2), and of x, dvalues tanh(s), and the values, if given."""
+    _gate(OPEN_BACKWARD, (dvalues, s, x), ds, dx, torch.empty_like(dx) if values is None else values)
 
 
 def _gate(what: tl.constexpr, given: tuple[Tensor, ...], *results: Tensor) -> Tensor:
     """Fills the results of a pass, whose channels have stride 1, and returns the first."""
     a, b, c = map(unit_stride, (*given, given[-1])[:3])
-    first, second = (*results, *results)[:2]
+    first, second, third = (*results, results[0], results[0])[:3]
     frames, sequences, channels = b.shape
     if first.numel() > 0:
         wide = min(next_power_of_2(channels), CHANNELS.value)
         rows = max(1, TILE.value // wide)
-        strides = (x for tensor in (a, b, c, first, second) for x in (tensor, *tensor.stride()[:2]))
+        strides = (x for tensor in (a, b, c, first, second, third) for x in (tensor, *tensor.stride()[:2]))
         with on_device(b):
             gate_kernel[(cdiv(frames * sequences, rows), cdiv(channels, wide))](
                 *(*strides, frames * sequences, sequences, channels),
@@ -122,8 +123,8 @@ def _gate(what: tl.constexpr, given: tuple[Tensor, ...], *results: Tensor) -> Te
 def _forward(*args):
     scores, (gate, x, y, softmax), masks, _ = grouped(4, args)
     values = open_(gate.flatten(2), x.flatten(2)).view(x.shape)
-    inner = average_values(scores, softmax, masks, values)
-    return close(inner.flatten(2), y.flatten(2)).view(x.shape), inner
+    inner, out = gated_average(scores, softmax, masks, values, y)
+    return out, inner
 
 
 def _backward(needs, grads, saved, *args):
@@ -131,15 +132,16 @@ def _backward(needs, grads, saved, *args):
     (inner,), grad = saved, grads[0].to(x.dtype)
     dgate, dx, dy = None, None, x.new_empty(x.shape)
     dinner = close_backward(*(t.flatten(2) for t in (grad, inner, y, dy))).view(x.shape)
-    dscores = [None] * 4
-    if any(needs[:4]):
-        values = open_(gate.flatten(2), x.flatten(2)).view(x.shape)
-        use = Use(slice(None), values, inner, dinner)
-        dscores = scores_gradients(needs[:4], scores, softmax, masks, penalty, [use])
+    dscores, values = [None] * 4, x.new_empty(x.shape)
     if needs[4] or needs[5]:
         dvalues = values_gradient(scores, softmax, masks, dinner)
         dgate, dx = x.new_empty(x.shape), x.new_empty(x.shape)
-        open_backward(*(t.flatten(2) for t in (dvalues, gate, x, dgate, dx)))
+        open_backward(*(t.flatten(2) for t in (dvalues, gate, x, dgate, dx, values)))
+    elif any(needs[:4]):
+        values = open_(gate.flatten(2), x.flatten(2)).view(x.shape)
+    if any(needs[:4]):
+        use = Use(slice(None), values, inner, dinner)
+        dscores = scores_gradients(needs[:4], scores, softmax, masks, penalty, [use])
     return *dscores, dgate, dx, dy, None, None, None
 
 

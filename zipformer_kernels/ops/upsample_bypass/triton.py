@@ -7,7 +7,6 @@ frames at the full rate that it becomes, place after place.
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -121,7 +120,7 @@ def backward_kernel(
         tl.store(dsrc_ptr + place, (dsrc * scale).to(dsrc_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@jit
 def sum_parts(partials_ptr, sums_ptr, parts, columns, PARTS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sums of COLUMNS columns."""
     c = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
