@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+import zipformer_kernels.core.jit  # noqa: F401 it looks whether somebody replaces `JITFunction.run` after it
 from zipformer_kernels import ops
 from zipformer_kernels.core.op import Launchers, Op
 from zipformer_kernels.ops.scaled_adam.stepper import Stepper

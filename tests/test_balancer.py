@@ -143,6 +143,15 @@ def test_dtypes_that_differ_take_the_formula():
         balanced_gradient(grad, x, moments=moments, channel_dim=-1, **LIMITS, backend="cpu")
 
 
+@pytest.mark.parametrize("lane", lanes(_op, "cpu"))
+def test_a_gradient_may_be_wider_than_the_features(lane):
+    x, grad = channels(40, 3, 8)
+    x, grad = x.bfloat16(), grad[..., :1].expand(x.shape)
+    actual, expected = both(grad, x, lane)
+    assert actual.dtype == torch.float32
+    assert_rounded(actual, expected, 120, "gradient")
+
+
 def test_bad_arguments_are_named():
     x, grad = channels(4, 9, 8)
 

@@ -84,7 +84,7 @@ def like(x: Tensor, model: Tensor) -> Tensor:
 
 def as_empty_like(result: Tensor, x: Tensor) -> Tensor:
     """The contiguous `result` with the strides that `torch.empty_like` gives to x, copied if they differ."""
-    return result if x.is_contiguous() else torch.empty_like(x, dtype=result.dtype).copy_(result)
+    return result if x.is_contiguous() else like(result, torch.empty_like(x, dtype=result.dtype))
 
 
 def cdiv(count: int, size: int) -> int:

@@ -191,19 +191,20 @@ class Zipformer(Module):
         chunk_size, left_context_chunks = self.get_chunk_info()
         attn_mask = self._get_attn_mask(chunk_size, left_context_chunks)
 
-        outputs = []
+        pieces = []
         for i, stack in enumerate(self.encoders):
             x = stack(
-                convert_num_channels(x, self.encoder_dim[i]),
+                self._fitted(x, i),
                 chunk_size=chunk_size,
                 feature_mask=feature_masks[i],
                 src_key_padding_mask=_every(src_key_padding_mask, self.downsampling_factor[i]),
                 attn_mask=given_mask(attn_mask, x, stack, ZipformerEncoder, DownsampledZipformerEncoder),
             )
-            outputs.append(x)
+            x, piece = self._handed_on(x, i)
+            pieces.append(piece)
         if not self.downsamples_output:
-            return self._get_full_dim_output(outputs), x_lens
-        return self._finish(outputs, x_lens)
+            return _joined(pieces), x_lens
+        return self._finish(pieces, x_lens)
 
     @of_every_size
     def streaming_forward(
@@ -231,7 +232,7 @@ class Zipformer(Module):
         wanted = STATES_PER_LAYER * sum(stack.num_layers for stack in self.encoders)
         if len(states) != wanted:
             raise ValueError(f"states: wanted {wanted} tensors, {STATES_PER_LAYER} for each layer, got {len(states)}")
-        outputs, new_states = [], []
+        pieces, new_states = [], []
         offset = 0
         for i, stack in enumerate(self.encoders):
             ds = self.downsampling_factor[i]
@@ -243,9 +244,10 @@ class Zipformer(Module):
                 src_key_padding_mask=_every(src_key_padding_mask, ds),
             )
             offset += num_states
-            outputs.append(x)
+            x, piece = self._handed_on(x, i)
+            pieces.append(piece)
             new_states += stack_states
-        return *self._finish(outputs, x_lens), new_states
+        return *self._finish(pieces, x_lens), new_states
 
     def get_init_states(self, batch_size: int = 1, device: torch.device | str = "cpu") -> list[Tensor]:
         """The states before the first chunk: zeros, in the dtype of the parameters.
@@ -344,20 +346,35 @@ class Zipformer(Module):
             )
         return ChunkMask(chunk_size, left_context_chunks)
 
-    def _finish(self, outputs: list[Tensor], x_lens: Tensor) -> tuple[Tensor, Tensor]:
-        factor = self.output_downsampling_factor
-        x = self.downsample_output(self._get_full_dim_output(outputs))
-        return x, (x_lens + (factor - 1)) // factor
+    def _fitted(self, x: Tensor, i: int) -> Tensor:
+        """x with the channels of stack i, but for those that are zero, where that stack takes x without them."""
+        stack, channels = self.encoders[i], self.encoder_dim[i]
+        if x.shape[-1] < channels and type(stack) is DownsampledZipformerEncoder and stack.takes_fewer_channels(x):
+            return x
+        return convert_num_channels(x, channels)
 
-    def _get_full_dim_output(self, outputs: list[Tensor]) -> Tensor:
-        """The last stack's output, and of the channels beyond it those of the latest stack that has them."""
-        pieces = [outputs[-1]]
-        channels = self.encoder_dim[-1]
-        for output, dim in zip(outputs[-2::-1], self.encoder_dim[-2::-1], strict=True):
-            if dim > channels:
-                pieces.append(output[..., channels:dim])
-                channels = dim
-        return torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
+    def _handed_on(self, x: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
+        """What the next stack takes of the output of stack i, and what the encoder's output does.
+
+        The latter has the last stack's output, and of the channels beyond it those of the latest stack that has them.
+        No channel goes both ways, so gradients of both are written side by side, and none are added.
+        """
+        following = self.encoder_dim[i + 1 :]
+        if not following:
+            return x, x
+        taken, start, channels = following[0], max(following), self.encoder_dim[i]
+        if start >= channels:
+            return x, None
+        if being_traced():
+            return x[..., :taken], x[..., start:]
+        sizes = [size for size in (taken, start - taken, channels - start) if size > 0]
+        parts = x.split(sizes, dim=-1)
+        return parts[0], parts[-1]
+
+    def _finish(self, pieces: list[Tensor | None], x_lens: Tensor) -> tuple[Tensor, Tensor]:
+        factor = self.output_downsampling_factor
+        x = self.downsample_output(_joined(pieces))
+        return x, (x_lens + (factor - 1)) // factor
 
     def _check_input(self, x: Tensor, x_lens: Tensor) -> None:
         if x.ndim != 3 or x.shape[0] == 0:
@@ -399,5 +416,14 @@ def _checked_padding(mask: Tensor | None, batch: int, frames: int) -> Tensor | N
     return mask
 
 
+def _joined(pieces: list[Tensor | None]) -> Tensor:
+    """The stacks' pieces of the output, side by side, the last stack's first."""
+    there = [piece for piece in reversed(pieces) if piece is not None]
+    return torch.cat(there, dim=-1) if len(there) > 1 else there[0]
+
+
 def _every(mask: Tensor | None, step: int) -> Tensor | None:
-    return None if mask is None else mask[..., ::step]
+    """Every so many frames of a mask; close together, for all layers of a stack."""
+    if mask is None or step == 1:
+        return mask
+    return mask[..., ::step] if being_traced() else mask[..., ::step].contiguous()

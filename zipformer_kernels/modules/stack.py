@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from zipformer_kernels.branch.plain import When, made_of, matches, plain_parts
+from zipformer_kernels.branch.plain import When, made_of, matches, plain_parts, takes
 from zipformer_kernels.branch.ways import IN_PLACE, settle
+from zipformer_kernels.core.call import autocast_dtype, being_traced
 from zipformer_kernels.core.module import Module
 from zipformer_kernels.core.private import dispatch_modes
 from zipformer_kernels.modules.attention import given_mask
@@ -109,7 +111,7 @@ class ZipformerEncoder(Module):
         src_key_padding_mask: Tensor | None,
     ) -> Tensor:
         """`forward` on what the feature mask has multiplied already, less its product with the last layer's result."""
-        pos_emb = self.encoder_pos(src)
+        pos_emb = self._positions(src)
         for i, layer in enumerate(self.layers):
             if i > 0 and mask is not None:
                 src = src * mask
@@ -121,6 +123,13 @@ class ZipformerEncoder(Module):
                 src_key_padding_mask=src_key_padding_mask,
             )
         return src
+
+    def _positions(self, src: Tensor) -> Tensor:
+        """The positional encoding, under autocast in the dtype that all layers would cast it to, each for itself."""
+        pos_emb, dtype = self.encoder_pos(src), autocast_dtype(src)
+        if dtype is None or being_traced() or not all(map(_only_projects_positions, self.layers)):
+            return pos_emb
+        return pos_emb.to(dtype)
 
     def streaming_forward(
         self,
@@ -195,13 +204,14 @@ class DownsampledZipformerEncoder(Module):
         """
         ds, chunk_size = self.downsample_factor, chunk_size // self.downsample_factor  # -1 stays -1
         attn_mask = downsample_mask(attn_mask, ds)
-        if self.is_plain() and has_kernels(src):
-            mask = mask_of(feature_mask)
-            if not isinstance(mask, float):
-                mask = None if mask is None else mask.expand(1, src.shape[1], -1)[0]
-                output = downsample(src, self.downsample.bias, mask, len(self.out_combiner.bypass_scale))
-                output = self.encoder.run_layers(output, mask, chunk_size, attn_mask, src_key_padding_mask)
-                return self._combine(src, output, mask)
+        channels = len(self.out_combiner.bypass_scale)
+        mask = mask_of(feature_mask)
+        if self._is_plain() and has_kernels(src) and (mask is None or _drops_channels(mask, src)):
+            mask = None if mask is None else mask.expand(1, src.shape[1], channels)[0]
+            output = downsample(src, self.downsample.bias, mask, channels)
+            output = self.encoder.run_layers(output, mask, chunk_size, attn_mask, src_key_padding_mask)
+            return self._combine(src, output, mask)
+        src = F.pad(src, (0, channels - src.shape[2])) if src.shape[2] < channels else src
         output = self.downsample(src)
         output = self.encoder(
             output,
@@ -228,8 +238,12 @@ class DownsampledZipformerEncoder(Module):
         )
         return self._combine(src, output), states
 
-    def is_plain(self) -> bool:
-        """Whether nobody sees the calls of its parts but those of layers. Then src may lack channels, which are zero."""
+    def takes_fewer_channels(self, x: Tensor) -> bool:
+        """Whether x may come without channels that are zero, in a call that nobody sees."""
+        return matches(self, DownsampledZipformerEncoder, When.ANY) and self._is_plain() and has_kernels(x)
+
+    def _is_plain(self) -> bool:
+        """Whether nobody sees the calls of its parts, but of what those of the encoder are."""
         matching = (self.downsample, SimpleDownsample), (self.encoder, ZipformerEncoder)
         return plain_parts(self, When.ANY) >= AROUND and all(matches(*pair, When.ANY) for pair in matching)
 
@@ -242,16 +256,30 @@ class DownsampledZipformerEncoder(Module):
             if fits and scale.shape == src.shape[-1:]:
                 return _bypass_repeated(src, output, scale, factor)
         if plain_parts(self, When.ANY) >= AROUND and has_kernels(src):
-            return upsample_bypass(
-                src, output, self.out_combiner.drawn_scale(src.shape[1]), self.upsample.upsample, mask
-            )
+            scale = self.out_combiner.drawn_scale(src.shape[1])
+            return upsample_bypass(src, output, scale, self.upsample.upsample, mask)
         return self.out_combiner(src, first(self.upsample(output), src.shape[0], dim=0))
+
+
+def _only_projects_positions(layer: nn.Module) -> bool:
+    """Whether nobody sees the positional encoding that a layer is given, but the projection of positions."""
+    if not takes(layer, ZipformerEncoderLayer):
+        return False
+    looked_at = layer._forward_hooks or layer._forward_pre_hooks
+    return not looked_at and "self_attn_weights" in plain_parts(layer, When.ANY)
 
 
 def mask_of(feature_mask: Tensor | float) -> Tensor | float | None:
     """The mask, or None where it is known to be 1 everywhere."""
     ones = all_ones(feature_mask) if isinstance(feature_mask, Tensor) else feature_mask == 1.0
     return None if ones else feature_mask
+
+
+def _drops_channels(mask: Tensor | float, x: Tensor) -> bool:
+    """Whether kernels can multiply x by a mask: the same for all frames, of no wider dtype, without a gradient."""
+    if not isinstance(mask, Tensor) or mask.requires_grad or (mask.ndim > 2 and mask.shape[0] != 1):
+        return False
+    return torch.promote_types(mask.dtype, x.dtype) == x.dtype
 
 
 def _bypass_repeated(src: Tensor, output: Tensor, scale: Tensor, factor: int) -> Tensor:

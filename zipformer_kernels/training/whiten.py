@@ -94,7 +94,7 @@ class Whiten(Module):
     def _whitened_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         if not has_values(x):
             return grad
-        centred, covariance = grouped_covariance(x, self.num_groups)
+        centred, offset, covariance = grouped_covariance(x, self.num_groups)
         metric = whitening_metric(covariance)
         if logging_draw(0.005):
             limit = number(self.whitening_limit)
@@ -103,27 +103,33 @@ class Whiten(Module):
             self.prob = self.min_prob
             return grad
         self.prob = self.max_prob
-        direction = whitening_direction(centred, covariance).reshape(x.shape)
-        scale = number(self.grad_scale) * grad.to(direction.dtype).norm() / (direction.norm() + TINY)
-        return direction.mul_(scale).to(grad.dtype).add_(grad)
+        direction = whitening_direction(centred - offset, covariance).reshape(x.shape)
+        norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, direction.dtype))
+        scale = number(self.grad_scale) * norm / (torch.linalg.vector_norm(direction) + TINY)
+        return torch.addcmul(grad, direction, scale).to(grad.dtype)
 
 
-def grouped_covariance(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+def grouped_covariance(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """The centred features and their covariance in each group of channels, in float32 (float64 for float64).
+
+    Of large means, what was rounded away is as large as the deviation. So what is left of the mean is returned, and
+    subtracted from the covariance.
 
     Args:
         x: (..., channels).
         num_groups: divides the channels.
 
     Returns:
-        The centred features, (groups, frames, channels / groups), and the covariance, (groups, channels /
-        groups, channels / groups).
+        The features less their rounded mean, (groups, frames, channels / groups); the mean of these, (groups, 1,
+        channels / groups); and the covariance, (groups, channels / groups, channels / groups).
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    frames = x.reshape(-1, num_groups, x.shape[-1] // num_groups).transpose(0, 1)
-    centred = frames - frames.mean(dim=1, keepdim=True)
-    centred -= centred.mean(dim=1, keepdim=True)  # of large means, what was rounded away is as large as the deviation
-    return centred, centred.transpose(1, 2) @ centred / frames.shape[1]
+    frames = x.reshape(-1, num_groups, x.shape[-1] // num_groups)
+    mean = frames.mean(dim=0, dtype=torch.promote_types(x.dtype, torch.float32))
+    centred = (frames - mean).transpose(0, 1)
+    offset = centred.mean(dim=1, keepdim=True)
+    share = 1.0 / max(frames.shape[0], 1)
+    known = offset.transpose(1, 2) @ offset
+    return centred, offset, torch.baddbmm(known, centred.transpose(1, 2), centred, beta=-1.0, alpha=share)
 
 
 def whitening_metric(covariance: Tensor) -> Tensor:

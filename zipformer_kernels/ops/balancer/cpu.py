@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -17,10 +15,11 @@ from zipformer_kernels.core.launch import (
     like,
     pointer,
     unsupported_dtype,
+    unsupported_dtypes,
 )
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.balancer.reference import balanced_gradient
-from zipformer_kernels.ops.balancer.rows import in_rows, undefined_moments, unsupported, worthwhile
+from zipformer_kernels.ops.balancer.rows import in_rows, undefined_moments, worthwhile
 
 PARTS = tuning.entry("balancer.parts")
 PART_ROWS = tuning.entry("balancer.part_rows")
@@ -57,8 +56,15 @@ def _moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
     return variance, mean
 
 
+def _unsupported(grad: Tensor, x: Tensor, variance: Tensor | None, mean: Tensor | None, *_: float) -> str | None:
+    reason = unsupported_dtypes((grad, x), CPU_DTYPES)
+    if reason is not None:
+        return reason
+    return unsupported_dtypes((variance, mean), (torch.promote_types(x.dtype, torch.float32),))
+
+
 launchers = Launchers(
-    partial(unsupported, CPU_DTYPES),
+    _unsupported,
     _forward,
     backward_of(balanced_gradient),
     lambda grad, x, variance, mean, channel_dim, *_: worthwhile(x, channel_dim),

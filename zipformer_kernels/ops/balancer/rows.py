@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from zipformer_kernels.core.launch import unsupported_dtypes
-
 
 def in_rows(x: Tensor, channel_dim: int) -> Tensor:
     """x, copied where it does not lie in rows."""
@@ -39,16 +37,6 @@ def undefined_moments(x: Tensor, channels: int) -> tuple[Tensor, Tensor]:
     """Variance and mean of channels without rows."""
     mean = x.new_full((channels,), torch.nan, dtype=torch.promote_types(x.dtype, torch.float32))
     return mean.clone(), mean
-
-
-def unsupported(
-    dtypes: tuple[torch.dtype, ...], grad: Tensor, x: Tensor, variance: Tensor | None, mean: Tensor | None, *_: float
-) -> str | None:
-    """Why kernels that take `dtypes` cannot take these tensors, or None if they can."""
-    reason = unsupported_dtypes((grad, x), dtypes)
-    if reason is not None:
-        return reason
-    return unsupported_dtypes((variance, mean), (torch.promote_types(x.dtype, torch.float32),))
 
 
 def _lies_in_rows(x: Tensor, channel_dim: int) -> bool:

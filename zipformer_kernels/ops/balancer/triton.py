@@ -7,7 +7,6 @@ second pass merges the parts for its channels, in the same order.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -27,10 +26,11 @@ from zipformer_kernels.core.launch import (
     multiprocessors,
     on_device,
     unsupported_dtype,
+    unsupported_dtypes,
 )
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.balancer.reference import LEAST, TINY, balanced_gradient
-from zipformer_kernels.ops.balancer.rows import in_rows, row_stride, spacing, undefined_moments, unsupported
+from zipformer_kernels.ops.balancer.rows import in_rows, row_stride, spacing, undefined_moments
 
 ROWS = tuning.entry("balancer.triton_rows")
 CHANNELS = tuning.entry("balancer.triton_channels")
@@ -218,9 +218,9 @@ def _forward(
     grad: Tensor, x: Tensor, variance: Tensor | None, mean: Tensor | None, channel_dim: int, *limits: float
 ) -> tuple[Tensor]:
     if x.numel() == 0:
-        return (torch.empty_like(x),)
+        return (torch.empty_like(x, dtype=grad.dtype),)
     rows, x_row = _strided(x, channel_dim)
-    out = torch.empty_like(rows)
+    out = torch.empty_like(rows, dtype=grad.dtype)
     grad, grad_row = _alike(grad, out, channel_dim)
     known = variance is not None and mean is not None
     variance, mean = contiguous(variance, mean) if known else (None, None)
@@ -232,7 +232,13 @@ def _forward(
         change_kernel[grid.blocks](
             *tensors, grad_row, x_row, *grid, grid.parts, *limits, *constants, num_warps=WARPS.value
         )
-    return (like(out, torch.empty_like(x)),)
+    return (like(out, torch.empty_like(x, dtype=out.dtype)),)
+
+
+def _unsupported(grad: Tensor, x: Tensor, variance: Tensor | None, mean: Tensor | None, *_: float) -> str | None:
+    """Gradients of another dtype than x are taken: those of a sum may be wider than what was added."""
+    moments = unsupported_dtypes((variance, mean), (torch.float32,))
+    return unsupported_dtype(grad, GPU_DTYPES) or unsupported_dtype(x, GPU_DTYPES) or moments
 
 
 def _worthwhile(x: Tensor, channel_dim: int) -> bool:
@@ -241,7 +247,7 @@ def _worthwhile(x: Tensor, channel_dim: int) -> bool:
 
 
 launchers = Launchers(
-    partial(unsupported, GPU_DTYPES),
+    _unsupported,
     _forward,
     backward_of(balanced_gradient),
     lambda grad, x, variance, mean, channel_dim, *_: _worthwhile(x, channel_dim),
