@@ -174,6 +174,7 @@ _ON_GPU = [
     Entry("conv_module.triton_part_frames", 128, "frames", "of which a program takes sums, at least", GPU, _LONG),
     Entry("conv_module.triton_parts", 4, "groups a multiprocessor", "of frames summed apart", GPU, _PER_MULTIPROCESSOR),
     _warps("conv_module.triton_warps"),
+    _warps("conv_module.triton_backward_warps", 8),
     Entry(
         "scaled_adam.triton_chunk", 1 << 15, "elements", "of a program's share",
         GPU, "reasoned: as scaled_adam.chunk, with twice as much for each program",
