@@ -199,6 +199,7 @@ _ON_GPU = [
     Entry("conv_module.triton_part_frames", 128, "frames", "of which a program takes sums, at least", GPU, _LONG),
     Entry("conv_module.triton_parts", 4, "groups a multiprocessor", "of frames summed apart", GPU, _PER_MULTIPROCESSOR),
     _warps("conv_module.triton_warps"),
+    _warps("conv_module.triton_backward_warps", 8),
     Entry("products.triton_tile", (128, 128, 64, 8, 3), _PRODUCT, "of a product", SM_90, _TILES),
     Entry("products.triton_ragged_tile", (128, 128, 32, 8, 4), _PRODUCT,
           "of a product whose channels are no whole tiles", SM_90, _TILES),

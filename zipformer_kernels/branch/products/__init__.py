@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from zipformer_kernels.branch.products.interface import Dropout, Products
-from zipformer_kernels.branch.products.plain import BY_TORCH
+from zipformer_kernels.branch.products.plain import BY_TORCH, around
 from zipformer_kernels.core import backend as backends
+from zipformer_kernels.ops.swoosh_linear import _op as swoosh_linear
+from zipformer_kernels.ops.swoosh_linear.product import SwooshLinearLaunchers
 
 __all__ = ["BY_TORCH", "Dropout", "Products", "choose", "unsupported"]
 
@@ -20,17 +23,21 @@ MOST_SEQUENCES = 1 << 16  # kernels find a row's sequence by a quotient in float
 def choose(src: Tensor, low: torch.dtype) -> Products:
     """The products for rows like src that are multiplied in `low`: Triton's, or PyTorch's where those cannot serve.
 
-    Asked once a call of a layer. The surrounding choice of a backend holds; PyTorch's are those of every backend but
-    ``triton``.
+    Asked once a call of a layer. The surrounding choice of a backend holds; beside PyTorch's products the passes of
+    ``swoosh_linear`` are those of the backend that the op would get.
     """
-    if unsupported(src, low) is not None:
-        return BY_TORCH
-    request = backends.requested()
-    if request == "auto":
-        names = backends.serving.get(src.device.type, ())
-    else:
-        names = backends.asked_for(None, request, ("triton",))
-    return _triton() if "triton" in names else BY_TORCH
+    device = src.device.type
+    if "triton" in backends.candidates(device, ("triton",)) and unsupported(src, low) is None:
+        return _triton()
+    for name in backends.candidates(device, swoosh_linear.backends):
+        own, x = swoosh_linear.backends.get(name), src.new_empty(0, dtype=low)
+        if isinstance(own, SwooshLinearLaunchers) and backends.unserved_device(name, device) is None:
+            if own.supports(x, None, None, None, "l", low) is None:
+                return _beside(own)
+    return BY_TORCH
+
+
+_beside = lru_cache(around)
 
 
 def unsupported(src: Tensor, low: torch.dtype) -> str | None:

@@ -49,7 +49,7 @@ class Products(NamedTuple):
         added: ``(src, x, weight, bias, chosen, low)`` -> y = src + chosen * (x W^T + b) in the dtype of src, and y in
             `low`: the same tensor where src has that dtype. weight: (out, in).
         added_gradient: ``(grad, dhidden, weight, low)`` -> dsrc = grad + dhidden W in the dtype of grad, dsrc in `low`,
-            and its sums. weight: (channels of dhidden, channels of grad).
+            and its sums, or None where they are a pass of their own. weight: (channels of dhidden, channels of grad).
         weight_gradient: ``(grad, x, dtype)`` -> grad^T x over all rows, (out, in), in `dtype`.
         lowered: ``(grad, chosen, low)`` -> chosen * grad in `low`, and its sums. Where that changes nothing it is grad.
         totals: ``(sums, other)`` -> for each the sums of all rows, (channels,); None for None, which `other` may be.
@@ -58,7 +58,7 @@ class Products(NamedTuple):
     activated: Callable[[Tensor, Tensor, Tensor | None, Dropout | None, str, bool], tuple[Tensor | None, Tensor]]
     activated_gradient: Callable[[Tensor, Tensor, Tensor, Dropout | None, str], tuple[Tensor, Tensor, Tensor]]
     added: Callable[..., tuple[Tensor, Tensor]]
-    added_gradient: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    added_gradient: Callable[..., tuple[Tensor, Tensor, Tensor | None]]
     weight_gradient: Callable[..., Tensor]
     lowered: Callable[..., tuple[Tensor, Tensor]]
     totals: Callable[..., tuple[Tensor, Tensor | None]]

@@ -1,4 +1,4 @@
-"""Matrix products of rows in PyTorch's own operations: what tests compare with, and what runs where Triton does not.
+"""Matrix products of rows by PyTorch: what tests compare with, and what runs where Triton does not.
 
 It takes every dtype and device. `zipformer_kernels.branch.products.interface.Products` says what each function does.
 """
@@ -10,39 +10,52 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zipformer_kernels.branch.products.interface import Dropout, Products
-from zipformer_kernels.ops.swoosh import reference as curve
+from zipformer_kernels.ops.swoosh_linear import eager
+from zipformer_kernels.ops.swoosh_linear.product import SwooshLinearLaunchers
 
 MM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")  # since torch 2.8
 
 
-def _activated(
-    x: Tensor, weight: Tensor, bias: Tensor | None, dropout: Dropout | None, kind: str, stores: bool
-) -> tuple[Tensor | None, Tensor]:
-    hidden = F.linear(x, weight, _in(x.dtype, bias))
-    return hidden if stores else None, _dropped_swoosh(hidden, dropout, kind)
+def around(passes: SwooshLinearLaunchers) -> Products:
+    """Products by PyTorch, with a backend's passes for Swoosh beside them."""
+
+    def activated(
+        x: Tensor, weight: Tensor, bias: Tensor | None, dropout: Dropout | None, kind: str, stores: bool
+    ) -> tuple[Tensor | None, Tensor]:
+        hidden = F.linear(x, weight, _in(x.dtype, bias))
+        return hidden if stores else None, passes.activate(hidden, _mask(dropout), kind, hidden.dtype)
+
+    def activated_gradient(
+        grad: Tensor, weight: Tensor, hidden: Tensor, dropout: Dropout | None, kind: str
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dhidden, a = passes.differentiate(grad @ weight, hidden, _mask(dropout), kind, True)
+        return dhidden, a, _sums(dhidden)
+
+    return Products(activated, activated_gradient, _added, _added_gradient, weight_gradient, _lowered, _totals)
 
 
-def _activated_gradient(
-    grad: Tensor, weight: Tensor, hidden: Tensor, dropout: Dropout | None, kind: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    da = grad @ weight
-    slope = curve.derivative(hidden, kind)
-    dhidden = (da * slope if dropout is None else da * dropout.mask() * slope).to(hidden.dtype)
-    return dhidden, _dropped_swoosh(hidden, dropout, kind), _sums(dhidden)
+def _mask(dropout: Dropout | None) -> Tensor | None:
+    return None if dropout is None else dropout.mask()
 
 
 def _added(
     src: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, chosen: Tensor | None, low: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     product = F.linear(x, weight, _in(x.dtype, bias))
-    y = (src + product if chosen is None else src + chosen * product).to(src.dtype)
+    y = (src + product if chosen is None else torch.addcmul(src, product, chosen)).to(src.dtype)
     return y, y.to(low)
 
 
-def _added_gradient(grad: Tensor, dhidden: Tensor, weight: Tensor, low: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    dsrc = (grad + dhidden @ weight).to(grad.dtype)
-    dsrc_low = dsrc.to(low)
-    return dsrc, dsrc_low, _sums(dsrc_low)
+def _added_gradient(
+    grad: Tensor, dhidden: Tensor, weight: Tensor, low: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The sums are left to who wants them: they are a pass of their own here."""
+    if grad.dtype == dhidden.dtype:
+        rows = torch.addmm(grad.flatten(0, 1), dhidden.flatten(0, 1), weight)
+        dsrc = rows.view(grad.shape)
+    else:
+        dsrc = (grad + dhidden @ weight).to(grad.dtype)
+    return dsrc, dsrc.to(low), None
 
 
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -75,17 +88,10 @@ def _in(dtype: torch.dtype, bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.to(dtype)
 
 
-def _dropped_swoosh(hidden: Tensor, dropout: Dropout | None, kind: str) -> Tensor:
-    if dropout is None:
-        return curve.swoosh(hidden, kind)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    return (curve.swoosh(hidden.to(wide), kind) * dropout.mask()).to(hidden.dtype)
-
-
 def _sums(x: Tensor) -> Tensor:
     """In one part."""
     wide = torch.promote_types(x.dtype, torch.float32)
     return x.flatten(0, -2).sum(0, keepdim=True, dtype=wide)
 
 
-BY_TORCH = Products(_activated, _activated_gradient, _added, _added_gradient, weight_gradient, _lowered, _totals)
+BY_TORCH = around(eager.launchers)

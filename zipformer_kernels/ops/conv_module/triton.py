@@ -27,12 +27,13 @@ SUM_PARTS = tuning.entry("conv_module.triton_sum_parts")
 PART_FRAMES = tuning.entry("conv_module.triton_part_frames")
 PARTS_PER_MULTIPROCESSOR = tuning.entry("conv_module.triton_parts")
 WARPS = tuning.entry("conv_module.triton_warps")
+BACKWARD_WARPS = tuning.entry("conv_module.triton_backward_warps")
 
 
 class _Tiles:
     """How a pass over frames and channels is cut up."""
 
-    def __init__(self, arguments: Arguments) -> None:
+    def __init__(self, arguments: Arguments, warps: int) -> None:
         frames, batch, channels = arguments.a.shape
         tall, wide = FRAMES.value, CHANNELS.value
         fill = min(FILL.value, tall)
@@ -40,7 +41,7 @@ class _Tiles:
         self.sizes = frames, batch, channels, arguments.chunk, *arguments.a.stride()[:2]
         self.across = cdiv(frames, tall)
         self.grid = batch * self.across, cdiv(channels, wide)
-        self.constants = {"FRAMES": tall, "ROWS": rows, "FILL": fill, "CHANNELS": wide, "num_warps": WARPS.value}
+        self.constants = {"FRAMES": tall, "ROWS": rows, "FILL": fill, "CHANNELS": wide, "num_warps": warps}
         self.constants |= {"SHIFT": SHIFT["r"], "OFFSET": OFFSET["r"]}
 
     def own(self, like: Tensor, dtype: torch.dtype) -> Tensor:
@@ -50,7 +51,7 @@ class _Tiles:
 
 
 def _forward(arguments: Arguments, y: Tensor | None, activated: Tensor | None, x_bias: Tensor | None) -> None:
-    tiles = _Tiles(arguments)
+    tiles = _Tiles(arguments, WARPS.value)
     a = arguments.a
     weight, bias, causal_weight, causal_bias, edge_scale = arguments.parameters
     with on_device(a):
@@ -82,7 +83,7 @@ def _forward(arguments: Arguments, y: Tensor | None, activated: Tensor | None, x
 
 
 def _backward(arguments: Arguments, dy: Tensor, y: Tensor | None, outputs: Outputs, found: Sums) -> Tensor:
-    tiles, a = _Tiles(arguments), arguments.a
+    tiles, a = _Tiles(arguments, BACKWARD_WARPS.value), arguments.a
     channels = a.shape[2]
     most = PARTS_PER_MULTIPROCESSOR.value * multiprocessors(dy)
     parts = arguments.parts(PART_FRAMES.value, most) if found.parameters else 0

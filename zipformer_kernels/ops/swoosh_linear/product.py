@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,19 +13,26 @@ from zipformer_kernels.core.launch import as_empty_like, unsupported_dtype
 from zipformer_kernels.core.op import Launchers
 
 
+@dataclass(frozen=True, kw_only=True)
+class SwooshLinearLaunchers(Launchers):
+    """Launchers of the op ``swoosh_linear``, and the elementwise passes beside its products.
+
+    Attributes:
+        activate: ``(x, mask, kind, dtype)`` -> a = mask * swoosh(x) in `dtype`.
+        differentiate: ``(da, x, mask, kind, with_a)`` -> dx = da * mask * swoosh'(x) in the dtype of x, with
+            the strides of `torch.empty_like`, and, if `with_a`, a in the dtype of da, else None.
+    """
+
+    activate: Callable[..., Tensor]
+    differentiate: Callable[..., tuple[Tensor, Tensor | None]]
+
+
 def around_product(
     activate: Callable[..., Tensor],
     differentiate: Callable[..., tuple[Tensor, Tensor | None]],
     supports: Callable[..., str | None],
-) -> Launchers:
-    """The launchers made of two elementwise passes.
-
-    Args:
-        activate: ``(x, mask, kind, dtype)`` -> a = mask * swoosh(x) in `dtype`.
-        differentiate: ``(da, x, mask, kind, with_a)`` -> dx = da * mask * swoosh'(x) in the dtype of x, with
-            the strides of `torch.empty_like`, and, if `with_a`, a in the dtype of da, else None.
-        supports: as of `Launchers`.
-    """
+) -> SwooshLinearLaunchers:
+    """The launchers made of two elementwise passes, and `supports`; see `SwooshLinearLaunchers` and `Launchers`."""
 
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, kind: str, dtype: torch.dtype):
         a = activate(x, mask, kind, dtype)
@@ -55,7 +63,7 @@ def around_product(
             dbias = dy.sum(0, dtype=bias.dtype)
         return dx, dweight, dbias, None
 
-    return Launchers(supports, forward, backward)
+    return SwooshLinearLaunchers(supports, forward, backward, activate=activate, differentiate=differentiate)
 
 
 def unsupported(
