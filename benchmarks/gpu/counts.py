@@ -21,10 +21,12 @@ from benchmarks.gpu.sass import Kernel, disassemble, disassemble_cubin
 from benchmarks.gpu.trips import block_of_targets, executed
 from benchmarks.harness import models
 from benchmarks.harness.op_jobs import RESIDUAL
+from zipformer_kernels import ops
 from zipformer_kernels.ops.cases import BATCH, FRAMES, Case
 from zipformer_kernels.ops.scaled_adam.cases import CASES as ADAM_CASES
 
-OPS = ("swoosh", "swoosh_linear", "bias_norm", "conv_module", "attention", "nonlin_attention")
+RESIDUAL_OPS = ("bias_norm", "bias_norm.bypass", "bypass")
+OPS = ("swoosh", "swoosh_linear", *RESIDUAL_OPS, "conv_module", "attention", "nonlin_attention")
 STACKS = tuple(f"L stack {i}, {BATCH} x 30 s" for i in range(4))
 BACKENDS = ("triton", "cuda")
 ATTENTION = ("attention", "nonlin_attention")
@@ -136,9 +138,8 @@ def op_rows(native: ModuleType, kernels: Kernels, step: Callable[[str], None]) -
         step: called with the name of what is done next.
     """
     for name in OPS:
-        op = importlib.import_module(f"zipformer_kernels.ops.{name}")._op
-        cases = importlib.import_module(f"zipformer_kernels.ops.{name}.cases").CASES
-        for case in (case for case in cases if case.name in STACKS):
+        op = ops.get(name)
+        for case in (case for case in ops.cases_of(name) if case.name in STACKS):
             step(f"{name}, {case.name}")
             for backend in (b for b in BACKENDS if b in op.backends):
                 for direction, launches, args in both_ways(native, op, op.backends[backend], case):
