@@ -102,9 +102,8 @@ def bring_together(scores: Scores, uses: Sequence[Use]) -> Together:
     cuts = sorted({0, heads, *(cut for use in direct for cut in (use.heads.start, use.heads.stop))})
     runs = [range(*cut) for cut in pairwise(cuts)]
     found = [(run, _channels(run, direct, values, grads, delta, width)) for run in runs]
-    return Together(
-        found, [x for x in (values, grads, delta, *(x for use in direct for x in use[1:])) if x is not None]
-    )
+    held = (values, grads, delta, *(x for use in direct for x in (use.values, use.grad)))
+    return Together(found, [x for x in held if x is not None])
 
 
 def _told_apart(q: Tensor, uses: Sequence[Use]) -> tuple[list[_Own], list[_Own]]:
