@@ -4,8 +4,9 @@
 
     right    outputs and all gradients, on each backend, against upstream in float64 (and what rounding explains)
     train    a training step, ours and upstream's: milliseconds, peak memory, the kernels that take longest
-    infer    the same of inference
-    latency  one recording at a time, called and as the replay of a CUDA graph
+    step     a training step with the optimizer's, without Python's draws: called, and by `GraphedStep`
+    infer    the same of inference, and ours with weights in bfloat16
+    latency  one recording at a time, called, as the replay of a CUDA graph, and by `graphed`
     adam     the optimizer's step over all parameters
 
 On a GPU preset L on 30 x 30 s; without one preset S on a second or two, to try the stages themselves.
@@ -32,8 +33,10 @@ from benchmarks.harness.machine import DEVICE, synchronize
 from benchmarks.harness.memory import peak_bytes
 from benchmarks.harness.peers import attempt
 from benchmarks.harness.timing import captured
-from zipformer_kernels import use_backend
+from zipformer_kernels import GraphedStep, ScaledAdam, graphed, use_backend
 from zipformer_kernels.core import backend
+from zipformer_kernels.graphs import CudaGraphs, Graphed
+from zipformer_kernels.graphs.capture import Graphs
 
 ON_GPU = DEVICE.type == "cuda"
 NAME, BATCH, SECONDS = ("L", 30, 30) if ON_GPU else ("S", 1, 2)
@@ -42,7 +45,7 @@ DTYPE = torch.bfloat16
 TIMED = DTYPE if ON_GPU else torch.float32  # upstream does not train in bfloat16 on a CPU
 PEERS = ("ours", "upstream")
 torch.backends.cudnn.allow_tf32 = False  # rounding is what others are measured by
-ROUNDS = {"train": 3, "infer": 5, "latency": 20, "adam": 20}
+ROUNDS = {"train": 3, "step": 5, "infer": 5, "latency": 20, "adam": 20}
 LONGEST = 10  # kernels that are printed; the file has all
 
 Run = Callable[[], Any]
@@ -179,10 +182,16 @@ def train(found: Found) -> None:
         timed(found, f"train {peer}", partial(_run, peer, partial(models.training, x, TIMED)), ROUNDS["train"])
 
 
+def step(found: Found) -> None:
+    """Whole training steps of the encoder with ScaledAdam, and nothing that Python draws."""
+    for name, graphs in (("called", None), ("graphed", CudaGraphs() if ON_GPU else None)):
+        timed(found, f"step ours, {name}", partial(_whole_step, graphs), ROUNDS["step"], kernels=False)
+
+
 def infer(found: Found) -> None:
     """The encoder in eval mode, without gradients."""
     x = partial(models.frames, NAME, BATCH, SECONDS)
-    for peer in PEERS:
+    for peer in (*PEERS, models.OURS_IN_BFLOAT16):
         timed(found, f"infer {peer}", partial(_run, peer, partial(models.inference, x, TIMED)), ROUNDS["infer"])
 
 
@@ -194,6 +203,9 @@ def latency(found: Found) -> None:
         timed(found, f"latency {peer}", make, ROUNDS["latency"], kernels=False)
         if ON_GPU:
             timed(found, f"latency {peer}, graph", lambda make=make: captured(make()), ROUNDS["latency"], kernels=False)
+    for peer in ("ours", models.OURS_IN_BFLOAT16):
+        make = partial(_run, peer, partial(models.inference, x, TIMED), graphed)
+        timed(found, f"latency {peer}, graphed", make, ROUNDS["latency"], kernels=False)
 
 
 def adam(found: Found) -> None:
@@ -202,15 +214,59 @@ def adam(found: Found) -> None:
         timed(found, f"adam {peer}", partial(_step, peer), ROUNDS["adam"], kernels=peer in backend.BACKENDS)
 
 
-def _run(peer: str, make_run: Callable[[nn.Module], Callable[[], Tensor]]) -> Run:
-    return make_run(models.Encoder(models.encoder(peer, NAME)).to(DEVICE))
+def _run(
+    peer: str, make_run: Callable[[nn.Module], Callable[[], Tensor]], change: Callable[[nn.Module], Any] | None = None
+) -> Run:
+    """A peer's run, of the model or of what `change` makes of it in eval mode."""
+    module = models.Encoder(models.encoder(peer, NAME)).to(DEVICE)
+    if peer == models.OURS_IN_BFLOAT16:
+        module = models.InBfloat16(module)
+    return make_run(module if change is None else _Called(change(module.eval())))
+
+
+class _Called(nn.Module):
+    """A callable as a module, whose parameters are those of its model."""
+
+    def __init__(self, call: Graphed) -> None:
+        super().__init__()
+        self.model, self.call = call.model, call
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.call(x)
+
+
+def _whole_step(graphs: Graphs | None) -> Run:
+    """A training step by `GraphedStep`, captured by `graphs`, or called where there are none."""
+    module = models.Encoder(models.encoder("ours", NAME)).to(DEVICE)
+    models.in_training(module)
+    models.seed(0)
+    x = models.frames(NAME, BATCH, SECONDS)
+
+    def loss(module: nn.Module, x: Tensor) -> Tensor:
+        with models.autocast(TIMED):
+            y = module(x)
+        return y.float().square().mean()
+
+    step = GraphedStep(
+        module, loss, ScaledAdam(module.parameters(), **optimizer.OPTIONS), graphs=graphs or Uncaptured()
+    )
+    for _ in range(2):  # what comes before the capture
+        step(x)
+    return partial(step, x)
+
+
+class Uncaptured:
+    """Captures nothing on any device."""
+
+    def serves(self, device: torch.device) -> bool:
+        return False
 
 
 def _step(peer: str) -> Run:
     return optimizer.step(peer, optimizer.parameters(NAME))
 
 
-STAGES = {"right": right, "train": train, "infer": infer, "latency": latency, "adam": adam}
+STAGES = {"right": right, "train": train, "step": step, "infer": infer, "latency": latency, "adam": adam}
 
 if __name__ == "__main__":
     sys.exit(ends(main))

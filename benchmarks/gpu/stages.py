@@ -75,9 +75,10 @@ STAGES = {
         Stage("check", 80, _script("check.py", "{out}/check.json"), 60),
         _model("right", 80, 8),
         _model("train", 75, 26),
-        _model("infer", 50, 26),
+        _model("infer", 60, 30),
         Stage("table", 60, _script("table.py", "{out}/table.json", "--seconds", "55"), 120),
-        _model("latency", 30, 6),
+        _model("latency", 40, 8),
+        _model("step", 60, 26),
         _model("adam", 25, 16),
         Stage("tests", 200, _tests(), 60, (("OMP_NUM_THREADS", "1"),), 20),
         *map(_sanitizer, ("memcheck", "racecheck", "initcheck", "synccheck")),
@@ -89,7 +90,7 @@ STAGES = {
 """In the order in which they are worth most."""
 
 GROUPS = {
-    "quick": ("build", "check", "right", "train", "infer", "table", "latency", "adam"),
+    "quick": ("build", "check", "right", "train", "infer", "table", "latency", "step", "adam"),
     "sanitize": ("memcheck", "racecheck", "initcheck", "synccheck"),
     "all": tuple(STAGES),
 }

@@ -26,6 +26,7 @@ PEERS = ("upstream", "upstream as shipped", "upstream compiled", "ours")
 """Upstream with its activations called, with them compiled as it ships, and compiled as a whole; ours on `auto`."""
 
 OURS_AS_GRAPH = "ours, CUDA graph"
+OURS_IN_BFLOAT16 = "ours, bf16 weights"
 
 BATCH_COUNT = 10000.0  # of training steps done: where schedules have mostly settled
 FEATURES_PER_SECOND, FRAMES_PER_SECOND = 100, 50  # into the conv embed and into the encoder
@@ -134,7 +135,7 @@ def seed(number: int) -> None:
 
 def is_ours(peer: str) -> bool:
     """Whether a peer runs our model."""
-    return peer in ("ours", OURS_AS_GRAPH)
+    return peer in ("ours", OURS_AS_GRAPH, OURS_IN_BFLOAT16)
 
 
 def unserved(peer: str) -> str | None:
@@ -199,13 +200,29 @@ class Replayed(nn.Module):
         return captured(partial(self.module, *args))()
 
 
+class InBfloat16(nn.Module):
+    """A model with weights in bfloat16, which casts what it is given, and runs without autocast."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module.bfloat16()
+
+    def forward(self, *args: Any) -> Any:
+        with torch.autocast(DEVICE.type, enabled=False):
+            return self.module(*(x.bfloat16() for x in args))
+
+
 def compiled(module: nn.Module) -> nn.Module:
     """The model under torch.compile, which has forgotten all it compiled before."""
     torch.compiler.reset()
     return torch.compile(module)
 
 
-CHANGES: dict[str, Callable[[nn.Module], nn.Module]] = {"upstream compiled": compiled, OURS_AS_GRAPH: Replayed}
+CHANGES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "upstream compiled": compiled,
+    OURS_AS_GRAPH: Replayed,
+    OURS_IN_BFLOAT16: InBfloat16,
+}
 """What makes a peer of a model."""
 
 

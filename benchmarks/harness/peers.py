@@ -15,7 +15,7 @@ Run = Callable[[], Any]
 COMPILED = frozenset({"compiled", "upstream compiled", "upstream as shipped", "flex_attention"})
 """Peers that go through torch.compile, which can take minutes for a whole model."""
 
-OURS = frozenset({"cpu", "triton", "cuda", "ours", "ours, CUDA graph"})
+OURS = frozenset({"cpu", "triton", "cuda", "ours", "ours, CUDA graph", "ours, bf16 weights"})
 """Peers whose failure is this package's."""
 
 
