@@ -31,9 +31,9 @@ def choose(src: Tensor, low: torch.dtype) -> Products:
         return _triton()
     for name in backends.candidates(device, swoosh_linear.backends):
         own, x = swoosh_linear.backends.get(name), src.new_empty(0, dtype=low)
-        if isinstance(own, SwooshLinearLaunchers) and backends.unserved_device(name, device) is None:
-            if own.supports(x, None, None, None, "l", low) is None:
-                return _beside(own)
+        serves = isinstance(own, SwooshLinearLaunchers) and backends.unserved_device(name, device) is None
+        if serves and own.supports(x, None, None, None, "l", low) is None:
+            return _beside(own)
     return BY_TORCH
 
 
