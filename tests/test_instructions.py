@@ -256,7 +256,9 @@ def test_to_plan_a_step_of_the_optimizer_is_a_small_part_of_it():
     rows = [row for row in counts["ops"] if row["op"] == "scaled_adam"]
     assert {row["backend"] for row in rows} == {"triton", "cuda"}
     for row in rows:
-        alone = [kernel for kernel in row["kernels"] if kernel["kernel"].split(".")[1] in ("sums_kernel", "plan_kernel")]
+        alone = [
+            kernel for kernel in row["kernels"] if kernel["kernel"].split(".")[1] in ("sums_kernel", "plan_kernel")
+        ]
         assert len(alone) == 2
         for gpu, whole in row["predicted_us"].items():
             assert sum(kernel["predicted_us"][gpu] for kernel in alone) <= 0.05 * whole
