@@ -106,18 +106,17 @@ def edges_kernel(
 
 @jit
 def add_parts_kernel(
-    partials_ptr, sums_ptr, parts, total, tiles, columns, blocks, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    partials_ptr, sums_ptr, parts, total, tiles, columns, begin, blocks, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Adds up (parts, total) partial sums, and (tiles, columns) that follow them; `blocks` programs take the first."""
+    """Adds up (parts, total) partial sums by `blocks` programs, and by others (tiles, columns) from `begin` on."""
     pid = tl.program_id(0)
     first = pid < blocks
     count = tl.where(first, parts, tiles)
     wide = tl.where(first, total, columns)
-    begin = tl.where(first, 0, parts.to(tl.int64) * total)
     i = tl.where(first, pid, pid - blocks) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.zeros([PARTS, BLOCK], tl.float32)
     for start in range(0, count, PARTS):
         part = start + tl.arange(0, PARTS)
-        at = begin + part.to(tl.int64)[:, None] * wide + i[None, :]
+        at = tl.where(first, 0, begin) + part.to(tl.int64)[:, None] * wide + i[None, :]
         sums += tl.load(partials_ptr + at, (part < count)[:, None] & (i < wide)[None, :], other=0.0)
     tl.store(sums_ptr + tl.where(first, 0, total) + i, tl.sum(sums, 0), i < wide)

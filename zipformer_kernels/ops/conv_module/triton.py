@@ -99,7 +99,7 @@ def _backward(arguments: Arguments, dy: Tensor, y: Tensor | None, outputs: Outpu
         if found.rows > 0:
             wide, at_once = SUM_CHANNELS.value, SUM_PARTS.value
             blocks = cdiv(total, wide)
-            sizes = parts, total, tiles.grid[0], columns, blocks
+            sizes = parts, total, tiles.grid[0], columns, parts * total, blocks
             add_parts_kernel[(blocks + cdiv(columns, wide),)](
                 partials, sums, *sizes, PARTS=at_once, BLOCK=wide, num_warps=WARPS.value
             )
