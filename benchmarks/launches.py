@@ -2,9 +2,10 @@
 
 ``python benchmarks/launches.py [--output FILE]`` runs a layer as on a GPU, without computing anything
 (`benchmarks.gpu.recording`): forward in eval mode, and forward and backward in training under one seed, in float32 and
-under bfloat16 autocast. It counts PyTorch's operations that compute something (views and allocations do not; each of
-the others is at least one launch), and launches of Triton's and CUDA's kernels. Both models take the same random
-decisions, so that the difference is the kernels'. Prints a table and writes JSON. Needs nvcc.
+under bfloat16 autocast. It lists PyTorch's operations that compute something (views, allocations and what is asked of
+the host do not; each of the others is at least one launch), and launches of Triton's and CUDA's kernels, by name.
+Both models take the same random decisions, so that the difference is the kernels'. Prints how many there are, and
+writes JSON, of which `benchmarks.gpu.launch_tables` makes the tables in docs/gpu.md. Needs nvcc.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -25,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.gpu import recording  # noqa: E402
+from benchmarks.gpu.counts import short_name  # noqa: E402
+from benchmarks.gpu.recording import Launch  # noqa: E402
 from benchmarks.harness import upstream  # noqa: E402
 from zipformer_kernels.modules import ZipformerEncoderLayer  # noqa: E402
 
@@ -43,7 +47,7 @@ WORK = {"eval, forward": False, "training, forward and backward": True}
 DTYPES = {"float32": contextlib.nullcontext, "bfloat16 autocast": recording.autocast}
 
 
-def measure(layer: torch.nn.Module, backward: bool, dtype: str, native: ModuleType | None) -> dict[str, int]:
+def measure(layer: torch.nn.Module, backward: bool, dtype: str, native: ModuleType | None) -> dict[str, Any]:
     """Launches of one call of the layer, and of its backward if wanted.
 
     Args:
@@ -56,16 +60,35 @@ def measure(layer: torch.nn.Module, backward: bool, dtype: str, native: ModuleTy
     torch.manual_seed(0)
     layer = copy.deepcopy(layer).train(backward).requires_grad_(backward)
     padding = torch.arange(FRAMES) >= torch.tensor([[FRAMES], [FRAMES - 4]])
-    # Nothing needs a gradient in eval, but grad mode stays on: without it modules take their way for CPUs.
     x = torch.randn(FRAMES, BATCH, LAYER["embed_dim"], requires_grad=backward)
     position = torch.randn(1, 2 * FRAMES - 1, LAYER["pos_dim"])
-    with recording.recording(native) as launches:
+    grad = torch.randn(FRAMES, BATCH, LAYER["embed_dim"])
+    with recording.recording(native) as launches, torch.set_grad_enabled(backward):
         with DTYPES[dtype]():
             y = layer(x, position, src_key_padding_mask=padding)
+        count = len(launches)
         if backward:
-            y.sum().backward()
+            y.backward(grad)
     kinds = Counter(launch.kind for launch in launches)
-    return {"operations": kinds["torch"], "kernels": kinds["triton"] + kinds["cuda"], "launches": kinds.total()}
+    return {
+        "operations": kinds["torch"],
+        "kernels": kinds["triton"] + kinds["cuda"],
+        "launches": kinds.total(),
+        "forward": by_name(launches[:count]),
+        "backward": by_name(launches[count:]),
+    }
+
+
+def by_name(launches: list[Launch]) -> dict[str, int]:
+    """How often each is launched, the most frequent first."""
+    return dict(Counter(map(name_of, launches)).most_common())
+
+
+def name_of(launch: Launch) -> str:
+    """As it stands in the list: ``torch.addmm``, ``swoosh.forward_kernel``, ``swoosh_forward: forward``."""
+    if launch.kind == "torch":
+        return f"torch.{launch.name}"
+    return launch.name if launch.kind == "triton" else f"{launch.call}: {short_name(launch.name)}"
 
 
 def main() -> None:
@@ -88,7 +111,10 @@ def main() -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(json.dumps({"layer": LAYER, "torch": torch.__version__, "results": results}, indent=1) + "\n")
     for name, row in results.items():
-        print(f"{name}: " + ", ".join(f"{peer} {counts['launches']}" for peer, counts in row.items()))
+        counts = {
+            peer: (sum(found["forward"].values()), sum(found["backward"].values())) for peer, found in row.items()
+        }
+        print(f"{name}: " + ", ".join(f"{peer} {f} + {b} = {f + b}" for peer, (f, b) in counts.items()))
 
 
 if __name__ == "__main__":

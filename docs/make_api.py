@@ -16,6 +16,7 @@ ROOMS = {
     "core": "Choosing a backend",
     "ops": "Ops",
     "modules": "Modules",
+    "graphs": "CUDA graphs",
     "optim": "Optimizer and schedules",
     "training": "Training",
 }

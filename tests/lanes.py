@@ -6,11 +6,13 @@ With a GPU: ``triton`` and ``cuda`` on it. Without: Triton's interpreter and the
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
 from emulator import emulated_cuda
 
+from zipformer_kernels.branch.ways import WAYS
 from zipformer_kernels.core import backend
 from zipformer_kernels.core.op import Op
 
@@ -63,6 +65,8 @@ class Lane:
             reason = backend.missing[self.backend]
             if reason is not None:
                 pytest.skip(f"{self.backend}: {reason}")
+            if self.backend in ("triton", "cuda") and not HAS_GPU:  # layers run as on a GPU
+                stack.enter_context(mock.patch.dict(WAYS, cpu=WAYS["cuda"]))
             stack.enter_context(backend.use_backend(self.backend))
             yield
 

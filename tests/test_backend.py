@@ -115,14 +115,14 @@ def test_a_backend_that_is_asked_for_by_name_raises_with_the_reason():
 def test_a_whole_model_runs_by_one_name(lane):
     """An op without kernels there runs on the next backend that has some; asked by itself, it says so."""
     name = lane.backend
-    args, scores = ops.example("bypass", device=lane.device), ops.example("attention", device=lane.device)[:4]
+    args, scores = ops.example("depthwise_conv2d", device=lane.device), ops.example("attention", device=lane.device)[:4]
     with lane.active():
-        assert on_its_choice("bypass", lane) == "eager"
+        assert on_its_choice("depthwise_conv2d", lane) == "eager"
         assert on_its_choice("swoosh", lane) == name
         assert on_its_choice("attention", lane) == AttentionWeights(*scores).backend == name
-        assert explain("bypass", *args).startswith(f"bypass: runs on 'eager' (asked for: '{name}')")
-        with pytest.raises(BackendError, match=f"bypass: backend '{name}' cannot serve .*: bypass has no {name} k"):
-            ops.get("bypass").select(name, *args)
+        assert explain("depthwise_conv2d", *args).startswith(f"depthwise_conv2d: runs on 'eager' (asked for: '{name}')")
+        with pytest.raises(BackendError, match=f"backend '{name}' cannot serve .*: depthwise_conv2d has no {name} k"):
+            ops.get("depthwise_conv2d").select(name, *args)
         double = torch.zeros(4, dtype=torch.float64, device=lane.device)
         with pytest.raises(BackendError, match=f"swoosh: backend '{name}' cannot serve this call: it takes float32"):
             swoosh_l(double)  # it has kernels, but none for this call
@@ -130,9 +130,9 @@ def test_a_whole_model_runs_by_one_name(lane):
 
 def test_several_names_without_kernels_go_on_behind_the_last():
     lane = Lane("triton")
-    args = ops.example("bypass", device=lane.device)
+    args = ops.example("depthwise_conv2d", device=lane.device)
     with lane.active(), Lane("cuda").active(), use_backend("cuda,triton"):
-        assert ops.get("bypass").select(None, *args) == "eager"
+        assert ops.get("depthwise_conv2d").select(None, *args) == "eager"
 
 
 @needs_cpu

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lanes import Lane, lanes
 from tolerances import assert_rounded, relative_error, rounding
 
 from zipformer_kernels import use_backend
@@ -11,6 +12,8 @@ from zipformer_kernels.core import backend, launch
 from zipformer_kernels.ops.balancer import _op, balanced_gradient, channel_moments, cpu, reference
 from zipformer_kernels.training.balancer import Balancer, Moments
 
+CPU = Lane("cpu")
+LANES = lanes(_op, "eager")
 LIMITS = {"min_mean": -0.2, "max_mean": 0.3, "min_rms": 0.5, "max_rms": 0.9, "grad_scale": 0.04}
 
 pytestmark = pytest.mark.skipif(backend.missing["cpu"] is not None, reason=f"needs the cpu kernels: {backend.missing}")
@@ -46,28 +49,34 @@ def channels(*shape, dtype=torch.float32, offset=1.0):
 
 
 @torch.no_grad()
-def both(grad, x, **kwargs):
+def both(grad, x, lane=CPU, **kwargs):
     """The kernels' gradient, and the formula's in float64."""
     kwargs = {"channel_dim": -1} | LIMITS | kwargs
-    actual = balanced_gradient(grad, x, **kwargs, backend="cpu")
+    with lane.active():
+        actual = balanced_gradient(grad.to(lane.device), x.to(lane.device), **kwargs).to(x.device)
     return actual, balanced_gradient(grad.double(), x.double(), **kwargs, backend="eager")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 7), (37, 3, 5), (70, 2, 64), (131, 3, 257), (9, 600)])
-def test_kernels_are_the_formula(shape, dtype):
+@pytest.mark.parametrize("lane", LANES)
+def test_kernels_are_the_formula(lane, shape, dtype):
+    if dtype not in lane.dtypes:
+        return
     torch.manual_seed(0)
     x, grad = channels(*shape, dtype=dtype)
-    actual, expected = both(grad, x)
+    actual, expected = both(grad, x, lane)
     assert_rounded(actual, expected, x[..., 0].numel(), "gradient")
     assert shape[-1] == 1 or not torch.equal(actual, grad)
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 2**31), st.sampled_from([0.0, 3.0, 300.0]))
-def test_moments_do_not_cancel(rows, width, seed, offset):
+@pytest.mark.parametrize("lane", LANES)
+def test_moments_do_not_cancel(lane, rows, width, seed, offset):
     torch.manual_seed(seed)
     x, _ = channels(rows, width, offset=offset)
-    variance, mean = channel_moments(x, 1, backend="cpu")
+    with lane.active():
+        variance, mean = (found.cpu() for found in channel_moments(x.to(lane.device), 1))
     expected, expected_mean = torch.var_mean(x.double(), 0, correction=0)
     assert relative_error(mean, expected_mean) <= rounding(torch.float32, rows)
     # x - mean is rounded at the size of the offset
@@ -75,12 +84,16 @@ def test_moments_do_not_cancel(rows, width, seed, offset):
     assert (variance - expected).abs().max() <= allowed
 
 
-@pytest.mark.parametrize("case", ["channels last", "time last", "grad of other strides", "grad expanded"])
-def test_layouts_whose_channels_lie_together(case):
+@pytest.mark.parametrize("case", ["channels last", "time last", "grad of other strides", "grad expanded", "slice"])
+@pytest.mark.parametrize("lane", LANES)
+def test_layouts_whose_channels_lie_together(lane, case):
     torch.manual_seed(0)
     x, grad = channels(2, 19, 6, 8)
     channel_dim = 1
-    if case == "time last":
+    if case == "slice":
+        x, channel_dim = x[..., 1:], -1
+        grad = grad[..., :-1]
+    elif case == "time last":
         x, grad = x[0].permute(1, 2, 0), grad[0].permute(1, 2, 0)
     else:
         x, grad = x.permute(0, 3, 1, 2), grad.permute(0, 3, 1, 2)
@@ -88,7 +101,7 @@ def test_layouts_whose_channels_lie_together(case):
         grad = grad.contiguous()
     elif case == "grad expanded":
         grad = grad[:1, :, :1].expand(x.shape)
-    actual, expected = both(grad, x, channel_dim=channel_dim)
+    actual, expected = both(grad, x, lane, channel_dim=channel_dim)
     assert_rounded(actual, expected, x.select(channel_dim, 0).numel(), "gradient")
 
 
@@ -109,11 +122,12 @@ def test_other_layouts_are_copied_and_auto_takes_the_formula():
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 4), (5, 3, 0)])
-@pytest.mark.parametrize("where", ["eager", "cpu"])
-def test_nothing_is_balanced_as_nothing(where, shape):
-    x = torch.zeros(shape)
-    assert balanced_gradient(x, x, channel_dim=-1, **LIMITS, backend=where).shape == shape
-    variance, mean = channel_moments(x, -1, backend=where)
+@pytest.mark.parametrize("lane", lanes(_op))
+def test_nothing_is_balanced_as_nothing(lane, shape):
+    x = torch.zeros(shape, device=lane.device)
+    with lane.active():
+        assert balanced_gradient(x, x, channel_dim=-1, **LIMITS).shape == shape
+        variance, mean = channel_moments(x, -1)
     assert variance.shape == mean.shape == shape[-1:]
     assert variance.isnan().all()
     assert mean.isnan().all()
@@ -147,27 +161,29 @@ def test_bad_arguments_are_named():
 
 
 @pytest.mark.parametrize("value", [0.0, 2.5])
-def test_constant_channels(value):
+@pytest.mark.parametrize("lane", LANES)
+def test_constant_channels(lane, value):
     x, grad = channels(50, 3)
     x[:, 1] = value
-    actual, expected = both(grad, x)
+    actual, expected = both(grad, x, lane)
     assert actual.isfinite().all()
     assert_rounded(actual, expected, 50, "gradient")
 
 
-def test_moments_given_are_those_of_the_whole():
+@pytest.mark.parametrize("lane", LANES)
+def test_moments_given_are_those_of_the_whole(lane):
     torch.manual_seed(0)
-    x, grad = channels(120, 6)
+    x, grad = (t.to(lane.device) for t in channels(120, 6))
     moments = Moments()
-    with torch.no_grad():
+    with torch.no_grad(), lane.active():
         for part in x.split(50):
             moments.add(part)
         parts = [
             balanced_gradient(g, part, moments=moments.known, channel_dim=1, **LIMITS)
             for g, part in zip(grad.split(50), x.split(50), strict=True)
         ]
-    _, expected = both(grad, x)
-    assert_rounded(torch.cat(parts), expected, 120, "gradient")
+    _, expected = both(grad.cpu(), x.cpu())
+    assert_rounded(torch.cat(parts).cpu(), expected, 120, "gradient")
 
 
 def test_bits_do_not_depend_on_the_threads():

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from lanes import Lane, lanes
 from tolerances import assert_agrees, assert_rounded, relative_error, rounding
 
-from zipformer_kernels.modules import BypassModule
-from zipformer_kernels.ops.bypass import _op, bypass
+from zipformer_kernels.modules import BiasNorm, BypassModule
+from zipformer_kernels.modules.bypass import norm_and_bypass
+from zipformer_kernels.ops.bias_norm import one_pass_backend
+from zipformer_kernels.ops.bypass import _op, bypass, limited_gradient, random_scale
 
 NAMES = ("dsrc_orig", "dsrc", "dscale")
 HALF = (torch.float16, torch.bfloat16)
@@ -176,7 +178,7 @@ def test_module_mixes_as_the_formula_does(lane, training, rate):
         ours = differentiate(lambda: made(*args[:2]), args)
     hook.remove()
     assert len(seen) == 1
-    expected = differentiate(lambda: formula(*args[:2], made._scale(5)), args)
+    expected = differentiate(lambda: formula(*args[:2], made.drawn_scale(5)), args)
     for actual, wanted in zip(ours, expected, strict=True):
         assert relative_error(actual, wanted) <= rounding(torch.float32, 33 * 5)
 
@@ -199,3 +201,104 @@ def test_module_is_recorded_as_plain_torch():
     traced = torch.jit.trace(made, short)
     assert all(node.kind().startswith(("aten::", "prim::")) for node in traced.graph.nodes())
     assert_agrees(traced(*long), made(*long), rounding(torch.float32))
+
+
+# ---- what training does to scales ----
+
+
+def lanes_of(variant):
+    return [pytest.param(Lane(name), id=name) for name in _op.variants[variant].backends]
+
+
+@pytest.mark.parametrize("rates", [(0.4, None), (None, 0.3), (0.4, 0.3)])
+@pytest.mark.parametrize("lane", lanes_of("scale"))
+def test_random_scales_are_the_formula(lane, rates):
+    """Scales of exactly 0 and 1 among them: the gradient of a maximum of equals goes by halves."""
+    torch.manual_seed(3)
+    scale = torch.tensor([0.0, 1.0, -0.5, 0.5, 1.5], device=lane.device, requires_grad=True)
+    skips, straight = (rate if rate is None else torch.rand(40, 1, device=lane.device) for rate in rates)
+    expected = scale if skips is None else scale * (skips > rates[0])
+    if straight is not None:
+        expected = torch.maximum(expected, (straight < rates[1]).float())
+    with lane.active():
+        y = random_scale(scale, skips, straight, rates[0] or 0.0, rates[1] or 0.0, 40)
+        dy = torch.randn_like(y)
+        (actual,) = torch.autograd.grad(y, scale, dy)
+    assert torch.equal(y, expected)
+    (wanted,) = torch.autograd.grad(expected, scale, dy)
+    assert_agrees(actual, wanted, rounding(torch.float32, 40))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (300,), (3, 2, 7)])
+@pytest.mark.parametrize("lane", lanes_of("limit"))
+def test_limits_turn_what_points_outwards(lane, shape):
+    torch.manual_seed(4)
+    x, grad = (torch.randn(shape, device=lane.device) for _ in range(2))
+    with lane.active():
+        actual = limited_gradient(grad, x, -0.3, 0.4)
+    outwards = ((grad > 0) & (x < -0.3)) | ((grad < 0) & (x > 0.4))
+    assert torch.equal(actual, torch.where(outwards, -grad, grad))
+    assert x.numel() < 7 or 0 < outwards.sum() < x.numel()
+
+
+def test_what_no_kernel_takes_runs_in_pytorch():
+    """Whatever is asked for: a parameter in float64 must not stop a training step."""
+    scale = torch.rand(5, dtype=torch.float64)
+    lane = Lane("triton")
+    with lane.active():
+        assert random_scale(scale, torch.ones(2, 1), None, 0.5, 0.0, 2).dtype == torch.float64
+        assert limited_gradient(scale, scale, 0.0, 1.0).dtype == torch.float64
+
+
+def test_bad_scales_and_limits_are_named():
+    scale, draws = torch.rand(5), torch.rand(3, 1)
+    with pytest.raises(ValueError, match=r"scale must have shape \(C,\), got \(1, 5\)"):
+        random_scale(scale[None], draws, None, 0.5, 0.0, 3)
+    with pytest.raises(ValueError, match=r"straight must have shape \(4, 1\), got \(3, 1\)"):
+        random_scale(scale, None, draws, 0.0, 0.5, 4)
+    with pytest.raises(TypeError, match="skips must be a tensor, got list"):
+        random_scale(scale, [0.1], None, 0.5, 0.0, 1)
+    with pytest.raises(ValueError, match=r"x must have the shape of grad, \(5,\), got \(3, 1\)"):
+        limited_gradient(scale, draws, 0.0, 1.0)
+    with pytest.raises(TypeError, match=r"x must be floating-point, got torch\.int64"):
+        limited_gradient(scale, scale.long(), 0.0, 1.0)
+
+
+# ---- the norm before it ----
+
+
+@pytest.mark.parametrize("name", ["eager", "cpu", "triton", "cuda"])
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+@pytest.mark.parametrize("training", [False, True])
+def test_norm_and_bypass_is_one_after_the_other(name, rate, training):
+    lane = Lane(name)
+    made, norm = module(rate).train(training).to(lane.device), BiasNorm(24).train(training).to(lane.device)
+    norm.bias.data.normal_()
+    norm.log_scale.data.fill_(1.6)  # beyond its limit
+    args = [*arguments(33, 5, 24, device=lane.device)[:2], made.bypass_scale, norm.bias, norm.log_scale]
+    with lane.active():
+        results, states = [], []
+        for call in (lambda: norm_and_bypass(norm, made, *args[:2]), lambda: made(args[0], norm(args[1]))):
+            results.append(differentiate(call, args))
+            states.append((random.getstate(), torch.get_rng_state().tolist()))
+    assert states[0] == states[1]
+    for actual, wanted in zip(*results, strict=True):
+        assert relative_error(actual, wanted) <= rounding(torch.float32, 33 * 5)
+
+
+def test_norm_and_bypass_takes_one_pass_where_kernels_serve():
+    x = torch.randn(7, 3, 24)
+    args = x, torch.zeros(24), torch.zeros(()), x, torch.rand(24)
+    for name, expected in (("eager", None), ("cpu", None), ("triton", "triton"), ("cuda", "cuda")):
+        lane = Lane(name)
+        with lane.active():
+            assert one_pass_backend(*(x.to(lane.device) for x in args)) == expected
+            assert one_pass_backend(*(x.double().to(lane.device) for x in args)) is None
+
+
+def test_norm_and_bypass_names_bad_input():
+    x = torch.randn(7, 3, 24)
+    with pytest.raises(ValueError, match="x: wanted 24 channels along dimension -1"):
+        norm_and_bypass(BiasNorm(24), module(0.0), x, x[..., 1:])
+    with pytest.raises(ValueError, match="src"):
+        norm_and_bypass(BiasNorm(24), module(0.0), x[1:], x)

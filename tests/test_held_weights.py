@@ -215,7 +215,7 @@ def test_on_a_gpu_the_budget_is_a_share_of_its_memory(monkeypatch):
 def test_the_budget_of_a_module():
     module = RelPositionMultiheadAttentionWeights(32, 16, 4, 16, 4).eval()
     x, position = torch.randn(101, 2, 32), torch.randn(1, 201, 16)
-    assert type(module.handle(x, position, None, None).held) is StoredWeights
+    assert type(module.handle(x, position, None, None)[0].held) is StoredWeights
     module.stored_bytes = 0
-    assert type(module.handle(x, position, None, None).held) is RecomputedWeights
+    assert type(module.handle(x, position, None, None)[0].held) is RecomputedWeights
     assert set(module.state_dict()) == set(RelPositionMultiheadAttentionWeights(32, 16, 4, 16, 4).state_dict())

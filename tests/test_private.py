@@ -20,9 +20,13 @@ NAMES = (
     *("torch._C._len_torch_dispatch_stack", "torch._C._len_torch_function_stack", "torch._C._get_function_stack_at"),
     *("torch._C._will_engine_execute_node", "torch._C._current_graph_task_id"),
     *("torch.utils._device.DeviceContext", "torch._subclasses.fake_tensor.FakeTensor", "torch._disable_dynamo"),
+    *("torch._C._autograd._top_saved_tensors_default_hooks",),
     *("torch.utils._python_dispatch._get_current_dispatch_mode_stack",),
 )
 """What `private` looks up by name."""
+
+OF_CUDA = "torch._C._cuda_getDevice", "torch._C._cuda_getCurrentRawStream"
+"""What of it only a torch with CUDA has."""
 
 
 def is_private(name: str) -> bool:
@@ -74,7 +78,7 @@ torch._C._is_tracing(), m._global_forward_hooks, torch._foreach_mul, torch.nn.Mo
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + (OF_CUDA if torch.backends.cuda.is_built() else ()))
 def test_this_torch_has_the_names(name):
     """On the versions that are tested nothing stands in; where torch drops a name, this says so."""
     assert private.private(name, None) is not None
@@ -152,7 +156,7 @@ print("whole")
 
 def test_the_package_runs_without():
     """In a process of its own, where torch has none of the names: numbers and hooks are as they should be."""
-    text = WITHOUT.format(names=set(NAMES), code=RUN)
+    text = WITHOUT.format(names={*NAMES, *OF_CUDA}, code=RUN)
     result = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False)
     assert result.stdout == "whole\n", result.stderr
 

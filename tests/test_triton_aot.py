@@ -15,10 +15,14 @@ OPS = sorted(path.parent.name for path in ROOT.glob("zipformer_kernels/ops/*/tri
 TARGETS = {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
 
 
-def printed_by(script: str, argument: str) -> list[dict]:
+SHARED = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+"""KiB of shared memory that a program may have."""
+
+
+def printed_by(script: str, *arguments: str) -> list[dict]:
     """The JSON lines that a script of tests prints, in a process in which Triton compiles."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, str(ROOT / "tests" / script), argument]
+    command = [sys.executable, str(ROOT / "tests" / script), *arguments]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr[-3000:]
     return [json.loads(line) for line in result.stdout.splitlines()]
@@ -32,6 +36,19 @@ def test_compiles_without_spills(op):
     assert [row for row in rows if row["target"] == "sm_90" and row["spills"] > 0] == []
     if op == "attention":
         assert {row["target"] for row in rows if row["kernel"] == "softmax_kernel"} == TARGETS  # a variant's
+
+
+def test_products_fit_every_target():
+    """On an H100 they have the instructions of a warpgroup, and two programs share a multiprocessor."""
+    rows = printed_by("aot_products.py")
+    for target, kibibytes in SHARED.items():
+        own = [row for row in rows if row["target"] == target]
+        names = {"activated_kernel", "activated_gradient_kernel", "added_kernel", "lowered_kernel"}
+        assert {row["kernel"] for row in own} == names
+        assert [row for row in own if row["spills"] > 0 or row["shared"] > kibibytes * 1024] == []
+    on_h100 = [row for row in rows if row["target"] == "sm_90" and row["kernel"] != "lowered_kernel"]
+    assert [row for row in on_h100 if not all(one.startswith("HGMMA.64x") for one in row["products"] or [""])] == []
+    assert [row for row in on_h100 if row["programs"] < 2 and not row["odd"]] == []
 
 
 def test_a_layer_of_preset_l_spills_nothing():

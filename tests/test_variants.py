@@ -13,11 +13,13 @@ from zipformer_kernels.ops import attention
 VARIANTS = [name for op in ops.names() for name in ops.variant_names(op)]
 WITH_LANES = [(name, lane) for name in VARIANTS for lane in lanes(ops.get(name))]
 NAME_AND_LANE = [pytest.param(name, *lane.values, id=f"{name}-{lane.id}") for name, lane in WITH_LANES]
+NO_STREAMS = {"conv_module.infer": ("triton", "cuda")}
+"""Backends that refuse cases of a stream."""
 CASES = [
     pytest.param(name, *lane.values, case, id=f"{name}-{lane.id}-{case.name}")
     for name, lane in WITH_LANES
     for case in ops.cases_of(name)
-    if not case.large
+    if not case.large and not ("stream" in case.name and lane.id in NO_STREAMS.get(name, ()))
 ]
 
 # How many products go into an element, of all sums that follow on one another.
@@ -26,6 +28,9 @@ TERMS = {
     "attention.weights": lambda q, k, p, *_: q.shape[3] + p.shape[3] + len(q) + len(k),
     "attention.stream": lambda src, *rest: src.shape[2] + rest[2].shape[2] + rest[3].shape[3],
     "balancer.moments": lambda x, channel_dim: x.numel() // x.shape[channel_dim],
+    "bias_norm.bypass": lambda x, *_: max(x.shape[-1], x.numel() // max(x.shape[-1], 1)),
+    "bypass.scale": lambda *args: args[5],
+    "bypass.limit": lambda *args: 1,
     "conv_module.infer": lambda *args: 2 * args[3].shape[2],
     "conv_module.stream": lambda src, *rest: 2 * src.shape[2] + 2 * rest[3].shape[2],
     "nonlin_attention.infer": lambda projected, bias, weights: weights.shape[3],
@@ -98,7 +103,7 @@ def check(name, args, dtype):
         exact_ones = gradients(expected, others, penalty(name, exact))
         for i, (actual, wanted) in enumerate(zip(found, exact_ones, strict=True)):
             # Of one source the scores get no gradient: there is only rounding, of weights of 1.
-            scale = max(wanted.norm().item(), results[0].numel() ** 0.5)
+            scale = max(wanted.norm().item(), max(results[0].numel(), 1) ** 0.5)
             assert (actual.cpu().double() - wanted).norm().item() / scale <= 3 * bound, f"gradient {i}"
 
 
@@ -165,8 +170,8 @@ def test_variants_are_found_by_name():
     assert ops.get("conv_module.stream") is ops.get("conv_module").variants["stream"]
     with pytest.raises(ValueError, match="variant of conv_module must be one of infer, stream, got 'streams'"):
         ops.get("conv_module.streams")
-    with pytest.raises(ValueError, match="variant of bypass must be one of none, got 'infer'"):
-        ops.cases_of("bypass.infer")
+    with pytest.raises(ValueError, match="variant of swoosh must be one of none, got 'infer'"):
+        ops.cases_of("swoosh.infer")
     with pytest.raises(ValueError, match=r"op must be one of .*, got 'convolution'"):
         explain("convolution.stream")
 

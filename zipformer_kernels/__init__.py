@@ -3,6 +3,7 @@
 from zipformer_kernels.checkpoint import load_checkpoint, load_encoder
 from zipformer_kernels.convert import convert, revert
 from zipformer_kernels.core.backend import BackendError, use_backend
+from zipformer_kernels.graphs import CaptureError, GraphedStep, graphed
 from zipformer_kernels.modules import *  # noqa: F403
 from zipformer_kernels.modules import __all__ as _modules
 from zipformer_kernels.modules.encoder import Zipformer, Zipformer2
@@ -21,15 +22,18 @@ __version__ = "0.2.0"
 __all__ = [
     "AttentionWeights",
     "BackendError",
+    "CaptureError",
     "ChunkMask",
     "Eden",
     "Eden2",
+    "GraphedStep",
     "ScaledAdam",
     "Zipformer",
     "Zipformer2",
     "bias_norm",
     "convert",
     "explain",
+    "graphed",
     "load_checkpoint",
     "load_encoder",
     "nonlin_attention",

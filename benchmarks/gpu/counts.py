@@ -150,7 +150,7 @@ def op_rows(native: ModuleType, kernels: Kernels, step: Callable[[str], None]) -
 
 def dtype_of(name: str) -> torch.dtype:
     """What the model calls an op on under bfloat16 autocast."""
-    return torch.float32 if name in RESIDUAL else torch.bfloat16
+    return torch.float32 if name.startswith(RESIDUAL) else torch.bfloat16
 
 
 def both_ways(native: ModuleType, op: Any, launchers: Any, case: Case) -> Iterator[tuple[str, list[Launch], tuple]]:

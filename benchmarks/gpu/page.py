@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.launch_tables import launch_tables
+from benchmarks.gpu.markdown import table
 from benchmarks.gpu.roofline import MACHINES
 
 BEGIN, END = "<!-- written by benchmarks/instructions.py -->", "<!-- end -->"
-BEFORE = Path(__file__).parents[1] / "results/attention-before.json"
+RESULTS = Path(__file__).parents[1] / "results"
+BEFORE = RESULTS / "attention-before.json"
 """What was counted before attention was written anew."""
 DIRECTIONS = ("forward", "backward", "step")
 
@@ -80,6 +83,8 @@ def page(counts: dict[str, Any], results: Path) -> str:
         furthest(counts["model"]),
         "## The encoder of preset L, 30 x 30 s",
         *model_tables(counts["model"]),
+        "## Launches of a layer",
+        *launch_tables(json.loads((RESULTS / "launches.json").read_text())),
         "## Attention of a layer",
         *layer_tables(counts["layers"], before),
         "## Each op",
@@ -88,13 +93,6 @@ def page(counts: dict[str, Any], results: Path) -> str:
         kernels_table(rows, kernels_measured(results)),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def table(head: str | list[str], lines: Iterable[Iterable[Any]]) -> str:
-    """A Markdown table; `head` names the columns, as a list or separated by commas."""
-    columns = head.split(", ") if isinstance(head, str) else head
-    body = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
-    return "\n".join(["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns), *body])
 
 
 def number(x: float) -> str:

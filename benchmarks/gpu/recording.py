@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import importlib.util
 import re
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -28,17 +26,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import flop_registry
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from benchmarks.gpu.pretending import TARGET, as_on_a_gpu, everywhere  # before the package
+from zipformer_kernels.branch.products.plain import multiplies_widely
+from zipformer_kernels.core import launch
 
 ROOT = Path(__file__).parents[2]
 OBJECTS = ROOT / "build/objects"  # of all builds in a checkout
-TARGET = "9.0"
-MULTIPROCESSORS = 132  # of an H100 and of an H200
-
-with mock.patch("torch.cuda.is_available", return_value=True):  # else the package leaves Triton out
-    from zipformer_kernels.core import backend, launch
 
 
 @dataclass(frozen=True)
@@ -55,6 +50,7 @@ class Launch:
         grid: blocks.
         threads: of a block.
         shared: dynamic shared memory of a block, bytes.
+        call: of a CUDA kernel, what of the compiled module launched it, such as ``swoosh_forward``.
         numbers: the arguments that are no tensors, by name; of a CUDA kernel those of the call that launched it, the
             tensors' addresses among them.
         compiled: the compiled Triton kernel.
@@ -68,28 +64,13 @@ class Launch:
     grid: tuple[int, int, int] = (1, 1, 1)
     threads: int = 0
     shared: int = 0
+    call: str = ""
     numbers: dict[str, Any] = field(default_factory=dict, compare=False)
     compiled: Any = field(default=None, compare=False, repr=False)
 
     @property
     def blocks(self) -> int:
         return self.grid[0] * self.grid[1] * self.grid[2]
-
-
-class _Compiler:
-    """A Triton driver for a compute capability that has nothing to run on."""
-
-    def __init__(self, target: str) -> None:
-        self._capability = int(target.replace(".", ""))
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self._capability, 32)
-
-    def get_current_device(self) -> int:
-        return self._capability  # kernels are kept by device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
 
 
 class _Native:
@@ -103,7 +84,9 @@ class _Native:
         self._module, self._record = module, record
         self.build = module.build | {"emulated": True}  # else it asks for a GPU
         self.addresses: dict[int, int] = {}
-        self._drain = ctypes.CDLL(module.__file__).recorded_launches
+        library = ctypes.CDLL(module.__file__)
+        library.record_launches(True)
+        self._drain = library.recorded_launches
         self._drain.restype = ctypes.c_char_p
 
     def __getattr__(self, name: str) -> Any:
@@ -120,7 +103,9 @@ class _Native:
                 kernel, *sizes = line.split()
                 x, y, z, threads_x, threads_y, threads_z, shared = map(int, sizes)
                 launched = {"threads": threads_x * threads_y * threads_z, "shared": shared, "grid": (x, y, z)}
-                self._record(Launch("cuda", kernel, moved, **launched, numbers=numbers))
+                self._record(
+                    Launch("cuda", kernel, moved, **launched, call=name.removesuffix("_cuda"), numbers=numbers)
+                )
                 moved = 0
 
         return call
@@ -240,6 +225,12 @@ def load_module(path: Path) -> ModuleType:
     return _load("_all_targets", path)
 
 
+def silent(module: ModuleType) -> SimpleNamespace:
+    """The module of `load_module` for `as_on_a_gpu`: its kernels are launched by nobody, and nobody notes it."""
+    ctypes.CDLL(module.__file__).record_launches(False)
+    return SimpleNamespace(**vars(module) | {"build": module.build | {"emulated": True}})  # else it asks for a GPU
+
+
 def _load(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
@@ -288,35 +279,15 @@ def recording(native: ModuleType | None = None, target: str = TARGET) -> Iterato
             module.addresses[address] = extent(x)
         return address
 
-    patches = [
-        mock.patch.object(JITFunction, "run", compile_only),
-        mock.patch.object(backend, "TRITON_INTERPRETS", True),
-        mock.patch.object(backend, "native", module),
-        mock.patch.dict(backend.registry, {name: _as_on_a_gpu(known) for name, known in backend.registry.items()}),
-        mock.patch(
-            "zipformer_kernels.core.call.count_dispatch_modes", return_value=0
-        ),  # who looks on here does not count
-        mock.patch("zipformer_kernels.training.randomness.has_values", return_value=False),
-    ]
-    for user in [m for name, m in sys.modules.items() if name.startswith("zipformer_kernels")]:
-        if getattr(user, "multiprocessors", None) is launch.multiprocessors:
-            patches.append(mock.patch.object(user, "multiprocessors", return_value=MULTIPROCESSORS))
-        if getattr(user, "pointer", None) is pointer:
-            patches.append(mock.patch.object(user, "pointer", noted))
-    driver.set_active(_Compiler(target))
     with contextlib.ExitStack() as stack:
-        for patch in patches:
+        stack.enter_context(as_on_a_gpu(module, target))
+        stack.enter_context(mock.patch.object(JITFunction, "run", compile_only))
+        for patch in (*everywhere(pointer, noted), *everywhere(multiplies_widely, lambda x: True)):
             stack.enter_context(patch)
-        backend.refresh()
+        # who looks on here does not count
+        stack.enter_context(mock.patch("zipformer_kernels.core.call.count_dispatch_modes", return_value=0))
         stack.enter_context(_Uncomputed(launches.append))
         yield launches
-    backend.refresh()
-
-
-def _as_on_a_gpu(known: backend.Backend) -> backend.Backend:
-    """The backend, chosen for CPU tensors as it is for a GPU's."""
-    place = known.preferred.get("cuda")
-    return dataclasses.replace(known, preferred={} if place is None else {"cpu": place})
 
 
 @contextlib.contextmanager

@@ -65,6 +65,18 @@ def chunk_loop(n: dict[str, Any], body: Body, depth: int) -> float:
     return n["tensors"].bit_length() if sum(body.values()) < 30 else n["CHUNK"] // n["BLOCK"]
 
 
+def conv_module_kernel(n: dict[str, Any], body: Body, depth: int) -> float:
+    """A program writes what its convolution reads, then takes one tap after another."""
+    return n["ROWS"] / n["FILL"] if body["STG"] else n["K"]
+
+
+def add_parts_kernel(n: dict[str, Any], body: Body, depth: int) -> float:
+    """The mean of the programs for parameters and those for the inputs."""
+    others = n["grid"][0] - n["blocks"]
+    both = n["blocks"] * ceil_div(n["parts"], n["PARTS"]) + others * ceil_div(n["tiles"], n["PARTS"])
+    return both / n["grid"][0]
+
+
 # ---- CUDA: numbers of the call, and what a loop holds tells loops apart ----
 
 
@@ -141,25 +153,99 @@ def bias_norm_backward(n: dict[str, Any], body: Body, depth: int) -> float:
     return 2 if body["BAR"] else 1
 
 
-def conv_module(n: dict[str, Any], body: Body, depth: int) -> float:
-    """Strips are filled four rows a time and warp, taps taken sixteen at a time."""
-    taps, padded = n["shape"].kernel, n["padding"] != 0
-    rows = 128 + 16 * ceil_div(taps, 16)
-    gates = body["MUFU"] // 2
-    if body["FFMA"] >= 256:
-        return ceil_div(taps, 16)
-    if gates:
-        wanted = bool(body["LDG.E.U8"]) == padded
-        return (rows // 8 // 4 if gates >= 4 else rows // 8 % 4) if wanted else 0
-    loads = body["LDG.E.U16"]
-    return rows // 8 // 4 if loads >= 4 else rows // 8 % 4 if loads else 1
+def convolved(n: dict[str, Any], body: Body) -> float:
+    """Taps are taken sixteen at a time; those that see the past alone are half as many, and compare no positions."""
+    taps = n["shape"].kernel
+    past = n["causal_weight"] != 0 and body["ISETP"] < 100
+    return ceil_div(taps // 2 + 1 if past else taps, 16)
+
+
+def conv_module_forward(n: dict[str, Any], body: Body, depth: int) -> float:
+    """Taps are written 32 at a time; the strip is filled two rows a warp; a warp sums two groups."""
+    padded = 16 * ceil_div(n["shape"].kernel, 16)
+    passes = ceil_div(192 + padded, 256)
+    if body["FFMA"] >= 190:
+        return convolved(n, body) if depth > 0 else 2
+    if body["MUFU"]:
+        biased = body["FADD"] > body["MUFU"] / 2  # beside 1 + exp(-s)
+        return ((192 + padded) / 16 / passes if depth > 0 else passes) if biased == (n["projection_bias"] != 0) else 0
+    return ceil_div(padded, 32)
+
+
+def conv_module_backward(n: dict[str, Any], body: Body, depth: int) -> float:
+    """The tiles of a block; in each the gradient of y, dx and the taps' gradients; then what warps have is added up."""
+    shape, padded = n["shape"], 16 * ceil_div(n["shape"].kernel, 16)
+    taps, own = padded // 16, 39  # rows that the taps' gradients load: 12 of x, 27 of the gradient
+    shares = next(parts for most, parts in ((1, 8), (2, 4), (4, 2), (8, 1)) if taps <= most)
+    if body["BAR"]:
+        return shape.batch * ceil_div(shape.frames, 96) / n["grid"][0]
+    if body["FFMA"] >= 190:
+        return 8 / shares if body["LDS"] == own else convolved(n, body)
+    if depth > 0 and body["LDG"]:
+        tile = body["STG"] or (body["FADD"] and not body["MUFU"])
+        return 2 if tile else padded / 16 if body["STS"] == 2 else (96 + padded) / 8
+    if body["LDS"]:
+        return ceil_div(shape.kernel, 8) if depth == 0 else shares
+    return ceil_div(padded, 32)
+
+
+def bias_norm_bypass_backward(n: dict[str, Any], body: Body, depth: int) -> float:
+    """The loop over frames that writes both gradients; then eight warps take turns, twice."""
+    if depth > 0:
+        return 1
+    if body["MUFU"] or body["SHFL"]:
+        return ceil_div(n["frames"], 8 * n["parts"])
+    return 2 if body["BAR"] else 1
+
+
+def bias_norm_bypass_sums(n: dict[str, Any], body: Body, depth: int) -> float:
+    """One row of programs adds up all parts, the others each sequence's: the mean over all, of two loops."""
+    parts, sequences = n["parts"], n["sequences"]
+    one, other = ceil_div(parts, n["PARTS"]) * sequences, ceil_div(parts * sequences, n["PARTS"])
+    return (one + other) / (sequences + 1) / 2
+
+
+def parts_of_columns(parts: float, body: Body) -> float:
+    """Groups of threads share the parts, eight at once; then groups are added up, sixteen at once, four, and one."""
+    groups, terms = sum_groups(parts), body["LDS"]
+    if body["LDG"]:
+        return parts / groups // 8
+    return (groups - 1) // 16 if terms >= 16 else (groups - 1) % 16 // 4 if terms >= 4 else (groups - 1) % 4
+
+
+def sum_groups(parts: float) -> int:
+    """As csrc/common/parts.h has them."""
+    return next(groups for groups in (32, 16, 8, 4, 2, 1) if groups == 1 or groups * 8 <= parts)
+
+
+def bias_norm_bypass_parts(n: dict[str, Any], body: Body, depth: int) -> float:
+    """Blocks for the norm's sums, over all parts, and for each sequence's, over its own: the mean over all."""
+    parts, sequences, blocks = n["parts"], n["sequences"], n["grid"][0]
+    of_all = ceil_div(n["channels"] + 1, 1024 // sum_groups(parts * sequences)) / blocks
+    return of_all * parts_of_columns(parts * sequences, body) + (1 - of_all) * parts_of_columns(parts, body)
+
+
+def bypass_backward(n: dict[str, Any], body: Body, depth: int) -> float:
+    """A block's 256 threads have packs of 4 channels in float32, of 8 elsewhere, and two rows at once each."""
+    packs = n["channels"] // (4 if n["a_dtype"] == n["b_dtype"] == 0 else 8)
+    rows = 256 // min(packs, 256)
+    return ceil_div(n["rows"], 2 * rows * n["parts"]) if body["STG"] else rows - 1
 
 
 def conv_module_parameters(n: dict[str, Any], body: Body, depth: int) -> float:
-    """Around all of that, the tiles of a block."""
-    if depth == 0 and body["FFMA"] > 256:
-        return n["shape"].batch * ceil_div(n["shape"].frames, 128) / n["grid"][0]
-    return conv_module(n, body, depth) if depth > 0 else 1
+    """Of chunks. The tiles of a block; in each strips are filled, and all taps' gradients added up."""
+    shape = n["shape"]
+    if depth == 0 and body["BAR"]:
+        return shape.batch * ceil_div(shape.frames, 96) / n["grid"][0]
+    if body["FFMA"] >= 190:
+        return convolved(n, body)
+    return (96 + 16 * ceil_div(shape.kernel, 16)) / 8 if body["MUFU"] else 1
+
+
+def conv_module_add_parts(n: dict[str, Any], body: Body, depth: int) -> float:
+    """Eight warps share the parts, four at a time; then what is left."""
+    parts = ceil_div(n["parts"], 8)
+    return parts // 4 if body["LDG"] >= 4 else parts % 4
 
 
 def scaled_adam(loads: int, stores: int) -> Rule:
@@ -188,12 +274,40 @@ def scaled_adam_plan(lanes: int | str, tensors: str) -> Rule:
     return rule
 
 
+def balancer_change(n: dict[str, Any], body: Body, depth: int) -> float:
+    """Parts are merged, in two walks; then the rows of a program are changed."""
+    changes = any(op.startswith("STG") for op in body)
+    return ceil_div(n["part_rows"], n["R"]) if changes else parts_merged(n, body, depth)
+
+
+parts_merged = walk("parts", "PARTS")
+
+
 RULES: dict[str, Rule] = {
+    "balancer.moments_kernel": walk("part_rows", "R"),
+    "balancer.merge_kernel": parts_merged,
+    "balancer.change_kernel": balancer_change,
+    "downsample.bias_kernel": parts_merged,
+    "upsample_bypass.sum_parts": parts_merged,
     "bias_norm.backward_tiles": lambda n, body, depth: ceil_div(n["rows"], n["R"] * n["grid"][0]),
     "bias_norm.sum_parts": lambda n, body, depth: ceil_div(n["parts"], n["PARTS"]),
-    "conv_module.forward_kernel": lambda n, body, depth: n["K"],
-    "conv_module.backward_kernel": lambda n, body, depth: n["K"],
+    "conv_module.forward_kernel": conv_module_kernel,
+    "conv_module.backward_kernel": conv_module_kernel,
+    "conv_module.add_parts_kernel": add_parts_kernel,
+    "bias_norm.bypass_backward": lambda n, body, depth: ceil_div(n["frames"] * n["sequences"], n["R"] * n["grid"][0]),
+    "bias_norm.bypass_sum_parts": bias_norm_bypass_sums,
+    "bias_norm.bypass_add_parts": bias_norm_bypass_parts,
+    "bias_norm.bypass_forward": lambda n, body, depth: 1,
+    "bypass.backward_kernel": lambda n, body, depth: ceil_div(n["rows"], n["R"] * n["parts"]),
+    "bypass.sum_parts": lambda n, body, depth: ceil_div(n["parts"], n["PARTS"]),
+    "bypass.scale_gradient_kernel": lambda n, body, depth: ceil_div(n["B"], n["SEQUENCES"]),
+    "bypass.backward": bypass_backward,
+    "bypass.add_parts": lambda n, body, depth: parts_of_columns(n["parts"], body),
     "conv_module.taps_kernel": lambda n, body, depth: n["tiles"] / n["parts"],
+    "products.activated_kernel": walk("K", "BK"),
+    "products.activated_gradient_kernel": walk("K", "BK"),
+    "products.added_kernel": walk("K", "BK"),
+    "products.totals_kernel": lambda n, body, depth: ceil_div(n["parts"], n["PARTS"]),
     "attention.softmax_kernel": walk("S", "BN"),
     "attention.weights_kernel": walk("w_st", "BN"),
     "attention.aggregate_kernel": walk("S", "BN"),
@@ -209,7 +323,7 @@ RULES: dict[str, Rule] = {
     "scaled_adam.sums_kernel": lambda n, body, depth: 1,  # 32 parts at a time: 45 of 863 tensors of L have more
     "bias_norm.forward_in_registers": lambda n, body, depth: 1,  # a second time only where squares leave the range
     "bias_norm.backward_in_registers": bias_norm_backward,
-    "bias_norm.add_parts": lambda n, body, depth: ceil_div(n["parts"], 16),
+    "bias_norm.add_parts": lambda n, body, depth: parts_of_columns(n["parts"], body),
     "attention.softmax_rows": attention_by_targets,
     "attention.average": attention_by_targets,
     "attention.values_gradient": attention_gradients(0),
@@ -217,13 +331,15 @@ RULES: dict[str, Rule] = {
     "attention.by_targets": attention_gradients(1),
     "attention.offsets_kernel": attention_offsets,
     "nonlin_attention.map_rows": lambda n, body, depth: ceil_div(n["channels"], 256 * 8),
-    "conv_module.forward": conv_module,
-    "conv_module.backward": conv_module,
+    "conv_module.forward": conv_module_forward,
+    "conv_module.backward": conv_module_backward,
     "conv_module.backward_parameters": conv_module_parameters,
+    "conv_module.add_parts": conv_module_add_parts,
 }
 
 CUDA_RULES: dict[str, Rule] = {
     "attention.pack_kernel": pack_uses,
+    "bias_norm.bypass_backward": bias_norm_bypass_backward,
     "scaled_adam.partials_kernel": scaled_adam(2, 0),
     "scaled_adam.update_kernel": scaled_adam(4, 3),
     "scaled_adam.plan_kernel": scaled_adam_plan(512, "tensor_count"),

@@ -12,6 +12,8 @@ inline void bind_bias_norm(pybind11::module_& m) {
 #if ZK_WITH_CUDA
   bind_cuda(m, "bias_norm_forward_cuda", bias_norm_forward_cuda);
   bind_cuda(m, "bias_norm_backward_cuda", bias_norm_backward_cuda);
+  bind_cuda(m, "bias_norm_bypass_forward_cuda", bias_norm_bypass_forward_cuda);
+  bind_cuda(m, "bias_norm_bypass_backward_cuda", bias_norm_bypass_backward_cuda);
 #endif
 }
 

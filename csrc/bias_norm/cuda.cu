@@ -4,6 +4,8 @@
 // Backward runs a fixed number of blocks that stride over the rows; each leaves its share of the gradients of bias and
 // log_scale in `partials`, which a second kernel adds up in order.
 #include "bias_norm/bias_norm.h"
+#include "bias_norm/rows.h"
+#include "common/parts.h"
 #include "common/reduce.h"
 #include "common/vectors.h"
 
@@ -11,7 +13,6 @@ namespace zk {
 
 namespace {
 
-constexpr int warps = 8;  // of a block whose warps have a row each
 constexpr int max_threads = 512;
 // The 1 in __launch_bounds__ keeps ptxas from spilling to fit one more block on the smaller multiprocessors of sm_120.
 
@@ -21,39 +22,17 @@ constexpr int width = pack_size<X>;
 
 // ---- a warp per row ----
 
-// Calls body(k, c) for each k of [0, packs) whose elements c .. c + N - 1 lie inside the row.
-template <int N, int packs, class Body>
-__device__ __forceinline__ void for_each_pack(int channels, Body body) {
-#pragma unroll
-  for (int k = 0; k < packs; ++k) {
-    int c = (k * 32 + int(threadIdx.x % 32)) * N;
-    if (c < channels) body(k, c);
-  }
-}
-
 template <class X, class Y, int N, int packs>
-__global__ void __launch_bounds__(warps * 32, 1)
+__global__ void __launch_bounds__(row_warps * 32, 1)
     forward_in_registers(const X* x, const float* bias, const float* log_scale, Y* y, float* inverse, int64_t rows,
                          int channels) {
-  int64_t row = int64_t(blockIdx.x) * warps + threadIdx.x / 32;
+  int64_t row = int64_t(blockIdx.x) * row_warps + threadIdx.x / 32;
   if (row >= rows) return;
   x += row * channels;
   y += row * channels;
   float values[packs][N];
   for_each_pack<N, packs>(channels, [&](int k, int c) { load(x + c, values[k]); });
-  float r = inverse_rms<float>(channels, [&](float scale) {
-    float sum = 0.0f;
-    for_each_pack<N, packs>(channels, [&](int k, int c) {
-      float b[N];
-      load(bias + c, b);
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        float d = (values[k][j] - b[j]) * scale;
-        sum += d * d;
-      }
-    });
-    return warp_sum(sum);
-  });
+  float r = row_inverse_rms<N, packs>(values, bias, channels);
   float s = expf(*log_scale) * r;
   for_each_pack<N, packs>(channels, [&](int k, int c) {
 #pragma unroll
@@ -64,15 +43,15 @@ __global__ void __launch_bounds__(warps * 32, 1)
 }
 
 template <class X, class Y, int N, int packs>
-__global__ void __launch_bounds__(warps * 32, 1)
+__global__ void __launch_bounds__(row_warps * 32, 1)
     backward_in_registers(const Y* dy, const X* x, const float* bias, const float* log_scale, const float* inverse,
                           X* dx, float* partials, int64_t rows, int channels) {
   __shared__ float shared[packs * 32 * N];
-  __shared__ float scratch[warps];
+  __shared__ float scratch[row_warps];
   int warp = threadIdx.x / 32;
   float gain = expf(*log_scale), total = 0.0f;
   float dbias[packs][N] = {};
-  for (int64_t i = int64_t(blockIdx.x) * warps + warp; i < rows; i += int64_t(gridDim.x) * warps) {
+  for (int64_t i = int64_t(blockIdx.x) * row_warps + warp; i < rows; i += int64_t(gridDim.x) * row_warps) {
     float values[packs][N], grads[packs][N];
     for_each_pack<N, packs>(channels, [&](int k, int c) {
       load(x + i * channels + c, values[k]);
@@ -100,17 +79,9 @@ __global__ void __launch_bounds__(warps * 32, 1)
   }
   if (!partials) return;
 
-  for (int turn = 0; turn < warps; ++turn) {
-    if (warp == turn) {
-      for_each_pack<N, packs>(channels, [&](int k, int c) {
-#pragma unroll
-        for (int j = 0; j < N; ++j) shared[c + j] = turn == 0 ? dbias[k][j] : shared[c + j] + dbias[k][j];
-      });
-    }
-    __syncthreads();
-  }
+  add_in_turns<N, packs>(dbias, shared, channels);
   float* share = partials + int64_t(blockIdx.x) * (channels + 1);
-  for (int c = threadIdx.x; c < channels; c += warps * 32) share[c] = shared[c];
+  for (int c = threadIdx.x; c < channels; c += row_warps * 32) share[c] = shared[c];
   float sum = block_sum(threadIdx.x % 32 == 0 ? total : 0.0f, scratch);
   if (threadIdx.x == 0) share[channels] = gain * sum;
 }
@@ -188,43 +159,17 @@ __global__ void __launch_bounds__(max_threads, 1)
 
 // ---- the second stage ----
 
-constexpr int sum_columns = 32, sum_groups = 16;
-
-// The sums of 32 columns of partials per block: dbias, and dlog_scale in the last column.
-__global__ void __launch_bounds__(sum_columns* sum_groups)
-    add_parts(const float* partials, float* dbias, float* dlog_scale, int64_t parts, int64_t channels) {
-  __shared__ float sums[sum_groups][sum_columns];
-  int column = threadIdx.x % sum_columns, group = threadIdx.x / sum_columns;
-  int64_t c = int64_t(blockIdx.x) * sum_columns + column;
-  float sum = 0.0f;
-  for (int64_t part = group; part < parts && c <= channels; part += sum_groups) {
-    sum += partials[part * (channels + 1) + c];
-  }
-  sums[group][column] = sum;
-  __syncthreads();
-  if (group > 0) return;
-  for (int other = 1; other < sum_groups; ++other) sum += sums[other][column];
+// The sums of columns of partials: dbias, and dlog_scale in the last column.
+__global__ void __launch_bounds__(sum_threads)
+    add_parts(const float* partials, float* dbias, float* dlog_scale, int64_t parts, int64_t channels, int columns) {
+  int64_t c = int64_t(blockIdx.x) * columns + int(threadIdx.x) % columns;
+  float sum = sum_of_parts(c <= channels ? partials + c : nullptr, parts, channels + 1, columns);
+  if (int(threadIdx.x) >= columns) return;
   if (c < channels && dbias) dbias[c] = sum;
   if (c == channels && dlog_scale) *dlog_scale = sum;
 }
 
 // ---- the choice between them ----
-
-// Calls run(packs) with the least number of packs of N per lane, as a constant, that hold a row in one warp's
-// registers; returns whether there is one.
-template <int N, class Run>
-bool in_registers(int64_t channels, Run run) {
-  if (channels % N != 0 || channels > 1024) return false;
-  if (channels <= 256)
-    run(std::integral_constant<int, 8 / N>{});
-  else if (channels <= 512)
-    run(std::integral_constant<int, 16 / N>{});
-  else if (channels <= 768)
-    run(std::integral_constant<int, 24 / N>{});
-  else
-    run(std::integral_constant<int, 32 / N>{});
-  return true;
-}
 
 unsigned threads_for(int64_t packs) {
   int64_t threads = ceil_div(packs, 32) * 32;
@@ -256,8 +201,8 @@ void bias_norm_forward_cuda(const BiasNormForward& args, void* stream) {
     bool aligned = aligned16(x) && aligned16(y) && aligned16(bias);
     bool done = aligned && in_registers<width<X>>(args.channels, [&](auto packs) {
                   launch("bias_norm forward", forward_in_registers<X, Y, width<X>, packs.value>,
-                         grid_size(ceil_div(args.rows, warps)), warps * 32, 0, stream, x, bias, log_scale, y, inverse,
-                         args.rows, int(args.channels));
+                         grid_size(ceil_div(args.rows, row_warps)), row_warps * 32, 0, stream, x, bias, log_scale, y,
+                         inverse, args.rows, int(args.channels));
                 });
     if (done) return;
     in_blocks<X>(args.channels, aligned, [&](auto n) {
@@ -280,10 +225,11 @@ void bias_norm_backward_cuda(const BiasNormBackward& args, void* stream) {
     auto inverse = static_cast<const float*>(args.inverse_rms);
     bool aligned = aligned16(dy) && aligned16(x) && aligned16(dx) && aligned16(bias);
     unsigned blocks = grid_size(args.parts);
-    bool done = aligned && in_registers<width<X>>(args.channels, [&](auto packs) {
-                  launch("bias_norm backward", backward_in_registers<X, Y, width<X>, packs.value>, blocks, warps * 32,
-                         0, stream, dy, x, bias, log_scale, inverse, dx, partials, args.rows, int(args.channels));
-                });
+    bool done =
+        aligned && in_registers<width<X>>(args.channels, [&](auto packs) {
+          launch("bias_norm backward", backward_in_registers<X, Y, width<X>, packs.value>, blocks, row_warps * 32, 0,
+                 stream, dy, x, bias, log_scale, inverse, dx, partials, args.rows, int(args.channels));
+        });
     if (done) return;
     in_blocks<X>(args.channels, aligned, [&](auto n) {
       launch("bias_norm backward", backward_in_blocks<X, Y, n.value>, blocks, threads_for(args.channels / n.value), 0,
@@ -291,9 +237,10 @@ void bias_norm_backward_cuda(const BiasNormBackward& args, void* stream) {
     });
   });
   if (!partials) return;
-  launch("bias_norm backward, sums", add_parts, grid_size(ceil_div(args.channels + 1, sum_columns)),
-         sum_columns * sum_groups, 0, stream, static_cast<const float*>(partials), static_cast<float*>(args.dbias),
-         static_cast<float*>(args.dlog_scale), args.parts, args.channels);
+  int64_t columns = sum_columns(sum_groups(args.parts));
+  launch("bias_norm backward, sums", add_parts, grid_size(ceil_div(args.channels + 1, columns)), sum_threads, 0, stream,
+         static_cast<const float*>(partials), static_cast<float*>(args.dbias), static_cast<float*>(args.dlog_scale),
+         args.parts, args.channels, int(columns));
 }
 
 }  // namespace zk

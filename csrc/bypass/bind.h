@@ -1,4 +1,4 @@
-// Python's entry points to the bypass kernels; zipformer_kernels/ops/bypass/cpu.py calls them.
+// Python's entry points to the bypass kernels; cpu.py and cuda.py in zipformer_kernels/ops/bypass call them.
 #pragma once
 
 #include "bypass/bypass.h"
@@ -9,6 +9,10 @@ namespace zk {
 inline void bind_bypass(pybind11::module_& m) {
   bind_cpu(m, "bypass_forward_cpu", bypass_forward_cpu);
   bind_cpu(m, "bypass_backward_cpu", bypass_backward_cpu);
+#if ZK_WITH_CUDA
+  bind_cuda(m, "bypass_forward_cuda", bypass_forward_cuda);
+  bind_cuda(m, "bypass_backward_cuda", bypass_backward_cuda);
+#endif
 }
 
 }  // namespace zk

@@ -36,8 +36,9 @@ struct ConvModuleInputs {
   ConvModuleShape shape;
   DType x_dtype, y_dtype;  // of a and s; of y: the same, or float32
   int threads;             // on the CPU
-  // In inference on the CPU only, null elsewhere:
-  const void* left = nullptr;             // (batch, channels, H), gated input before the first frame; or null for zeros
+  // In inference only, null elsewhere:
+  const void* left = nullptr;  // (batch, channels, H), gated input before the first frame; or null for zeros;
+                               // on the CPU
   const void* projection_bias = nullptr;  // (2, channels), added to a and to s, of x_dtype; or null
 
   bool chunked() const { return causal_weight != nullptr; }
@@ -45,9 +46,11 @@ struct ConvModuleInputs {
 
 struct ConvModuleForward : ConvModuleInputs {
   void* y;
-  // In inference on the CPU only:
+  // On the CPU, in inference only:
   void* next = nullptr;  // `left` for the frames to come; or null
   bool swoosh = false;   // y goes through SwooshR
+  // On the GPU only; y may be null beside it:
+  void* activated = nullptr;  // SwooshR(y), of y's type; or null
 
   ZK_FIELDS(a, s, padding, weight, bias, causal_weight, causal_bias, edge_scale, shape, x_dtype, y_dtype, y)
 };
@@ -55,6 +58,12 @@ struct ConvModuleForward : ConvModuleInputs {
 struct ConvModuleInfer : ConvModuleForward {
   ZK_FIELDS(a, s, padding, weight, bias, causal_weight, causal_bias, edge_scale, shape, x_dtype, y_dtype, y, left,
             projection_bias, next, swoosh)
+};
+
+// On the GPU.
+struct ConvModuleActivated : ConvModuleForward {
+  ZK_FIELDS(a, s, padding, weight, bias, causal_weight, causal_bias, edge_scale, shape, x_dtype, y_dtype, y, activated,
+            projection_bias)
 };
 
 // Null outputs are not computed; da and ds only both. `partials` is (parts, P): each of `parts` groups of frames leaves
@@ -65,10 +74,24 @@ struct ConvModuleBackward : ConvModuleInputs {
   void* ds;
   void* partials;
   int64_t parts;
-  int64_t gradient_step = 0;  // on the CPU, elements of da and ds from a row of channels to the next
+  int64_t gradient_step = 0;  // elements of da and ds from a row of channels to the next
 
   ZK_FIELDS(a, s, padding, weight, bias, causal_weight, causal_bias, edge_scale, shape, x_dtype, y_dtype, dy, da, ds,
             partials, parts, gradient_step)
+};
+
+// On the GPU, which adds up the parts too.
+struct ConvModuleGradients : ConvModuleBackward {
+  // As the forward pass returned it, of y_dtype; then dy is the gradient of SwooshR(y). Or null.
+  const void* y = nullptr;
+  void* activated = nullptr;  // SwooshR(y) again, with y
+  // (P,), float: the parameters' gradients, then, with da, the sums of da and of ds over rows; with partials, whose
+  // rows are as long. Where da or the parameters are not wanted, they have no place there.
+  void* sums = nullptr;
+  bool parameters = false;  // whether they are wanted
+
+  ZK_FIELDS(a, s, padding, weight, bias, causal_weight, causal_bias, edge_scale, shape, x_dtype, y_dtype, dy, da, ds,
+            partials, parts, gradient_step, y, activated, sums, parameters)
 };
 
 // Where the gradient of each parameter begins in a row of `partials`.
@@ -98,7 +121,7 @@ ZK_DECLARE_CPU(conv_module_forward, ConvModuleForward)
 ZK_DECLARE_CPU(conv_module_backward, ConvModuleBackward)
 
 // `stream` is a cudaStream_t. No float64.
-void conv_module_forward_cuda(const ConvModuleForward& args, void* stream);
-void conv_module_backward_cuda(const ConvModuleBackward& args, void* stream);
+void conv_module_forward_cuda(const ConvModuleActivated& args, void* stream);
+void conv_module_backward_cuda(const ConvModuleGradients& args, void* stream);
 
 }  // namespace zk

@@ -3,6 +3,7 @@
 
 #include "common/bind.h"
 #include "common/fields.h"
+#include "scaled_adam/rows.h"
 #include "scaled_adam/scaled_adam.h"
 
 namespace zk {
@@ -51,6 +52,7 @@ void adam_cuda(const AdamArguments& args, void* stream) {
 }
 
 inline void bind_scaled_adam(pybind11::module_& m) {
+  bind_rows(m);
   m.def("scaled_adam_chunk", [](uintptr_t tensors, int64_t count, int64_t chunk_elements, int64_t index) {
     AdamChunk chunk = adam_chunk(static_cast<const AdamTensor*>(pointer(tensors)), count, chunk_elements, index);
     return pybind11::make_tuple(chunk.tensor, chunk.begin, chunk.end);

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
+from zipformer_kernels.branch.node import Plan, Site
 from zipformer_kernels.core.module import Module
 from zipformer_kernels.core.op import SettledBackend
 
@@ -37,6 +38,17 @@ class Branch(Module):
     def activated(self, x: Tensor) -> Tensor:
         """x behind the activation with which the last module begins, if it has one."""
         return x
+
+    def plan(self, site: Site, *context: Any, **settings: Any) -> Plan | None:
+        """How the module runs as one node of the graph, its draws included; None where it cannot, before any draw.
+
+        Without gradients it then runs by `middle`.
+
+        Args:
+            site: where.
+            *context, **settings: other arguments of ``forward``.
+        """
+        return None
 
     def in_place(
         self, backend: SettledBackend, hidden: Tensor, state: Tensor | None, *context: Any, **settings: Any

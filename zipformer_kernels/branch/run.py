@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.branch.plain import When, takes
-from zipformer_kernels.branch.ways import MODULES, Given, settle
+from zipformer_kernels.branch.branch import Branch
+from zipformer_kernels.branch.nodes import Nodes
+from zipformer_kernels.branch.plain import When, matches, takes
+from zipformer_kernels.branch.ways import MODULES, WAYS, Given, has_nodes, settle
 from zipformer_kernels.core.call import PLAIN, unreadable
 from zipformer_kernels.ops.attention import AttentionWeights
 from zipformer_kernels.training import FloatLike
@@ -60,8 +62,15 @@ class Run:
         self.trains = states is None and layer.training
         if states is not None:
             others = *others, *(state.value for state in states.values())
+        self.settled = MODULES
         when = When.INFERENCE if states is None else When.CHUNK
-        self.settled = MODULES if self.trains else settle(layer, src, others, when, masks)
+        self._differentiates = self.trains or torch.is_grad_enabled()
+        if not self._differentiates:
+            self.settled = settle(layer, src, others, when, masks)
+        elif states is None and has_nodes(WAYS.get(src.device.type, ())):
+            self.settled = settle(layer, src, others, When.ANY, masks)
+        low = self.settled.low
+        self.nodes = None if low is None else Nodes(src, low, self._linears())
         self._owns = False  # whether src may be overwritten: the layer's input may not, nor what others have seen
         self._dtype = src.dtype
 
@@ -104,11 +113,24 @@ class Run:
         if state is not None:
             settings |= state.settings
         module = self.parts[name]
+        added = None
         if name in self.settled.fused and (balancer is None or balancer in self.settled.fused):
-            given = Given(self.settled.backend, src, state and state.value, context, settings, self._owns)
-            for way in self.settled.ways:
-                if (added := way.add(module, given)) is not None:
-                    break
+            rate = self.rate(skip) if self.nodes is not None else 0.0
+            shaping = self.parts[balancer] if balancer is not None else None
+            chosen = lambda: self._chosen(src, rate, mask)  # noqa: E731
+            given = Given(
+                self.settled.backend,
+                src,
+                state and state.value,
+                context,
+                settings,
+                self._owns,
+                self.nodes,
+                shaping,
+                chosen,
+            )
+            added = next(filter(None, (way.add(module, given) for way in self.settled.ways)), None)
+        if added is not None:
             src, following = added
         elif state is not None:
             context = _taken(module, context)
@@ -120,8 +142,7 @@ class Run:
             result = module(src, *_taken(module, context), **settings)
             if balancer is not None:
                 result = self.parts[balancer](result)
-            if rate != 0.0:
-                mask = self.layer.get_sequence_dropout_mask(result, rate)
+            mask = self._chosen(result, rate, mask)
             src = src + result if mask is None else torch.addcmul(src, result, mask)
             self.check(src)
         if state is not None:
@@ -129,12 +150,31 @@ class Run:
         self._owns = True
         return src
 
+    def project(self, linear: nn.Module, x: Tensor, passes: bool = True) -> tuple[Tensor, Tensor]:
+        """What a linear module makes of x, and x for its other uses; see `Nodes.project`."""
+        if self.nodes is None or not matches(linear, nn.Linear, When.ANY):
+            return linear(x), x
+        return self.nodes.project(linear, x, passes)
+
+    def _chosen(self, like: Tensor, rate: float, mask: Tensor | None) -> Tensor | None:
+        """Which sequences get a branch: as drawn before, or at a rate."""
+        return mask if rate == 0.0 else self.layer.get_sequence_dropout_mask(like, rate)
+
+    def _linears(self) -> Iterator[nn.Module]:
+        """The modules of all products that nodes compute."""
+        for name in self.settled.fused:
+            part = self.parts[name]
+            if isinstance(part, Branch):
+                yield from (part.in_proj, part.out_proj)
+            elif name == "self_attn_weights":
+                yield from filter(lambda x: matches(x, nn.Linear, When.ANY), (part.in_proj, part.linear_pos))
+
     def watch(self, src: Tensor, *names: str) -> Tensor:
         """src behind modules that change nothing but gradients; in a stream there are none."""
         if self.states is not None:
             return src
         for name in names:
-            if name not in self.settled.fused:
+            if self._differentiates or name not in self.settled.fused:
                 src = self.parts[name](src)
                 self._owns = False
         return src
@@ -142,12 +182,16 @@ class Run:
     def mix(self, name: str, src_orig: Tensor, src: Tensor) -> Tensor:
         """The bypass of a name, from what came in to what has become of it."""
         bypass = self.parts[name]
-        if name in self.settled.fused and bypass.bypass_scale.shape == src.shape[-1:]:
+        if name in self.settled.fused and not self._differentiates and bypass.bypass_scale.shape == src.shape[-1:]:
             return torch.lerp(src_orig, src, bypass.bypass_scale, out=src if self._owns else None)
         src = bypass(src_orig, src)
         self.check(src)
         self._owns = False  # who has seen its result may hold it
         return src
+
+    def joins(self, *names: str) -> bool:
+        """Whether the calls of these modules may be left out for a function of all of them, also with gradients."""
+        return self.nodes is not None and self.settled.fused.issuperset(names)
 
     def normalise(self, name: str, src: Tensor) -> Tensor:
         """The norm of a name."""

@@ -4,11 +4,11 @@
 |---|---|---|
 | one kernel | CPU, few rows | everything: one call reads the weights once, which takes the time there |
 | in place | CPU | intermediate results, which are overwritten, and the sum, which the last product starts from |
-| epilogue | GPU | the sum, which the last product starts from, and the calls of both products' modules |
+| one node | GPU, also with gradients | the sum, casts, and nodes of the graph: `zipformer_kernels.branch.node` |
 | in parts | CPU, also with gradients | hidden channels of all rows at once (`zipformer_kernels.branch.recompute`) |
 | modules | everywhere | nothing: every module is called, as upstream calls it |
 
-All but the last two are for calls without gradients. `settle` decides for all branches of a layer at once, and nothing
+The first two are for calls without gradients. `settle` decides for all branches of a layer at once, and nothing
 is asked again until the call is over. A branch that is not plain (`zipformer_kernels.branch.plain`), or has no such
 way, runs by the next.
 """
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zipformer_kernels.branch.branch import Branch
+from zipformer_kernels.branch.nodes import Nodes
 from zipformer_kernels.branch.plain import NONE, parameters_of, plain_parts
 from zipformer_kernels.core import backend as backends
 from zipformer_kernels.core.call import autocast_dtype, unreadable, watcher
@@ -44,6 +45,9 @@ class Given(NamedTuple):
         context: other arguments of the branch's forward.
         settings: its arguments by name.
         over: whether src may be overwritten.
+        nodes: what the layer's nodes share, for `NODE`.
+        balancer: of the branch's result, or None; likewise.
+        chosen: draws which sequences get the branch, (batch, 1), or None for all; likewise.
     """
 
     backend: SettledBackend | None
@@ -52,6 +56,9 @@ class Given(NamedTuple):
     context: tuple[Any, ...]
     settings: dict[str, Any]
     over: bool
+    nodes: Nodes | None = None
+    balancer: nn.Module | None = None
+    chosen: Callable[[], Tensor | None] = lambda: None
 
 
 def _one_kernel(branch: Branch, given: Given) -> Added | None:
@@ -67,11 +74,8 @@ def _in_place(branch: Branch, given: Given) -> Added:
     return add_product(given.src, x, last.weight, last.bias, given.over), state
 
 
-def _epilogue(branch: Branch, given: Given) -> Added:
-    first, last = branch.in_proj, branch.out_proj
-    hidden = F.linear(given.src, first.weight, first.bias)
-    x, state = branch.middle(hidden, given.state, *given.context, **given.settings)
-    return add_product(given.src, branch.activated(x), last.weight, last.bias, given.over), state
+def _node(branch: Branch, given: Given) -> Added | None:
+    return given.nodes.add(branch, given.src, given.state, given.context, given.settings, given.balancer, given.chosen)
 
 
 def _in_parts(branch: Branch, given: Given) -> Added | None:
@@ -87,23 +91,25 @@ class Way:
         name: as in the table above.
         dtypes: of src, that it takes.
         few: whether it is for few rows only, see `zipformer_kernels.core.launch.few_rows`.
-        gradients: whether it is for calls that may have gradients, or for those that have none.
+        gradients: whether it is for calls that may have gradients, or for those that have none; None: for both.
+        autocast: whether it serves under autocast.
         add: runs a branch; returns None where the branch has no such way.
     """
 
     name: str
     dtypes: tuple[torch.dtype, ...]
     few: bool
-    gradients: bool
+    gradients: bool | None
+    autocast: bool
     add: Callable[[Branch, Given], Added | None]
 
 
-ONE_KERNEL = Way("one kernel", INFERENCE_DTYPES, True, False, _one_kernel)
-IN_PLACE = Way("in place", INFERENCE_DTYPES, False, False, _in_place)
-EPILOGUE = Way("epilogue", CPU_DTYPES, False, False, _epilogue)
-IN_PARTS = Way("in parts", CPU_DTYPES, False, True, _in_parts)
+ONE_KERNEL = Way("one kernel", INFERENCE_DTYPES, True, False, False, _one_kernel)
+IN_PLACE = Way("in place", INFERENCE_DTYPES, False, False, False, _in_place)
+NODE = Way("one node", CPU_DTYPES, False, None, True, _node)
+IN_PARTS = Way("in parts", CPU_DTYPES, False, True, False, _in_parts)
 
-WAYS: dict[str, tuple[Way, ...]] = {"cpu": (ONE_KERNEL, IN_PLACE, IN_PARTS), "cuda": (EPILOGUE,)}
+WAYS: dict[str, tuple[Way, ...]] = {"cpu": (ONE_KERNEL, IN_PLACE, IN_PARTS), "cuda": (NODE,)}
 """For each type of device its ways, the best first; where none serves, modules are called."""
 
 
@@ -114,11 +120,13 @@ class Settlement(NamedTuple):
         ways: the ways to try, in order; none where modules are called.
         backend: what the ops of those ways run on; None: each chooses its own.
         fused: the names of the layer's parts whose calls may be left out.
+        low: the dtype of products, that of autocast or of src, where branches may run as one node; else None.
     """
 
     ways: tuple[Way, ...] = ()
     backend: SettledBackend | None = None
     fused: Set[str] = NONE
+    low: torch.dtype | None = None
 
 
 MODULES = Settlement()
@@ -133,29 +141,47 @@ def settle(
         module: of a class declared by `zipformer_kernels.branch.plain.made_of`.
         src: (T, batch, channels).
         others: all other tensors of the call that have to be of the dtype of src: positions, states.
-        when: `When.INFERENCE`, `When.CHUNK` in a stream, or `When.ANY` for calls that may have gradients.
+        when: `When.INFERENCE`, `When.CHUNK` in a stream, or `When.ANY` for calls that may have gradients, or train.
         masks: its masks, of any dtype.
     """
     device = src.device.type
     offered = WAYS.get(device)
     if offered is None or (when and torch.is_grad_enabled()):
         return MODULES
-    if watcher() is not None or autocast_dtype(src) is not None:
+    if watcher() is not None:
         return MODULES
-    few = few_rows(src)
+    few, cast = few_rows(src), autocast_dtype(src)
+    low = src.dtype if cast is None or src.dtype == torch.float64 else cast
     ways = tuple(
-        way for way in offered if src.dtype in way.dtypes and (few or not way.few) and way.gradients == (not when)
+        way
+        for way in offered
+        if src.dtype in way.dtypes
+        and (few or not way.few)
+        and way.gradients in (None, not when)
+        and (way.autocast or cast is None)
     )
-    backend = settled_backend() if device == "cpu" else None
+    backend = settled_backend() if IN_PLACE in ways else None
     if not ways or (backend is None and IN_PLACE in ways):  # that one launches kernels itself
+        return MODULES
+    nodes = has_nodes(ways)
+    if nodes and backends.candidates(device, ("eager",))[:1] == ("eager",):
         return MODULES
     fused = plain_parts(module, when)
     if not fused:
         return MODULES
-    tensors = [src, *others, *parameters_of(module, fused)]
-    if not _alike(src, tensors) or unreadable([*tensors, *masks]) is not None:
+    parameters = list(parameters_of(module, fused))
+    if low != src.dtype and src.dtype != torch.float32:
         return MODULES
-    return Settlement(ways, backend, fused)
+    if not _alike(src, [src, *parameters]) or not {x.dtype for x in others if x is not None} <= {src.dtype, low}:
+        return MODULES
+    if unreadable([src, *others, *parameters, *masks]) is not None:
+        return MODULES
+    return Settlement(ways, backend, fused, low if nodes else None)
+
+
+def has_nodes(ways: Sequence[Way]) -> bool:
+    """Whether branches may run as one node."""
+    return any(way.name == NODE.name for way in ways)
 
 
 def settled_backend() -> SettledBackend | None:

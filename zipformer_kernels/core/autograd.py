@@ -11,12 +11,14 @@ from torch import Tensor
 
 from zipformer_kernels.core import backend as backends
 from zipformer_kernels.core.call import plain, watcher, without_autocast
+from zipformer_kernels.core.private import apply_of, saved_tensors_have_hooks
 
 
 def store(ctx: Any, *tensors: Tensor | None) -> None:
     """Saves tensors for the backward pass of a Function that hands them to kernels; `stored_tensors` returns them."""
     ctx.save_for_backward(*tensors)
-    ctx.forms = [None if x is None else (x.shape, x.device, x.dtype) for x in tensors]
+    hooked = saved_tensors_have_hooks()
+    ctx.forms = [None if x is None else (x.shape, x.device, x.dtype) for x in tensors] if hooked else None
 
 
 def stored_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
@@ -27,12 +29,22 @@ def stored_tensors(ctx: Any) -> tuple[Tensor | None, ...]:
     Raises:
         ValueError: a hook returned another shape.
     """
+    if ctx.forms is None:
+        return ctx.saved_tensors
     tensors = []
     for x, form in zip(ctx.saved_tensors, ctx.forms, strict=True):
         if x is not None and x.shape != form[0]:
             raise ValueError(f"a hook on saved tensors must return shape {tuple(form[0])}, got {tuple(x.shape)}")
         tensors.append(x if x is None else x.to(*form[1:]))
     return tuple(tensors)
+
+
+def aliases(inputs: Sequence[Any]) -> list[Any]:
+    """Inputs of a function, with an alias in the place of each tensor that has a gradient.
+
+    One input may have been computed from another. By the gradients of aliases each gets its own part alone.
+    """
+    return [torch.ops.aten.alias(x) if isinstance(x, Tensor) and x.requires_grad else x for x in inputs]
 
 
 def reference_gradients(
@@ -48,6 +60,7 @@ def reference_gradients(
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
+        inputs = aliases(inputs)
         out = reference(*inputs)
     wanted = [x for x, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph, allow_unused=True))
@@ -97,6 +110,10 @@ class OpFunction(torch.autograd.Function):
         return None, None, *op._spread(without_autocast(launch, needs, grads, saved, *args))
 
 
+apply_op = apply_of(OpFunction)
+"""``OpFunction.apply`` of an op that has looked who watches it."""
+
+
 class _GradientHook(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[..., Tensor], *saved: Tensor) -> Tensor:
@@ -111,7 +128,7 @@ class _GradientHook(torch.autograd.Function):
 
 def _as_asked(request: str, function: Callable[..., Tensor], *args: Any) -> Tensor:
     """The function's result with the choice of backends of its forward pass, whichever thread runs it."""
-    with backends.use_backend(request):
+    with backends.as_in(request):
         return function(*args)
 
 

@@ -13,9 +13,9 @@ none of them can serve the call it raises `BackendError` with the reasons. ``aut
 
 The second and third way are meant for whole models, and few backends have kernels of every op. So an op that has none
 on any backend they name runs on the first behind the last name in `PREFERENCE` that serves the call: under
-``use_backend("cuda")`` ``bypass`` runs on ``eager``. An op that has kernels there, but none for this call, raises. So
-does every op where one of those backends is missing in this process and no other serves: nothing is passed over in
-silence. The first way, an argument, asks one op, which raises in all of these cases.
+``use_backend("cuda")`` ``depthwise_conv2d`` runs on ``eager``. An op that has kernels there, but none for this call,
+raises. So does every op where one of those backends is missing in this process and no other serves: nothing is passed
+over in silence. The first way, an argument, asks one op, which raises in all of these cases.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import os
 import threading
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -166,6 +166,11 @@ def requested(argument: str | None = None) -> str:
     return _latest if is_compiling() else _innermost()
 
 
+def as_in(request: str) -> AbstractContextManager[None]:
+    """`use_backend` of what a forward pass was asked for, for its backward pass; nothing where that is asked for."""
+    return nullcontext() if requested() == request else use_backend(request)
+
+
 def asked_for(argument: str | None, request: str, offered: Collection[str]) -> tuple[str, ...]:
     """The names among which a call chooses that does not ask for ``auto``, in order.
 
@@ -177,6 +182,17 @@ def asked_for(argument: str | None, request: str, offered: Collection[str]) -> t
     if argument is not None or any(name in offered or missing[name] for name in names):
         return names
     return (*names, *BEHIND[names[-1]])
+
+
+def candidates(device: str, offered: Collection[str]) -> tuple[str, ...]:
+    """The backends among which a call on a device chooses, in order, whether or not they serve it.
+
+    Args:
+        device: the type of the device.
+        offered: the backends that the op has kernels on.
+    """
+    request = requested()
+    return serving.get(device, ()) if request == "auto" else asked_for(None, request, offered)
 
 
 TRITON_INTERPRETS = os.environ.get("TRITON_INTERPRET", "0") == "1"

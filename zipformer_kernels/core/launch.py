@@ -10,6 +10,7 @@ from torch import Tensor
 
 from zipformer_kernels.core import backend, tuning
 from zipformer_kernels.core.call import LOWEST, PLAIN, unreadable
+from zipformer_kernels.core.private import current_device, current_stream
 
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3}
 """Dtypes as `csrc/common/dtypes.h` numbers them."""
@@ -101,11 +102,13 @@ def multiprocessors(x: Tensor) -> int:
     return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
 
 
+_HERE = nullcontext()
+
+
 def on_device(x: Tensor) -> AbstractContextManager:
     """A context in which launches go to the device of x."""
-    if not x.is_cuda or x.device.index == torch.cuda.current_device():
-        return nullcontext()
-    return torch.cuda.device(x.device)
+    device = x.get_device()  # -1 on the CPU
+    return _HERE if device < 0 or device == current_device() else torch.cuda.device(device)
 
 
 def call_cpu(function: str, x: Tensor, *args: int | float, **named: int | float | tuple) -> None:
@@ -118,6 +121,11 @@ def call_cpu(function: str, x: Tensor, *args: int | float, **named: int | float 
 
 def call_cuda(function: str, x: Tensor, *args: int | float, **named: int | float | tuple) -> None:
     """Calls ``<function>_cuda`` on the device of x and torch's current stream; arguments as of `call_cpu`."""
-    with on_device(x):
-        stream = torch.cuda.current_stream().cuda_stream if x.is_cuda else 0
-        getattr(backend.native, function + "_cuda")(*args, **named, stream=stream)
+    launch, device = getattr(backend.native, function + "_cuda"), x.get_device()
+    if device < 0:
+        launch(*args, **named, stream=0)  # the emulator, which has none
+    elif device == current_device():
+        launch(*args, **named, stream=current_stream(device))
+    else:
+        with torch.cuda.device(device):
+            launch(*args, **named, stream=current_stream(device))

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from zipformer_kernels.core import backend as backends
-from zipformer_kernels.core.autograd import OpFunction
+from zipformer_kernels.core.autograd import aliases, apply_op
 from zipformer_kernels.core.call import barred, watcher, without_autocast
 from zipformer_kernels.core.launch import like
 
@@ -195,8 +195,8 @@ class Op:
         """Runs the op. Arguments as in its schema."""
         if type(backend) is SettledBackend:
             return self._results(self.backends[backend].forward(*args))
-        watched_by = watcher()
-        bar = barred(self._tensors(args), watched_by)
+        watched_by, tensors = watcher(), self._tensors(args)
+        bar = barred(tensors, watched_by)
         name = self._select(backend, watched_by, bar, args)
         if name == "eager" and (watched_by is not None or bar is not None):
             return self.reference(*args)
@@ -204,8 +204,10 @@ class Op:
             results = getattr(torch.ops.zipformer_kernels, self.name)(*args, name)
             return self._results((results,) if isinstance(results, Tensor) else results)
         launchers = self.backends[name]
-        if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in self.tensors):
-            return OpFunction.apply(self, launchers, *args)
+        if torch.is_grad_enabled():
+            for x in tensors:
+                if x is not None and x.requires_grad:
+                    return apply_op(self, launchers, *args)
         return self._results(without_autocast(launchers.forward, *args))
 
     def _tensors(self, args: Sequence[Any]) -> list[Tensor | None]:
@@ -216,11 +218,10 @@ class Op:
 
     def _to_store(self, args: Sequence[Any], results: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
         """What backward reads: saved arguments, then saved outputs, then extras."""
-        return (
-            *(args[i] for i in self.saved),
-            *(results[i] for i in self.saves_outputs),
-            *results[self.outputs :],
-        )
+        stored = [args[i] for i in self.saved]
+        if self.saves_outputs:
+            stored += [results[i] for i in self.saves_outputs]
+        return *stored, *results[self.outputs :]
 
     def _arguments(self, stored: Sequence[Tensor | None], values: Sequence[Any]) -> list[Any]:
         """The op's arguments again: saved tensors where they were saved, None for the other tensors."""
@@ -229,9 +230,12 @@ class Op:
             args[i] = tensor
         return args
 
-    def _values(self, args: Sequence[Any]) -> tuple[Any, ...]:
+    def _values(self, args: Sequence[Any]) -> list[Any]:
         """The arguments with None in place of every tensor."""
-        return tuple(None if i in self.tensors else value for i, value in enumerate(args))
+        values = list(args)
+        for i in self.tensors:
+            values[i] = None
+        return values
 
     def _spread(self, gradients: Iterable[Tensor | None]) -> list[Tensor | None]:
         """One gradient per argument from one per tensor argument."""
@@ -244,6 +248,7 @@ class Op:
         self, needs: Sequence[bool], grads: Sequence[Tensor], saved: Sequence[Tensor], *args: Any
     ) -> tuple[Tensor | None, ...]:
         """Launchers' backward, differentiable, through the reference."""
+        args = aliases(args)
         outputs = self.reference(*args)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         wanted = [args[i] for i, need in zip(self.tensors, needs, strict=True) if need]

@@ -78,6 +78,17 @@ FakeTensor: type = private("torch._subclasses.fake_tensor.FakeTensor", Absent)
 """Tensors of a FakeTensorMode. Without: torch raises its own error where their numbers are looked at."""
 
 
+# ---- where launches go: `zipformer_kernels.core.launch` and `jit` ----
+
+current_device: Callable[[], int] = private("torch._C._cuda_getDevice", torch.cuda.current_device)
+"""The number of the current GPU, once CUDA has started."""
+
+current_stream: Callable[[int], int] = private(
+    "torch._C._cuda_getCurrentRawStream", lambda device: torch.cuda.current_stream(device).cuda_stream
+)
+"""The address of the current stream of a GPU."""
+
+
 # ---- backward passes: `zipformer_kernels.ops.attention` ----
 
 will_execute: Callable[[Any], bool] = private("torch._C._will_engine_execute_node", None)
@@ -88,6 +99,22 @@ backward_pass: Callable[[], int] = private("torch._C._current_graph_task_id", No
 
 knows_backward_passes = will_execute is not None and backward_pass is not None
 """Whether both can be asked."""
+
+
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` for calls around which there is no transform of torch.func, as whoever calls it has asked.
+
+    To ask once more takes half of a call's time. Without: ``function.apply`` itself.
+    """
+    return getattr(super(torch.autograd.Function, function), "apply", function.apply)
+
+
+_top_hooks = private("torch._C._autograd._top_saved_tensors_default_hooks", None)
+
+
+def saved_tensors_have_hooks() -> bool:
+    """Whether what a Function saves now may come back as another tensor. Without: so it is held to be."""
+    return _top_hooks is None or _top_hooks(False) is not None
 
 
 # ---- hooks on every module: `zipformer_kernels.branch` ----

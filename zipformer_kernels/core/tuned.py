@@ -52,6 +52,7 @@ _LONG = "reasoned: so long that adding up the groups costs little beside them"
 _PER_MULTIPROCESSOR = "reasoned: so many that some compute while others load"
 _WARPS = "reasoned: Triton's usual number; no kernel spills, benchmarks/results/instructions.json"
 _NO_SPILL = "reasoned: no kernel spills; what it costs is counted in benchmarks/results/instructions.json"
+_PRODUCT = "rows, channels, operand's channels, warps, stages"
 _TILES = "counted: docs/kernels.md, by registers, spills and instructions"
 
 
@@ -101,7 +102,7 @@ _ON_CPU = [
     ),
     Entry("conv_module.parts", 64, "groups", "of frames at most that are summed apart", CPU, _EVENLY),
     Entry(
-        "conv_module.part_frames", 128, "frames", "of such a group at least, in CUDA too",
+        "conv_module.part_frames", 128, "frames", "of such a group at least",
         CPU, "reasoned: the tile of csrc/conv_module/cpu.cpp",
     ),
     Entry("depthwise_conv2d.parts", 64, "groups", "of frames at most that are summed apart", CPU, _EVENLY),
@@ -123,10 +124,6 @@ _ON_CPU = [
         "scaled_adam.chunk", 1 << 14, "elements", "of a block's or thread's share, in CUDA too",
         "CPU and GPU", "reasoned: long enough to pay, short enough to share out small models",
     ),
-    Entry(
-        "scaled_adam.block", 256, "parameters", "that are looked at before a step at a time",
-        CPU, "reasoned: what is asked of a few hundred stays in cache",
-    ),
 ]  # fmt: skip
 
 _ON_GPU = [
@@ -141,6 +138,11 @@ _ON_GPU = [
     Entry("attention.cuda_parts", 8, "parts", "of a sequence and head at most, each with sums of its own for e", GPU,
           "reasoned: their memory is linear in the frames; more blocks run at once where sequences are few"),
     Entry("bias_norm.cuda_blocks", 4, "blocks a multiprocessor", "at most in backward", GPU, _PER_MULTIPROCESSOR),
+    Entry("bias_norm.cuda_part_frames", 16, "frames", "of a sequence whose sums a block takes, at least", GPU, _LONG),
+    Entry("bypass.cuda_blocks", 8, "blocks a multiprocessor", "at most in backward", GPU, _PER_MULTIPROCESSOR),
+    Entry("bypass.cuda_columns", 1024, "channels", "of which a block takes sums, at most", GPU,
+          "reasoned: csrc/bypass/cuda.cu, in float32"),
+    Entry("bypass.cuda_part_rows", 16, "rows", "of which a block takes sums, at least", GPU, _LONG),
     Entry("conv_module.cuda_blocks", 2, "blocks a multiprocessor", "that sum gradients", GPU, _PER_MULTIPROCESSOR),
     Entry(
         "attention.triton_scratch_bytes", 256 << 20, "bytes",
@@ -151,6 +153,21 @@ _ON_GPU = [
     _tile("nonlin_attention.triton_tile", 2048, "elements", "of a program that gates"),
     _tile("nonlin_attention.triton_channels", 256, "channels", "of such a tile at most"),
     _warps("nonlin_attention.triton_warps"),
+    _tile("balancer.triton_rows", 128, "rows", "of a program at a time"),
+    _tile("balancer.triton_channels", 32, "channels", "of a program: few, so that parts of the moments are few"),
+    _tile("balancer.triton_parts", 16, "groups of rows", "whose moments are merged at a time"),
+    Entry("balancer.triton_programs", 2, "programs a multiprocessor", "each with moments of its own", GPU,
+          "reasoned: every program of the second pass merges the parts of the first"),
+    _warps("balancer.triton_warps", 8),
+    _tile("downsample.triton_frames", 16, "frames", "of the result, of a program"),
+    _tile("downsample.triton_channels", 64, "channels", "of a program"),
+    _tile("downsample.triton_parts", 512, "programs", "whose shares of the weights' gradients are added up at a time"),
+    _warps("downsample.triton_warps"),
+    _tile("upsample_bypass.triton_frames", 16, "frames", "of the slower stack, of a program"),
+    _tile("upsample_bypass.triton_channels", 64, "channels", "of a program"),
+    _tile("upsample_bypass.triton_parts", 64, "programs", "whose shares of sums are added up at a time"),
+    _tile("upsample_bypass.triton_columns", 32, "columns", "that are added up by a program"),
+    _warps("upsample_bypass.triton_warps"),
     _tile("swoosh.triton_block", 1024, "elements", "of a program"),
     _warps("swoosh.triton_warps"),
     _tile("swoosh_linear.triton_forward", 4096, "elements", "of a program, forward"),
@@ -160,17 +177,36 @@ _ON_GPU = [
     _tile("bias_norm.triton_tile", 2048, "elements", "of a program at a time"),
     _tile("bias_norm.triton_rows", 32, "rows", "of a tile at most"),
     Entry("bias_norm.triton_programs", 4, "programs a multiprocessor", "at most in backward", GPU, _PER_MULTIPROCESSOR),
-    _tile("bias_norm.triton_sum_columns", 32, "columns", "that are added up by a program"),
-    _tile("bias_norm.triton_sum_parts", 64, "groups of rows", "that are added up at a time"),
+    _tile("bias_norm.triton_sum_columns", 16, "columns", "that are added up by a program"),
+    _tile("bias_norm.triton_sum_parts", 256, "groups of rows", "that are added up at a time"),
     _warps("bias_norm.triton_warps"),
-    _tile("conv_module.triton_frames", 32, "frames", "of a tile"),
+    _tile("bypass.triton_tile", 2048, "elements", "of a program at a time"),
+    _tile("bypass.triton_columns", 64, "channels", "of such a tile at most"),
+    Entry("bypass.triton_programs", 8, "programs a multiprocessor", "at most in backward", GPU, _PER_MULTIPROCESSOR),
+    Entry("bypass.triton_part_rows", 64, "rows", "of which a program takes sums, at least", GPU, _LONG),
+    _tile("bypass.triton_sum_columns", 16, "columns", "that are added up by a program"),
+    _tile("bypass.triton_sum_parts", 256, "groups of rows", "that are added up at a time"),
+    _tile("bypass.triton_sequences", 32, "sequences", "whose gradients of scales are added up at a time"),
+    _tile("bypass.triton_block", 256, "elements", "of a program that draws scales or limits a parameter"),
+    _warps("bypass.triton_warps"),
+    _tile("conv_module.triton_frames", 64, "frames", "of a tile"),
     _tile("conv_module.triton_channels", 64, "channels", "of a tile"),
+    _tile("conv_module.triton_fill", 32, "frames", "of a tile and around it that are prepared at a time"),
     _tile("conv_module.triton_sum_frames", 16, "frames", "of a tile of sums over frames"),
     _tile("conv_module.triton_sum_taps", 8, "taps", "of a tile of sums over frames"),
     _tile("conv_module.triton_sum_channels", 32, "channels", "of a tile of sums over frames"),
+    _tile("conv_module.triton_sum_parts", 32, "partial sums", "that are added up at a time"),
     Entry("conv_module.triton_part_frames", 128, "frames", "of which a program takes sums, at least", GPU, _LONG),
     Entry("conv_module.triton_parts", 4, "groups a multiprocessor", "of frames summed apart", GPU, _PER_MULTIPROCESSOR),
     _warps("conv_module.triton_warps"),
+    Entry("products.triton_tile", (128, 128, 64, 8, 3), _PRODUCT, "of a product", SM_90, _TILES),
+    Entry("products.triton_gradient_tile", (128, 128, 32, 8, 4), _PRODUCT, "of one with the gradient of Swoosh", SM_90,
+          _TILES),
+    Entry("products.triton_narrow_tile", (128, 64, 64, 8, 3), _PRODUCT,
+          "of a product where wide ones would lie idle by a quarter", SM_90, _TILES),
+    Entry("products.triton_totals_tile", (32, 64, 4), "channels, parts, warps", "of sums that are added up", SM_90,
+          _TILES),
+    Entry("products.triton_lowered_tile", (128, 64, 8), "rows, channels, warps", "of a cast with sums", SM_90, _TILES),
     Entry(
         "scaled_adam.triton_chunk", 1 << 15, "elements", "of a program's share",
         GPU, "reasoned: as scaled_adam.chunk, with twice as much for each program",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -56,22 +58,26 @@ class ActivationDropoutAndLinear(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps x, (..., in_channels), to (..., out_channels)."""
-        mask = self._dropout_mask(x) if self.training else None
+        shape = list(x.shape)
+        if self.dropout_shared_dim is not None:
+            shape[self.dropout_shared_dim] = 1
+        draws, rate = self.draws(shape, x.dtype, x.device)
+        mask = None if draws is None else (draws > rate) * (1.0 / (1.0 - rate))
         return swoosh_linear(x, self.weight, self.bias, mask, ACTIVATIONS[self.activation])
 
     def activated(self, x: Tensor) -> Tensor:
         """What the product takes in eval mode: Swoosh(x)."""
         return swoosh(x, ACTIVATIONS[self.activation])
 
-    def _dropout_mask(self, x: Tensor) -> Tensor | None:
-        """0 or 1 / (1 - p), in the default dtype; shaped like x, but of size 1 along a shared dimension."""
-        p = number(self.dropout_p)
-        if p == 0.0:
-            return None
-        shape = list(x.shape)
-        if self.dropout_shared_dim is not None:
-            shape[self.dropout_shared_dim] = 1
-        return (torch.rand(shape, device=x.device, dtype=x.dtype) > p) * (1.0 / (1.0 - p))
+    def draws(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor | None, float]:
+        """In training what is drawn for the dropout, uniform in [0, 1), and its rate; None where nothing is dropped.
+
+        Args:
+            shape: of x, but of size 1 along a shared dimension.
+            dtype, device: of x.
+        """
+        rate = number(self.dropout_p) if self.training else 0.0
+        return None if rate == 0.0 else torch.rand(shape, device=device, dtype=dtype), rate
 
 
 reads(ActivationDropoutAndLinear, "activation")

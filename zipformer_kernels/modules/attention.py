@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zipformer_kernels.branch.branch import Branch
+from zipformer_kernels.branch.middles.attention import AverageMiddle
+from zipformer_kernels.branch.node import Plan, Site, acting
 from zipformer_kernels.branch.plain import made_of, takes
 from zipformer_kernels.core.call import being_traced
 from zipformer_kernels.core.joint import split
@@ -15,7 +18,16 @@ from zipformer_kernels.core.module import Module
 from zipformer_kernels.core.op import SettledBackend
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import average_chunk, check_cache, join_cache
-from zipformer_kernels.ops.attention import AttentionWeights, ChunkMask, aggregate, attention_weights, average, stores
+from zipformer_kernels.ops.attention import (
+    AttentionWeights,
+    ChunkMask,
+    aggregate,
+    attention_weights,
+    average,
+    deferred_pieces,
+    part_of,
+    stores,
+)
 from zipformer_kernels.ops.sizes import split_last
 from zipformer_kernels.training import Balancer, FloatLike, ScheduledFloat, Whiten, whitening_schedule
 from zipformer_kernels.training.randomness import happens, logging_draw, logging_draw_unrecorded
@@ -33,6 +45,15 @@ def given_mask(
     if not isinstance(mask, ChunkMask) or takes(module, *kinds):
         return mask
     return mask.materialize(x.shape[0], x.device)
+
+
+Projection = Callable[..., tuple[Tensor, Tensor]]
+"""``(linear, x, passes=True)`` -> what a linear module makes of x, and x for its other uses, if it has any."""
+
+
+def called(linear: nn.Module, x: Tensor, passes: bool = True) -> tuple[Tensor, Tensor]:
+    """The projection by a call of the module."""
+    return linear(x), x
 
 
 POS_EMB_SKIP_RATE = ScheduledFloat((0.0, 0.5), (4000.0, 0.0))
@@ -130,7 +151,7 @@ class RelPositionMultiheadAttentionWeights(Module):
         Returns:
             (heads, batch, T, T): target, then source.
         """
-        weights = self.handle(x, pos_emb, key_padding_mask, attn_mask)
+        weights, _ = self.handle(x, pos_emb, key_padding_mask, attn_mask)
         return weights if isinstance(weights, Tensor) else weights.materialize()
 
     def handle(
@@ -139,13 +160,19 @@ class RelPositionMultiheadAttentionWeights(Module):
         pos_emb: Tensor,
         key_padding_mask: Tensor | None = None,
         attn_mask: Tensor | ChunkMask | None = None,
-    ) -> AttentionWeights | Tensor:
-        """The weights as a handle that averages values; the tensor itself where there is dropout on the weights.
+        project: Projection = called,
+    ) -> tuple[AttentionWeights | Tensor, Tensor]:
+        """The weights as a handle that averages values, and x for all that uses it further.
 
-        It takes the arguments of `forward`, and the place of a call where nobody has wrapped the module: wrappers, such
-        as FSDP's and those that recompute, look for tensors in what a module returns.
+        It takes the place of a call where nobody has wrapped the module: wrappers, such as FSDP's and those that
+        recompute, look for tensors in what a module returns. Where there is dropout on the weights they are a tensor.
+
+        Args:
+            x, pos_emb, key_padding_mask, attn_mask: as of `forward`.
+            project: computes the projections.
         """
-        q, k, p = self._project(x)
+        projected, x = project(self.in_proj, x)
+        q, k, p = split(projected, self._widths())
         q = self.copy_query(q)
         k = self.whiten_keys(self.balance_keys(k))
         p = self.copy_pos_query(p)
@@ -155,12 +182,12 @@ class RelPositionMultiheadAttentionWeights(Module):
             logging_draw(0.002)
             penalty = SCORE_PENALTY
         weights = self._weights(
-            q, k, p, pos_emb if with_positions else None, key_padding_mask, attn_mask, penalty, SCORE_LIMIT
+            q, k, p, pos_emb if with_positions else None, key_padding_mask, attn_mask, penalty, SCORE_LIMIT, project
         )
         logging_draw(0.001)
         if self.training and self.dropout > 0.0:
-            return F.dropout(weights.materialize(), p=self.dropout)
-        return weights
+            return F.dropout(weights.materialize(), p=self.dropout), x
+        return weights, x
 
     def streaming_forward(
         self,
@@ -182,7 +209,7 @@ class RelPositionMultiheadAttentionWeights(Module):
         Returns:
             The weights, (heads, batch, T, L + T), and the next `cached_key`.
         """
-        q, k, p = self._project(x)
+        q, k, p = split(self.in_proj(x), self._widths())
         k, cached_key = join_cache("cached_key", cached_key, k, left_context_len, dim=0)
         return self._weights(q, k, p, pos_emb, key_padding_mask), cached_key
 
@@ -219,9 +246,6 @@ class RelPositionMultiheadAttentionWeights(Module):
             logging_draw_unrecorded()  # a stream has none
         return attention_weights(q, k, p, e, key_padding_mask, attn_mask, backend=backend), cached_key
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return split(self.in_proj(x), self._widths())
-
     def _split(self, projected: Tensor) -> tuple[Tensor, ...]:
         return projected.split(self._widths(), dim=2)
 
@@ -248,6 +272,7 @@ class RelPositionMultiheadAttentionWeights(Module):
         attn_mask: Tensor | ChunkMask | None = None,
         penalty: float = 0.0,
         limit: float = 0.0,
+        project: Projection = called,
     ) -> AttentionWeights:
         """The handle over flat q, k, p, (frames, batch, heads * channels); None for `pos_emb` leaves positions out."""
         q, k, p = (split_last(x, self.num_heads) for x in (q, k, p))
@@ -257,7 +282,7 @@ class RelPositionMultiheadAttentionWeights(Module):
         self._check_positions(pos_emb, q.shape[0], k.shape[0])
         if pos_emb.shape[0] == 1 and being_traced():  # to flatten 1 x n rows ties torch.export to some lengths
             pos_emb = pos_emb[0]
-        e = split_last(self.linear_pos(pos_emb), self.num_heads)
+        e = split_last(project(self.linear_pos, pos_emb, passes=False)[0], self.num_heads)
         e = e.squeeze(0) if e.ndim == 4 and e.shape[0] == 1 else e  # backward of e[0] would be a launch
         return AttentionWeights(q, k, p, e, *rest, stored_bytes=self.stored_bytes)
 
@@ -325,6 +350,14 @@ class SelfAttention(Branch):
         if state is not None:
             hidden, state = join_cache("cached_val", state, hidden, left_context_len, dim=0)
         return aggregate(attn_weights, hidden), state
+
+    def plan(self, site: Site, attn_weights: AttentionWeights | Tensor, left_context_len: int = 0) -> Plan | None:
+        pieces = deferred_pieces(attn_weights, site.low)
+        if not pieces:
+            return None
+        whiten = self.whiten.change(site.result or any(piece.trained for piece in pieces), site.shape[2])
+        middle = AverageMiddle(tuple(map(part_of, pieces)), attn_weights.shape[0])
+        return Plan(middle, [x for piece in pieces for x in piece.tensors], acting(whiten))
 
     def in_place(
         self,

@@ -48,14 +48,17 @@ class BiasNorm(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalises x, of any shape with `num_channels` along `channel_dim`."""
+        return bias_norm(x, self.bias, self.drawn_log_scale(x), self.channel_dim)
+
+    def drawn_log_scale(self, x: Tensor) -> Tensor:
+        """`log_scale`, held in training within its limits; x as of `forward`, which must fit."""
         if x.shape[self.channel_dim] != self.num_channels:
             raise ValueError(
                 f"x: wanted {self.num_channels} channels along dimension {self.channel_dim}, got {tuple(x.shape)}"
             )
-        log_scale = limit_param_value(
+        return limit_param_value(
             self.log_scale, number(self.log_scale_min), number(self.log_scale_max), training=self.training
         )
-        return bias_norm(x, self.bias, log_scale, self.channel_dim)
 
     def settled(self, backend: SettledBackend, x: Tensor) -> Tensor:
         """`forward` without gradients, on a backend that was settled; x as there."""

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from zipformer_kernels.branch.branch import Branch
+from zipformer_kernels.branch.middles.conv_module import ConvMiddle
+from zipformer_kernels.branch.node import Plan, Site, acting
 from zipformer_kernels.branch.plain import When, depthwise, made_of, matches, plain_parts
 from zipformer_kernels.core.joint import split
 from zipformer_kernels.core.module import Module
 from zipformer_kernels.core.op import SettledBackend
 from zipformer_kernels.modules.activation_dropout_linear import ActivationDropoutAndLinear
 from zipformer_kernels.modules.streaming import join_cache
-from zipformer_kernels.ops.conv_module import chunk_conv_module, conv_module, infer_conv_module
+from zipformer_kernels.ops.conv_module import chunk_conv_module, conv_module, in_layer, infer_conv_module
 from zipformer_kernels.ops.conv_module.reference import chunk_convolution, chunk_factors
 from zipformer_kernels.ops.conv_module.stream import stream_conv_module
 from zipformer_kernels.ops.shapes import as_mask
@@ -180,8 +182,7 @@ class ConvolutionModule(Branch):
         Raises:
             ValueError: there are chunks but the module was not made causal.
         """
-        if chunk_size >= 0 and not self.causal:
-            raise ValueError(f"chunk_size: {chunk_size} needs a module made with causal=True")
+        self._check_chunks(chunk_size)
         hidden = self.in_proj(x)
         return self.out_proj(
             self.middle(hidden, None, src_key_padding_mask=src_key_padding_mask, chunk_size=chunk_size)[0]
@@ -210,13 +211,26 @@ class ConvolutionModule(Branch):
         if not self.causal:
             raise ValueError("a stream needs a module made with causal=True")
         x, s = hidden.chunk(2, dim=2)
-        _check_padding(src_key_padding_mask, x)
+        _check_padding(src_key_padding_mask, *x.shape[:2])
         x = _gated(x * self.sigmoid(s), src_key_padding_mask)
         x, state = self.depthwise_conv.streaming_forward(x, cache=state)
         return x.permute(2, 0, 1), state
 
     def activated(self, x: Tensor) -> Tensor:
         return self.out_proj.activated(x)
+
+    def plan(self, site: Site, *, src_key_padding_mask: Tensor | None, chunk_size: int = -1) -> Plan | None:
+        self._check_chunks(chunk_size)
+        frames, batch, channels = site.shape
+        _check_padding(src_key_padding_mask, frames, batch)
+        conv, padding = _parameters_of(self.depthwise_conv), as_mask("src_key_padding_mask", src_key_padding_mask)
+        conv = conv if self.causal else (*conv, None, None, None)
+        gate = self.balancer1.change(site.hidden, channels)
+        trained = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in conv)
+        result = site.hidden or trained
+        changes = acting(self.balancer2.change(result, channels), self.whiten.change(result, channels))
+        launchers = in_layer(site.device, site.low)
+        return Plan(ConvMiddle(launchers, chunk_size, gate, changes), (*conv, padding))
 
     def in_place(
         self,
@@ -249,13 +263,16 @@ class ConvolutionModule(Branch):
         inside = first.weight, first.bias, state, *conv, src_key_padding_mask
         return stream_conv_module(src, *inside, last.weight, last.bias, backend=backend)
 
+    def _check_chunks(self, chunk_size: int) -> None:
+        if chunk_size >= 0 and not self.causal:
+            raise ValueError(f"chunk_size: {chunk_size} needs a module made with causal=True")
+
     def _check(self, x: Tensor, state: Tensor | None, padding: Tensor | None, chunk_size: int) -> None:
         """Raises what the modules would."""
-        _check_padding(padding, x)
+        _check_padding(padding, *x.shape[:2])
         if chunk_size == 0:
             raise ValueError("chunk_size must not be 0")
-        if chunk_size > 0 and not self.causal:
-            raise ValueError(f"chunk_size: {chunk_size} needs a module made with causal=True")
+        self._check_chunks(chunk_size)
         if state is None:
             return
         if not self.causal:
@@ -267,7 +284,7 @@ class ConvolutionModule(Branch):
     def _convolve(self, projected: Tensor, padding: Tensor | None, chunk_size: int) -> Tensor:
         """Gate, zeros on padding and convolution, (T, batch, channels): one op, where it may leave out all calls."""
         x, s = split(projected, [projected.shape[2] // 2] * 2)
-        _check_padding(padding, x)
+        _check_padding(padding, *x.shape[:2])
         s = self.balancer1(s)
         x = self.activation1(x)
         conv = self.depthwise_conv
@@ -292,8 +309,7 @@ def _gated(x: Tensor, padding: Tensor | None) -> Tensor:
     return x if padding is None else fill(x, padding.unsqueeze(1), 0.0)
 
 
-def _check_padding(padding: Tensor | None, x: Tensor) -> None:
-    frames, batch, _ = x.shape
+def _check_padding(padding: Tensor | None, frames: int, batch: int) -> None:
     if padding is not None and padding.shape != (batch, frames):
         raise ValueError(f"src_key_padding_mask: wanted shape {(batch, frames)}, got {tuple(padding.shape)}")
 

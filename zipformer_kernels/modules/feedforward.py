@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from zipformer_kernels.branch.branch import Branch
+from zipformer_kernels.branch.middles.swoosh_linear import SwooshMiddle
+from zipformer_kernels.branch.node import Plan, Site, acting
 from zipformer_kernels.branch.plain import made_of
 from zipformer_kernels.core.op import SettledBackend
 from zipformer_kernels.modules.activation_dropout_linear import ACTIVATIONS, ActivationDropoutAndLinear
@@ -56,6 +58,13 @@ class FeedforwardModule(Branch):
 
     def activated(self, x: Tensor) -> Tensor:
         return self.out_proj.activated(x)
+
+    def plan(self, site: Site) -> Plan:
+        last, (_, batch, _) = self.out_proj, site.shape
+        change = self.hidden_balancer.change(site.hidden, last.weight.shape[1])
+        draws, rate = last.draws((1, batch, last.weight.shape[1]), site.low, site.device)
+        whiten = self.out_whiten.change(site.result, site.shape[2])
+        return Plan(SwooshMiddle(ACTIVATIONS[last.activation], rate, change), (draws,), acting(whiten))
 
     def in_place(self, backend: SettledBackend, hidden: Tensor, state: None) -> tuple[Tensor, None]:
         kind = ACTIVATIONS[self.out_proj.activation]

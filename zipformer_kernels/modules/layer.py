@@ -13,7 +13,7 @@ from zipformer_kernels.branch.run import Run, State
 from zipformer_kernels.core.module import Module
 from zipformer_kernels.modules.attention import RelPositionMultiheadAttentionWeights, SelfAttention, given_mask
 from zipformer_kernels.modules.bias_norm import BiasNorm
-from zipformer_kernels.modules.bypass import BypassModule
+from zipformer_kernels.modules.bypass import BypassModule, norm_and_bypass
 from zipformer_kernels.modules.convolution import ConvolutionModule
 from zipformer_kernels.modules.feedforward import FeedforwardModule
 from zipformer_kernels.modules.nonlin_attention import NonlinAttention
@@ -214,7 +214,7 @@ class ZipformerEncoderLayer(Module):
         # A rate is read before its module runs, so that numbers are drawn in upstream's order.
         skip_rate = run.rate(self.attention_skip_rate)
         masks = {"attn_mask": attn_mask, "key_padding_mask": src_key_padding_mask}
-        weights = self._weights(run, src, pos_emb, masks)
+        weights, src = self._weights(run, src, pos_emb, masks)
         return self._run(run, src, weights, src_key_padding_mask, skip_rate, chunks, time_emb)
 
     def _run(
@@ -243,20 +243,26 @@ class ZipformerEncoderLayer(Module):
         src = self._add_convolution(run, "conv_module2", src, time_emb, padding, chunks)
         src = run.add("feed_forward3", src, balancer="balancer_ff3", skip=self.ff3_skip_rate)
 
-        src = run.normalise("norm", run.watch(src, "balancer1"))
-        return run.watch(run.mix("bypass", src_orig, src), "balancer2", "whiten")
+        src = run.watch(src, "balancer1")
+        if run.joins("norm", "bypass"):
+            src = norm_and_bypass(self.norm, self.bypass, src_orig, src)
+        else:
+            src = run.mix("bypass", src_orig, run.normalise("norm", src))
+        return run.watch(src, "balancer2", "whiten")
 
-    def _weights(self, run: Run, src: Tensor, pos_emb: Tensor, masks: dict[str, Any]) -> AttentionWeights | Tensor:
-        """The attention weights of whole sequences."""
+    def _weights(
+        self, run: Run, src: Tensor, pos_emb: Tensor, masks: dict[str, Any]
+    ) -> tuple[AttentionWeights | Tensor, Tensor]:
+        """The attention weights of whole sequences, and src for all that uses it further."""
         attention = self.self_attn_weights
         if "self_attn_weights" in run.settled.fused:
             made = run.settled.backend and attention.tensor(run.settled.backend, src, pos_emb, **masks)
-            return made[0] if made else attention.handle(src, pos_emb, **masks)
+            return (made[0], src) if made else attention.handle(src, pos_emb, **masks, project=run.project)
         plain = "self_attn_weights" in plain_parts(self, When.ANY)
-        weights = (attention.handle if plain else attention)(src, pos_emb=pos_emb, **masks)
+        weights = attention.handle(src, pos_emb, **masks)[0] if plain else attention(src, pos_emb=pos_emb, **masks)
         if isinstance(weights, Tensor):
             run.check(weights)
-        return weights
+        return weights, src
 
     def _first_head(self, run: Run, weights: AttentionWeights | Tensor) -> AttentionWeights | Tensor:
         """The weights for NonlinAttention: those of the first head, or, drawn in training, constant ones."""

@@ -5,13 +5,22 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from zipformer_kernels.branch.branch import Branch
+from zipformer_kernels.branch.middles.nonlin_attention import GatedMiddle
+from zipformer_kernels.branch.node import Plan, Site, acting
 from zipformer_kernels.branch.plain import When, made_of, plain_parts
 from zipformer_kernels.core.joint import split
 from zipformer_kernels.core.op import SettledBackend
 from zipformer_kernels.modules.scaled_init import ScaledLinear
 from zipformer_kernels.modules.streaming import average_chunk, check_cache, join_cache
-from zipformer_kernels.ops.attention import AttentionWeights, aggregate, merge_heads, split_heads
-from zipformer_kernels.ops.nonlin_attention import nonlin_attention
+from zipformer_kernels.ops.attention import (
+    AttentionWeights,
+    aggregate,
+    deferred_pieces,
+    merge_heads,
+    part_of,
+    split_heads,
+)
+from zipformer_kernels.ops.nonlin_attention import gates_of, nonlin_attention
 from zipformer_kernels.ops.nonlin_attention.infer import infer_nonlin_attention
 from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whitening_schedule
 
@@ -123,6 +132,15 @@ class NonlinAttention(Branch):
         if gates and isinstance(attn_weights, AttentionWeights):
             return nonlin_attention(attn_weights, s, x, y)
         return y * aggregate(attn_weights, self.identity1(x * self.tanh(s)))
+
+    def plan(self, site: Site, attn_weights: AttentionWeights | Tensor, left_context_len: int = 0) -> Plan | None:
+        hidden, pieces = self.hidden_channels, deferred_pieces(attn_weights, site.low)
+        if len(pieces) != 1:
+            return None
+        gate, value = self.balancer.change(site.hidden, hidden), self.whiten1.change(site.hidden, hidden)
+        whiten = self.whiten2.change(site.result or pieces[0].trained, site.shape[2])
+        middle = GatedMiddle(gates_of(attn_weights.backend), part_of(pieces[0]), gate, value)
+        return Plan(middle, pieces[0].tensors, acting(whiten))
 
     def in_place(
         self,

@@ -11,9 +11,11 @@ from zipformer_kernels.branch.plain import made_of
 from zipformer_kernels.branch.ways import only_computes
 from zipformer_kernels.core.call import being_traced
 from zipformer_kernels.core.module import Module
+from zipformer_kernels.ops.downsample import downsample
 from zipformer_kernels.training import FloatLike
 
 
+@made_of(parameters=("bias",))
 class SimpleDownsample(Module):
     """A weighted mean of every `downsample` frames, the weights a softmax over one learned number per place.
 
@@ -37,12 +39,11 @@ class SimpleDownsample(Module):
         """From (T, batch, channels) to (ceil(T / downsample), batch, channels)."""
         if only_computes(src, self.bias) and src.shape[0] > 0:
             return self._infer(src)
+        if not being_traced():
+            return downsample(src, self.bias)
         frames, factor = src.shape[0], self.downsample
-        length = (frames + factor - 1) // factor
-        if being_traced():  # a program for every length must not depend on what is missing
-            src = src.index_select(0, torch.arange(length * factor, device=src.device).clamp(max=frames - 1))
-        elif frames % factor:
-            src = torch.cat([src, src[-1:].expand(length * factor - frames, -1, -1)])
+        length = (frames + factor - 1) // factor  # a program for every length must not depend on what is missing
+        src = src.index_select(0, torch.arange(length * factor, device=src.device).clamp(max=frames - 1))
         weights = self.bias.softmax(dim=0).reshape(-1, 1, 1)
         return (src.reshape(length, factor, *src.shape[1:]) * weights).sum(dim=1)
 

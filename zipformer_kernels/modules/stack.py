@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.branch.plain import When, made_of
+from zipformer_kernels.branch.plain import When, made_of, matches, plain_parts
 from zipformer_kernels.branch.ways import IN_PLACE, settle
 from zipformer_kernels.core.module import Module
 from zipformer_kernels.core.private import dispatch_modes
@@ -17,13 +17,19 @@ from zipformer_kernels.modules.layer import ZipformerEncoderLayer
 from zipformer_kernels.modules.positional import CompactRelPositionalEncoding
 from zipformer_kernels.modules.resample import SimpleDownsample, SimpleUpsample
 from zipformer_kernels.ops.attention import ChunkMask, downsample_mask
+from zipformer_kernels.ops.downsample import downsample
 from zipformer_kernels.ops.sizes import first
+from zipformer_kernels.ops.upsample_bypass import has_kernels, upsample_bypass
 from zipformer_kernels.training import FloatLike, ScheduledFloat
 from zipformer_kernels.training.randomness import all_ones
 
 STATES_PER_LAYER = 6
 
+AROUND = frozenset({"upsample", "out_combiner"})
+"""What stands behind a stack at a lower rate."""
 
+
+@made_of()
 class ZipformerEncoder(Module):
     """A stack of layers of the same shape, all starting as copies of one.
 
@@ -89,20 +95,32 @@ class ZipformerEncoder(Module):
         Returns:
             (T, batch, channels).
         """
-        masked = not all_ones(feature_mask) if isinstance(feature_mask, Tensor) else feature_mask != 1.0
+        mask = mask_of(feature_mask)
+        src = src if mask is None else src * mask
+        src = self.run_layers(src, mask, chunk_size, attn_mask, src_key_padding_mask)
+        return src if mask is None else src * mask
+
+    def run_layers(
+        self,
+        src: Tensor,
+        mask: Tensor | float | None,
+        chunk_size: int,
+        attn_mask: Tensor | ChunkMask | None,
+        src_key_padding_mask: Tensor | None,
+    ) -> Tensor:
+        """`forward` on what the feature mask has multiplied already, less its product with the last layer's result."""
         pos_emb = self.encoder_pos(src)
-        output = src * feature_mask if masked else src
-        for layer in self.layers:
-            output = layer(
-                output,
+        for i, layer in enumerate(self.layers):
+            if i > 0 and mask is not None:
+                src = src * mask
+            src = layer(
+                src,
                 pos_emb,
                 chunk_size=chunk_size,
                 attn_mask=given_mask(attn_mask, src, layer, ZipformerEncoderLayer),
                 src_key_padding_mask=src_key_padding_mask,
             )
-            if masked:
-                output = output * feature_mask
-        return output
+        return src
 
     def streaming_forward(
         self,
@@ -175,13 +193,21 @@ class DownsampledZipformerEncoder(Module):
 
         `feature_mask` broadcasts over time and `src_key_padding_mask` is already at the lower rate.
         """
-        ds = self.downsample_factor
+        ds, chunk_size = self.downsample_factor, chunk_size // self.downsample_factor  # -1 stays -1
+        attn_mask = downsample_mask(attn_mask, ds)
+        if self.is_plain() and has_kernels(src):
+            mask = mask_of(feature_mask)
+            if not isinstance(mask, float):
+                mask = None if mask is None else mask.expand(1, src.shape[1], -1)[0]
+                output = downsample(src, self.downsample.bias, mask, len(self.out_combiner.bypass_scale))
+                output = self.encoder.run_layers(output, mask, chunk_size, attn_mask, src_key_padding_mask)
+                return self._combine(src, output, mask)
         output = self.downsample(src)
         output = self.encoder(
             output,
-            chunk_size=chunk_size // ds,  # -1 stays -1
+            chunk_size=chunk_size,
             feature_mask=feature_mask,
-            attn_mask=given_mask(downsample_mask(attn_mask, ds), output, self.encoder, ZipformerEncoder),
+            attn_mask=given_mask(attn_mask, output, self.encoder, ZipformerEncoder),
             src_key_padding_mask=src_key_padding_mask,
         )
         return self._combine(src, output)
@@ -202,14 +228,30 @@ class DownsampledZipformerEncoder(Module):
         )
         return self._combine(src, output), states
 
-    def _combine(self, src: Tensor, output: Tensor) -> Tensor:
+    def is_plain(self) -> bool:
+        """Whether nobody sees the calls of its parts but those of layers. Then src may lack channels, which are zero."""
+        matching = (self.downsample, SimpleDownsample), (self.encoder, ZipformerEncoder)
+        return plain_parts(self, When.ANY) >= AROUND and all(matches(*pair, When.ANY) for pair in matching)
+
+    def _combine(self, src: Tensor, output: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The bypass from src to the masked output, repeated."""
         settled = settle(self, src, (output,), When.INFERENCE)
-        if IN_PLACE in settled.ways and settled.fused == {"upsample", "out_combiner"}:
+        if IN_PLACE in settled.ways and settled.fused == AROUND:
             scale, factor = self.out_combiner.bypass_scale, self.upsample.upsample
             fits = output.shape == (-(-src.shape[0] // factor), *src.shape[1:])
             if fits and scale.shape == src.shape[-1:]:
                 return _bypass_repeated(src, output, scale, factor)
+        if plain_parts(self, When.ANY) >= AROUND and has_kernels(src):
+            return upsample_bypass(
+                src, output, self.out_combiner.drawn_scale(src.shape[1]), self.upsample.upsample, mask
+            )
         return self.out_combiner(src, first(self.upsample(output), src.shape[0], dim=0))
+
+
+def mask_of(feature_mask: Tensor | float) -> Tensor | float | None:
+    """The mask, or None where it is known to be 1 everywhere."""
+    ones = all_ones(feature_mask) if isinstance(feature_mask, Tensor) else feature_mask == 1.0
+    return None if ones else feature_mask
 
 
 def _bypass_repeated(src: Tensor, output: Tensor, scale: Tensor, factor: int) -> Tensor:

@@ -72,7 +72,7 @@ def stacks(name: str) -> list[Stack]:
 
 def normal(*shape: int, dtype: torch.dtype, device: torch.device | str, scale: float = 1.0) -> torch.Tensor:
     """A normally distributed tensor, drawn from torch's global generator."""
-    return (torch.randn(*shape, device=device, dtype=torch.float32) * scale).to(dtype)
+    return (torch.randn(shape, device=device, dtype=torch.float32) * scale).to(dtype)
 
 
 def leaf(*shape: int, dtype: torch.dtype, device: torch.device | str, scale: float = 1.0) -> torch.Tensor:

@@ -8,41 +8,33 @@ from torch.nn import Parameter
 
 from zipformer_kernels.core.call import unreadable
 from zipformer_kernels.optim.memory import check_within
-from zipformer_kernels.optim.packed import Packed, blocks
+from zipformer_kernels.optim.packed import Packed
+from zipformer_kernels.optim.rows import Look
 from zipformer_kernels.optim.shards import local, placed_like
 
 
-def gradients(packed: Packed, names: list[str]) -> tuple[list[Tensor | None], set[torch.dtype], str | None]:
+def gradients(packed: Packed, names: list[str]) -> tuple[Look, set[torch.dtype], str | None]:
     """The gradients of a group.
 
     Returns:
-        A gradient for each parameter, or None; the dtypes of those that have not their parameter's; and why kernels
-        must not take the address of one, or None if they may take all.
+        The gradients and where they and the parameters lie, none of them odd; the dtypes of those that were; and why
+        kernels must not take the address of one, or None if they may take all, unless parameters forbid it.
     Raises:
         TypeError: a gradient is not dense, or of no floating dtype.
         ValueError: a gradient has not the shape or the device of its parameter, or no memory.
     """
-    grads: list[Tensor | None] = []
+    look = packed.take_look()
     dtypes: set[torch.dtype] = set()
-    reasons = []
-    for block in blocks(len(packed.params)):
-        found = [p.grad for p in packed.params[block]]
-        odd = [
-            i
-            for i, (g, (dtype, shape, stride)) in enumerate(zip(found, packed.forms[block], strict=True))
-            if g is not None and (g.dtype is not dtype or g.size() != shape or g.stride() != stride)
-        ]
-        reason = unreadable([packed.statistics.rms, *found])
-        if odd or reason is not None:
-            for i in odd if reason is None else range(len(found)):
-                if found[i] is not None:
-                    k = block.start + i
-                    found[i] = _gradient(found[i], packed.params[k], packed.exp_avg_sq[k], names[k])
-                    dtypes.add(found[i].dtype)
-            reason = unreadable([packed.statistics.rms, *found])
-        grads += found
-        reasons.append(reason)
-    return grads, dtypes, next((reason for reason in reasons if reason is not None), None)
+    reason = None
+    for i in look.odd:
+        if look.grads[i] is not None:
+            look.grads[i] = _gradient(look.grads[i], packed.params[i], packed.exp_avg_sq[i], names[i])
+            dtypes.add(look.grads[i].dtype)
+    if look.odd and packed.unreadable is None:
+        reason = unreadable([packed.statistics.rms, *look.grads])
+        for i in look.odd if reason is None else ():
+            look.places[1, i] = look.grads[i].data_ptr()
+    return look, dtypes, reason
 
 
 def _gradient(g: Tensor, p: Tensor, v: Tensor, name: str) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
-from operator import is_
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from zipformer_kernels.optim.diagnostics import GroupDiagnostics, PendingDiagnos
 from zipformer_kernels.optim.gradients import gradients
 from zipformer_kernels.optim.loading import fitted
 from zipformer_kernels.optim.packed import Packed, check_places
+from zipformer_kernels.optim.rows import same_values
 from zipformer_kernels.optim.shards import local, reducer
 from zipformer_kernels.optim.state import gather
 
@@ -218,8 +218,7 @@ class ScaledAdam(Optimizer):
 
     def _bind(self) -> list[scaled_adam.Group]:
         """The groups as the step takes them, packed again where anything has become of parameters or state."""
-        entries = list(self.state.values())
-        intact = len(entries) == len(self._entries) and all(map(is_, entries, self._entries))
+        intact = same_values(self.state, self._entries)
         packed: dict[int, Packed] = {}
         for i, group in enumerate(self.param_groups):
             if not group["params"]:
@@ -251,17 +250,19 @@ class ScaledAdam(Optimizer):
         ):
             if group[option] != len(vector):
                 raise ValueError(f"{option} is fixed once a group has stepped: got {group[option]} after {len(vector)}")
-        grads, dtypes, reason = gradients(packed, names)
+        look, dtypes, reason = gradients(packed, names)
+        reason = packed.unreadable or reason
         return scaled_adam.Group(
             packed.tensors(),
-            grads,
+            look.grads,
             packed.exp_avg_sq,
             packed.delta,
             packed.single,
             packed.statistics,
             scaled_adam.Hyper(**{name: group[name] for name in _HYPER}),
             packed.dtypes | dtypes,
-            packed.unreadable or reason,
+            reason,
+            look.places if reason is None else None,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 from torch import Tensor
@@ -61,16 +62,25 @@ class Balancer(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x, of any shape with `num_channels` along `channel_dim`."""
-        if not x.requires_grad or (being_traced() and not self.training):
-            return x
+        change = self.change(x.requires_grad, x.shape[self.channel_dim], self.channel_dim)
+        return x if change is None else gradient_hook(x, change, x)
+
+    def change(self, wanted: bool, channels: int, channel_dim: int = -1) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Draws whether to act: ``(gradient, x)`` -> the gradient of x, or None.
+
+        Args:
+            wanted: whether x requires a gradient.
+            channels: how many x has.
+            channel_dim: along which dimension.
+        """
+        if not wanted or (being_traced() and not self.training):
+            return None
         limits = self.draw()
         if limits is None:
-            return x
-        if x.shape[self.channel_dim] != self.num_channels:
-            raise ValueError(
-                f"x: wanted {self.num_channels} channels along dimension {self.channel_dim}, got {tuple(x.shape)}"
-            )
-        return gradient_hook(x, partial(balanced_gradient, channel_dim=self.channel_dim, **limits), x)
+            return None
+        if channels != self.num_channels:
+            raise ValueError(f"x: wanted {self.num_channels} channels along dimension {channel_dim}, got {channels}")
+        return partial(balanced_gradient, channel_dim=channel_dim, **limits)
 
     def draw(self) -> dict[str, float] | None:
         """Draws whether to act on a call: the limits as `balanced_gradient` takes them, or None."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from zipformer_kernels.core.autograd import gradient_hook
 from zipformer_kernels.core.module import Module
 from zipformer_kernels.ops.attention.dense import penalized
+from zipformer_kernels.ops.bypass import limited_gradient
 from zipformer_kernels.training.randomness import happens, logging_draw
 
 
@@ -31,11 +31,7 @@ def limit_param_value(x: Tensor, min: float, max: float, prob: float = 0.6, trai
     if min > max:
         raise ValueError(f"min must not exceed max, got min={min} and max={max}")
 
-    def turn_back(grad: Tensor, x: Tensor) -> Tensor:
-        outwards = ((grad > 0) & (x < min)) | ((grad < 0) & (x > max))
-        return torch.where(outwards, -grad, grad)
-
-    return gradient_hook(x, turn_back, x)
+    return gradient_hook(x, lambda grad, x: limited_gradient(grad, x.detach(), min, max), x)
 
 
 def penalize_abs_values_gt(x: Tensor, limit: float, penalty: float, name: str | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -71,14 +72,24 @@ class Whiten(Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns x, of shape (..., channels)."""
+        change = self.change(x.requires_grad, x.shape[-1])
+        return x if change is None else gradient_hook(x, change, x)
+
+    def change(self, wanted: bool, channels: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """Draws whether to act: ``(gradient, x)`` -> the gradient of x, or None.
+
+        Args:
+            wanted: whether x requires a gradient.
+            channels: how many x has, along its last dimension.
+        """
         grad_scale = number(self.grad_scale)
-        if not x.requires_grad or (being_traced() and not self.training):
-            return x
+        if not wanted or (being_traced() and not self.training):
+            return None
         if not happens(self.prob) or grad_scale == 0:
-            return x
-        if x.shape[-1] % self.num_groups:
-            raise ValueError(f"x: wanted channels in {self.num_groups} equal groups, got {x.shape[-1]} channels")
-        return gradient_hook(x, self._whitened_gradient, x)
+            return None
+        if channels % self.num_groups:
+            raise ValueError(f"x: wanted channels in {self.num_groups} equal groups, got {channels} channels")
+        return self._whitened_gradient
 
     def _whitened_gradient(self, grad: Tensor, x: Tensor) -> Tensor:
         if not has_values(x):

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from zipformer_kernels.ops.attention.budget import stores
 from zipformer_kernels.ops.attention.cpu import average
+from zipformer_kernels.ops.attention.deferred import part_of
 from zipformer_kernels.ops.attention.held import RecomputedWeights, StoredWeights
 from zipformer_kernels.ops.attention.masks import ChunkMask, downsample_mask
 from zipformer_kernels.ops.attention.op import _op as _op
@@ -35,6 +36,7 @@ from zipformer_kernels.ops.attention.weights import (
     aggregate,
     attention_weights,
     constant_attention,
+    deferred_pieces,
 )
 from zipformer_kernels.ops.sizes import merge_heads, split_heads
 
@@ -47,8 +49,10 @@ __all__ = [
     "attention_weights",
     "average",
     "constant_attention",
+    "deferred_pieces",
     "downsample_mask",
     "merge_heads",
+    "part_of",
     "rel_pos_attention",
     "split_heads",
     "stores",

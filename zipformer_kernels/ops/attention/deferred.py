@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from zipformer_kernels.core.autograd import reference_gradients, store, stored_tensors
+from zipformer_kernels.core.autograd import aliases, reference_gradients, store, stored_tensors
 from zipformer_kernels.core.call import autocast_dtype, plain, without_autocast
 from zipformer_kernels.core.private import backward_pass, knows_backward_passes, will_execute
 from zipformer_kernels.ops.attention.dense import dense, penalized_scores
@@ -130,10 +130,13 @@ class Piece:
 
     def serves(self, *values: Tensor) -> bool:
         """Whether a use of values can read the tensors itself, and leave its part where there are gradients."""
-        same = [x.dtype for x in values] == [self.dtype] * len(values)
-        same = same and autocast_dtype(values[0]) in (None, self.dtype)
-        reads = self.uses is not None and (knows_backward_passes or not torch.is_grad_enabled())
-        return same and reads and plain(*values)
+        same = autocast_dtype(values[0]) in (None, self.dtype)
+        return same and all(self.reads(x.dtype) for x in values) and plain(*values)
+
+    def reads(self, dtype: torch.dtype) -> bool:
+        """Whether a use of plain values in a dtype can read the tensors itself."""
+        leaves = self.uses is not None and (knows_backward_passes or not torch.is_grad_enabled())
+        return leaves and dtype == self.dtype
 
 
 class Part(NamedTuple):
@@ -142,6 +145,11 @@ class Part(NamedTuple):
     reader: Reader
     uses: Uses | None
     count: int
+
+
+def part_of(piece: Piece) -> Part:
+    """A piece without its tensors."""
+    return Part(piece.reader, piece.uses, len(piece.tensors))
 
 
 class _Average(torch.autograd.Function):
@@ -157,7 +165,7 @@ class _Average(torch.autograd.Function):
         values, out, *tensors = stored_tensors(ctx)
         if torch.is_grad_enabled() or not plain(grad, values, out, *tensors):  # what is left is not differentiable
             inputs, needs = (values, *tensors), ctx.needs_input_grad[1:]
-            return None, *reference_gradients(partial(_dense_averages, ctx.parts), inputs, needs, grad)
+            return None, *reference_gradients(partial(dense_averages, ctx.parts), inputs, needs, grad)
         nodes, wants = nodes_of(ctx, tensors, 1), ctx.needs_input_grad[1]
         args = ctx.parts, nodes, wants, values, out, tensors, grad.to(values.dtype)
         gradient = without_autocast(leave_uses, *args)
@@ -166,7 +174,7 @@ class _Average(torch.autograd.Function):
 
 def average(pieces: Sequence[Piece], values: Tensor) -> Tensor:
     """W V, (T, B, H, C), of pieces that serve values (S, B, H, C), by head."""
-    parts = [Part(piece.reader, piece.uses, len(piece.tensors)) for piece in pieces]
+    parts = [part_of(piece) for piece in pieces]
     tensors = [x for piece in pieces for x in piece.tensors]
     if not torch.is_grad_enabled():
         return without_autocast(averages, parts, values, tensors)
@@ -234,7 +242,7 @@ def leave_uses(
     return dvalues
 
 
-def _dense_averages(parts: Sequence[Part], values: Tensor, *tensors: Tensor | None) -> Tensor:
+def dense_averages(parts: Sequence[Part], values: Tensor, *tensors: Tensor | None) -> Tensor:
     """W V by torch's operations."""
     averages = [part.reader.dense_average(own, values[:, :, heads]) for part, own, heads in _split(parts, tensors)]
     return averages[0] if len(averages) == 1 else torch.cat(averages, dim=2)
@@ -275,6 +283,7 @@ def differentiable_gradients(
     """
     if dw is None and penalty.weight == 0.0:
         return [None] * len(needs)
+    scores = Scores(*aliases(scores))
     made = penalized_scores(scores, penalty) if dw is None else dense(scores, masks, penalty)
     wanted = [x for x, need in zip(scores, needs, strict=True) if need]
     given = torch.zeros_like(made) if dw is None else dw

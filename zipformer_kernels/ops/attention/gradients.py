@@ -14,6 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.ops.attention.kernels import (
     BY_SLOTS,
     VARYING,
@@ -147,7 +148,7 @@ def score_gradient_walk(
     return dq, slots
 
 
-@triton.jit(do_not_specialize=[*VARYING, "first", "targets"], do_not_specialize_on_alignment=["p_ptr", "dp_ptr"])
+@jit(do_not_specialize=[*VARYING, "first", "targets"], do_not_specialize_on_alignment=["p_ptr", "dp_ptr"])
 def score_gradient_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
     padding_ptr, padding_sb, padding_sj, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
@@ -214,7 +215,7 @@ def score_gradient_kernel(
         store_rows(dp_ptr + b * dp_sb + h * dp_sh, tl.reshape(dp, [BM, P_TILE]), i, dp_st, T, tl.arange(0, P_TILE), P)
 
 
-@triton.jit(do_not_specialize=["T", "S", "B", "H", "first", "targets", "accumulate"])
+@jit(do_not_specialize=["T", "S", "B", "H", "first", "targets", "accumulate"])
 def key_gradient_kernel(
     q_ptr, q_st, q_sb, q_sh, ds_ptr, ds_st, T, S, B, H, first, targets, accumulate, dk_ptr, dk_st, dk_sb, dk_sh,
     D: tl.constexpr, D_TILE: tl.constexpr, MARGIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -243,7 +244,7 @@ def key_gradient_kernel(
     store_rows(dk_ptr, dk, j, dk_st, S, d, D)
 
 
-@triton.jit(do_not_specialize=["T", "S", "B", "H", "first", "targets", "lead", "copy"])
+@jit(do_not_specialize=["T", "S", "B", "H", "first", "targets", "lead", "copy"])
 def position_query_gradient_kernel(
     table_ptr, ds_ptr, ds_st, T, S, B, H, first, targets, lead, copy, dp_ptr, dp_st, dp_sb, dp_sh,
     P: tl.constexpr, P_TILE: tl.constexpr, TERM: tl.constexpr, P_COLUMNS: tl.constexpr, MARGIN: tl.constexpr,
@@ -267,7 +268,7 @@ def position_query_gradient_kernel(
     store_rows(dp_ptr + b * dp_sb + h * dp_sh, dp, i0 + row, dp_st, T, d, P)
 
 
-@triton.jit(do_not_specialize=["T", "S", "B", "H", "first", "targets", "accumulate", "de_sb", "de_sh"])
+@jit(do_not_specialize=["T", "S", "B", "H", "first", "targets", "accumulate", "de_sb", "de_sh"])
 def position_gradient_kernel(
     p_ptr, p_st, p_sb, p_sh, ds_ptr, ds_st, T, S, B, H, first, targets, accumulate, de_ptr, de_sb, de_sh,
     P: tl.constexpr, P_COLUMNS: tl.constexpr, MARGIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
@@ -305,7 +306,7 @@ def position_gradient_kernel(
     tl.store(at, de, mask=inside)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@jit(do_not_specialize=VARYING)
 def value_gradient_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
     padding_ptr, padding_sb, padding_sj, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,

@@ -75,6 +75,9 @@ class Weights(Protocol):
     def use(self, task: Task) -> Tensor:
         """The result of a use."""
 
+    def deferred_pieces(self, dtype: torch.dtype) -> tuple[Piece, ...]:
+        """As `zipformer_kernels.ops.attention.weights.deferred_pieces`."""
+
     def materialize(self) -> Tensor:
         """W itself, differentiable."""
 
@@ -107,6 +110,13 @@ class StoredWeights:
         pieces = self.pieces()
         result = None if self.place.backend == "eager" else task.deferred(pieces, self.place.backend)
         return task.of_tensors([stored.tensor(piece) for piece in pieces]) if result is None else result
+
+    def deferred_pieces(self, dtype: torch.dtype) -> tuple[Piece, ...]:
+        """The pieces, for a node that reads them itself."""
+        if self.place.backend == "eager" or self.place.must_fall_back():
+            return ()
+        pieces = self.pieces()
+        return pieces if all(piece.reads(dtype) for piece in pieces) else ()
 
     def materialize(self) -> Tensor:
         """W in one piece."""
@@ -203,6 +213,17 @@ class RecomputedWeights:
             return task.of_scores(self)
         self.leave_penalty()
         return result
+
+    def deferred_pieces(self, dtype: torch.dtype) -> tuple[Piece, ...]:
+        """The pieces, for a node that reads them itself."""
+        if self.place.must_fall_back():
+            return ()
+        pieces = self.pieces()
+        if not all(piece.reads(dtype) for piece in pieces):
+            return ()
+        if pieces:
+            self.leave_penalty()
+        return pieces
 
     def materialize(self) -> Tensor:
         """W by torch's operations, made anew by each call."""

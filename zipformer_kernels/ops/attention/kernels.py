@@ -19,6 +19,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from zipformer_kernels.core.jit import jit
+
 LOG2E = tl.constexpr(1.4426950408889634)
 MASKED_SCORE = tl.constexpr(-1000.0)
 
@@ -227,7 +229,7 @@ def make_weights(s, largest, scale, ROUGHLY: tl.constexpr):
         return tl.exp2((s - largest[:, None]) * LOG2E) * scale[:, None]
 
 
-@triton.jit(do_not_specialize=["offsets", "rows", "front"])
+@jit(do_not_specialize=["offsets", "rows", "front"])
 def spread_kernel(
     e_ptr, e_sn, e_sh, e_sp, table_ptr, offsets, rows, front,
     P: tl.constexpr, P_TILE: tl.constexpr, COPIES: tl.constexpr, ROWS: tl.constexpr,
@@ -244,7 +246,7 @@ def spread_kernel(
         tl.store(table + row[:, None] * P_TILE + d[None, :], e, mask=(row < rows)[:, None])
 
 
-@triton.jit(do_not_specialize=[*VARYING, "H"])  # of all heads, and of one where weights are constant
+@jit(do_not_specialize=[*VARYING, "H"])  # of all heads, and of one where weights are constant
 def softmax_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
     padding_ptr, padding_sb, padding_sj, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
@@ -281,7 +283,7 @@ def softmax_kernel(
     tl.store(softmax_ptr + 2 * i + 1, 1.0 / tl.where(total == 0.0, 1.0, total), mask=i < T)
 
 
-@triton.jit(do_not_specialize=[*VARYING, "H"])
+@jit(do_not_specialize=[*VARYING, "H"])
 def weights_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
     padding_ptr, padding_sb, padding_sj, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,
@@ -318,7 +320,7 @@ def weights_kernel(
         tl.store(w_ptr + (tl.arange(0, BM)[:, None] * w_st + j[None, :]), w, mask=own)
 
 
-@triton.jit(do_not_specialize=VARYING)
+@jit(do_not_specialize=VARYING)
 def aggregate_kernel(
     q_ptr, q_st, q_sb, q_sh, k_ptr, k_st, k_sb, k_sh, p_ptr, p_st, p_sb, p_sh, table_ptr, softmax_ptr,
     padding_ptr, padding_sb, padding_sj, mask_ptr, mask_sb, mask_st, T, S, B, H, chunk, left_chunks, lead, copy,

@@ -189,6 +189,21 @@ def aggregate(weights: AttentionWeights | Tensor, values: Tensor) -> Tensor:
     return merge_heads(weights @ compact(split_heads(values, weights.shape[0])))
 
 
+def deferred_pieces(weights: AttentionWeights | Tensor, dtype: torch.dtype) -> tuple[Piece, ...]:
+    """The pieces of weights for a node that reads them itself and leaves its part of their gradient.
+
+    It stands for a use: the penalty on scores counts as taken. None come where the use has to go another way: without
+    gradients, by the reference, or of weights in a tensor.
+
+    Args:
+        weights: as of `aggregate`.
+        dtype: of the values.
+    """
+    if not torch.is_grad_enabled() or isinstance(weights, Tensor):
+        return ()
+    return weights.held.deferred_pieces(dtype)
+
+
 def constant_attention(weights: AttentionWeights | Tensor) -> AttentionWeights | Tensor:
     """The same weight for every source that has any: a masked mean, for NonlinAttention's const_attention_rate.
 

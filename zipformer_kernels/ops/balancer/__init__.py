@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from zipformer_kernels.core.op import Op
+from zipformer_kernels.core.op import Op, triton_launchers
 from zipformer_kernels.ops.balancer import cpu, eager, reference
 from zipformer_kernels.ops.shapes import check_shapes
 
@@ -31,7 +31,7 @@ _op = Op(
     "Tensor grad, Tensor x, Tensor? variance, Tensor? mean, int channel_dim, float min_mean, float max_mean, "
     "float min_rms, float max_rms, float grad_scale",
     reference=reference.balanced_gradient,
-    backends={"eager": eager.launchers, "cpu": cpu.launchers},
+    backends={"eager": eager.launchers, "cpu": cpu.launchers, **triton_launchers(__name__)},
     saves=("grad", "x", "variance", "mean"),
     fake=lambda grad, x, *_: (torch.empty_like(x, dtype=grad.dtype),),
 )

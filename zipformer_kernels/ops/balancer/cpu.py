@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from zipformer_kernels.core import tuning
 from zipformer_kernels.core.autograd import backward_of
@@ -16,10 +17,10 @@ from zipformer_kernels.core.launch import (
     like,
     pointer,
     unsupported_dtype,
-    unsupported_dtypes,
 )
 from zipformer_kernels.core.op import Launchers
 from zipformer_kernels.ops.balancer.reference import balanced_gradient
+from zipformer_kernels.ops.balancer.rows import in_rows, undefined_moments, unsupported, worthwhile
 
 PARTS = tuning.entry("balancer.parts")
 PART_ROWS = tuning.entry("balancer.part_rows")
@@ -30,7 +31,7 @@ def _forward(
 ) -> tuple[Tensor]:
     if x.numel() == 0:
         return (torch.empty_like(x),)
-    rows = _in_rows(x, channel_dim)
+    rows = in_rows(x, channel_dim)
     if variance is None or mean is None:
         variance, mean = _moments(rows, channel_dim)
     grad, out = like(grad, rows), torch.empty_like(rows)
@@ -44,10 +45,9 @@ def _forward(
 def _moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
     """Variance, by N, and mean of each channel, (channels,), in float32 (float64 for float64)."""
     channels, wide = x.shape[channel_dim], torch.promote_types(x.dtype, torch.float32)
-    if x.numel() == 0:  # of no rows they are not defined
-        mean = x.new_full((channels,), torch.nan, dtype=wide)
-        return mean.clone(), mean
-    x = _in_rows(x, channel_dim)
+    if x.numel() == 0:
+        return undefined_moments(x, channels)
+    x = in_rows(x, channel_dim)
     rows = x.numel() // channels
     parts = max(1, min(PARTS.value, rows // PART_ROWS.value))
     mean, variance = (x.new_empty(channels, dtype=wide) for _ in range(2))
@@ -57,37 +57,12 @@ def _moments(x: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
     return variance, mean
 
 
-def _lies_in_rows(x: Tensor, channel_dim: int) -> bool:
-    """Whether x is dense and its channels lie next to each other: then it is read as it is."""
-    dense = torch.ops.aten.is_non_overlapping_and_dense(x)
-    return dense and (x.stride(channel_dim) == 1 or x.shape[channel_dim] == 1)
-
-
-def _in_rows(x: Tensor, channel_dim: int) -> Tensor:
-    """x, copied where it does not lie in rows."""
-    if _lies_in_rows(x, channel_dim):
-        return x
-    return x.movedim(channel_dim, -1).contiguous().movedim(-1, channel_dim)
-
-
-def _worthwhile(x: Tensor, channel_dim: int) -> bool:
-    """Whether x is read as it is; torch.compile cannot record the question, and fuses the formula itself."""
-    return not is_compiling() and _lies_in_rows(x, channel_dim)
-
-
-def _unsupported(grad: Tensor, x: Tensor, variance: Tensor | None, mean: Tensor | None, *_: float) -> str | None:
-    reason = unsupported_dtypes((grad, x), CPU_DTYPES)
-    if reason is not None:
-        return reason
-    return unsupported_dtypes((variance, mean), (torch.promote_types(x.dtype, torch.float32),))
-
-
 launchers = Launchers(
-    _unsupported,
+    partial(unsupported, CPU_DTYPES),
     _forward,
     backward_of(balanced_gradient),
-    lambda grad, x, variance, mean, channel_dim, *_: _worthwhile(x, channel_dim),
+    lambda grad, x, variance, mean, channel_dim, *_: worthwhile(x, channel_dim),
     variants={
-        "moments": Launchers(lambda x, _: unsupported_dtype(x, CPU_DTYPES), _moments, None, _worthwhile),
+        "moments": Launchers(lambda x, _: unsupported_dtype(x, CPU_DTYPES), _moments, None, worthwhile),
     },
 )

@@ -33,6 +33,34 @@ def _case(name: str, *shape: int, half_parameters: bool = False, large: bool = F
     return Case(name, inputs, moved, flops, large)
 
 
+def _bypass_case(
+    name: str, *shape: int, by_sequence: bool = False, half_parameters: bool = False, large: bool = False
+) -> Case:
+    """x and src_orig of `shape`, with parameters and scales, of each sequence or of all."""
+    norm = _case(name, *shape, half_parameters=half_parameters, large=large)
+    n, scales = prod(shape), shape[-2:] if by_sequence else shape[-1:]
+
+    def inputs(dtype: torch.dtype, device: torch.device | str) -> tuple[torch.Tensor, ...]:
+        x, bias, log_scale = norm.inputs(dtype, device)
+        return (
+            x,
+            bias,
+            log_scale,
+            leaf(*shape, dtype=bias.dtype, device=device),
+            leaf(*scales, dtype=bias.dtype, device=device),
+        )
+
+    def moved(size: int) -> dict[str, int]:
+        result = size if half_parameters else max(size, 4)
+        return {
+            direction: count + (n * {"forward": 1, "backward": 2}[direction] + 2 * prod(scales)) * result
+            for direction, count in norm.bytes(size).items()
+        }
+
+    flops = {"forward": n * 7, "backward": n * 14}
+    return Case(name, inputs, moved, flops, large)
+
+
 def _layers(preset: str) -> list[Case]:
     """The norm at the end of a layer of each stack, at the stack's frame rate."""
     return [_case(stack.name, stack.frames, BATCH, stack.channels, large=True) for stack in stacks(preset)]
@@ -53,3 +81,26 @@ CASES = [
     *_layers("M"),
     *_layers("L"),
 ]
+
+VARIANT_CASES = {
+    "bypass": [
+        _bypass_case("one channel pack", 2, 3, 8),
+        _bypass_case("S stack 0, short", 21, 3, 192),
+        _bypass_case("S stack 0, short, by sequence", 21, 3, 192, by_sequence=True),
+        _bypass_case("half-precision parameters", 9, 2, 384, half_parameters=True),
+        _bypass_case("L stack 3, short, by sequence", 130, 2, 768, by_sequence=True),
+        _bypass_case("longest in registers", 11, 1, 1024),
+        _bypass_case("no frames", 0, 3, 24, by_sequence=True),
+        _bypass_case("no sequences", 3, 0, 24, by_sequence=True),
+        *(
+            _bypass_case(
+                f"{stack.name}{', by sequence' if own else ''}",
+                *(stack.frames, BATCH, stack.channels),
+                by_sequence=own,
+                large=True,
+            )
+            for stack in stacks("L")
+            for own in (False, True)
+        ),
+    ]
+}

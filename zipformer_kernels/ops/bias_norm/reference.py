@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zipformer_kernels.ops.bypass.reference import bypass as mix
+
 
 def bias_norm(x: Tensor, bias: Tensor, log_scale: Tensor) -> Tensor:
     """y = x exp(log_scale) / rms(x - bias) over the last dimension; half precision goes through float32."""
@@ -39,6 +41,32 @@ def backward(
         t.reshape(-1, x.shape[-1]).sum(0).to(bias.dtype) if needs[1] else None,
         (gain * q.sum()).to(log_scale.dtype) if needs[2] else None,
     )
+
+
+def bypass(x: Tensor, bias: Tensor, log_scale: Tensor, src_orig: Tensor, scale: Tensor) -> Tensor:
+    """BiasNorm, and the bypass after it: src_orig + (bias_norm(x) - src_orig) scale."""
+    return mix(src_orig, bias_norm(x, bias, log_scale), scale)
+
+
+def bypass_forward(
+    x: Tensor, bias: Tensor, log_scale: Tensor, src_orig: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What `bypass` returns, and 1 / rms(x - bias) for every row."""
+    y, inverse_rms = forward(x, bias, log_scale)
+    return mix(src_orig, y, scale), inverse_rms
+
+
+def bypass_dtype(x: Tensor, bias: Tensor, src_orig: Tensor, scale: Tensor) -> torch.dtype:
+    """The dtype of what `bypass` returns."""
+    return torch.promote_types(result_dtype(x, bias), torch.promote_types(src_orig.dtype, scale.dtype))
+
+
+def empty_bypass_results(
+    x: Tensor, bias: Tensor, log_scale: Tensor, src_orig: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Uninitialised tensors shaped as what `bypass_forward` returns."""
+    _, inverse_rms = empty_results(x, bias, log_scale)
+    return torch.empty_like(x, dtype=bypass_dtype(x, bias, src_orig, scale)), inverse_rms
 
 
 def wide_dtype(x: Tensor, bias: Tensor) -> torch.dtype:

@@ -13,9 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from zipformer_kernels.core import tuning
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.core.launch import GPU_DTYPES, cdiv, multiprocessors, next_power_of_2, on_device
 from zipformer_kernels.core.op import Launchers
+from zipformer_kernels.ops.bias_norm import triton_bypass
 from zipformer_kernels.ops.bias_norm.rows import Gradients, Rows, unsupported
+from zipformer_kernels.ops.bias_norm.triton_rows import inverse_rms, rescaling
 
 TILE = tuning.entry("bias_norm.triton_tile")
 MOST_ROWS = tuning.entry("bias_norm.triton_rows")
@@ -25,13 +28,7 @@ SUM_COLUMNS = tuning.entry("bias_norm.triton_sum_columns")
 SUM_PARTS = tuning.entry("bias_norm.triton_sum_parts")
 
 
-@triton.jit
-def rescaling(mean):
-    """A factor, 2^100 or 2^-100, that brings squares into float32's range where their mean is not; else 1."""
-    return tl.where(mean < 1e-30, 1.2676506e30, tl.where(mean > 1e30, 7.8886091e-31, 1.0))
-
-
-@triton.jit
+@jit
 def forward_tiles(x_ptr, bias_ptr, log_scale_ptr, y_ptr, inverse_ptr, rows, C, R: tl.constexpr, BLOCK: tl.constexpr):
     """R whole rows per program, of BLOCK >= C channels each."""
     row = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
@@ -40,10 +37,7 @@ def forward_tiles(x_ptr, bias_ptr, log_scale_ptr, y_ptr, inverse_ptr, rows, C, R
     i = row[:, None] * C + c[None, :]
     x = tl.load(x_ptr + i, inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + c, c < C, other=0.0)
-    d = tl.where(inside, x - bias[None, :], 0.0)
-    scale = rescaling(tl.sum(d * d, 1) / C)
-    d = d * scale[:, None]
-    r = scale * tl.rsqrt(tl.sum(d * d, 1) / C)
+    r = inverse_rms(tl.where(inside, x - bias[None, :], 0.0), C)
     s = tl.exp(tl.load(log_scale_ptr)) * r
     tl.store(y_ptr + i, (x * s[:, None]).to(y_ptr.dtype.element_ty), inside)
     tl.store(inverse_ptr + row, r, row < rows)
@@ -61,7 +55,7 @@ def sum_of_squares(x_ptr, bias_ptr, start, scale, C, BLOCK: tl.constexpr):
     return tl.sum(total, 0)
 
 
-@triton.jit
+@jit
 def forward_row(x_ptr, bias_ptr, log_scale_ptr, y_ptr, inverse_ptr, C, BLOCK: tl.constexpr):
     """One row per program, BLOCK channels at a time."""
     row = tl.program_id(0).to(tl.int64)
@@ -79,7 +73,7 @@ def forward_row(x_ptr, bias_ptr, log_scale_ptr, y_ptr, inverse_ptr, C, BLOCK: tl
     tl.store(inverse_ptr + row, r)
 
 
-@triton.jit
+@jit
 def backward_tiles(
     dy_ptr,
     x_ptr,
@@ -124,7 +118,7 @@ def backward_tiles(
         tl.store(share + C, gain * tl.sum(total, 0))
 
 
-@triton.jit
+@jit
 def backward_row(
     dy_ptr,
     x_ptr,
@@ -169,7 +163,7 @@ def backward_row(
         tl.store(share + C, gain * total)
 
 
-@triton.jit
+@jit
 def sum_parts(
     partials_ptr,
     dbias_ptr,
@@ -240,4 +234,6 @@ def _backward(needs: tuple, grads: tuple, saved: tuple, x: Tensor, bias: Tensor,
     return out.returned()
 
 
-launchers = Launchers(partial(unsupported, GPU_DTYPES), _forward, _backward)
+launchers = Launchers(
+    partial(unsupported, GPU_DTYPES), _forward, _backward, variants={"bypass": triton_bypass.launchers}
+)

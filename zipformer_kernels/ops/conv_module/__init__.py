@@ -25,9 +25,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from zipformer_kernels.core import backend as backends
 from zipformer_kernels.core.call import autocast_dtype
+from zipformer_kernels.core.launch import GPU_DTYPES
 from zipformer_kernels.core.op import Op, triton_launchers
 from zipformer_kernels.ops.conv_module import cpu, cuda, eager, reference
+from zipformer_kernels.ops.conv_module.launchers import ConvLaunchers
 from zipformer_kernels.ops.shapes import as_mask, check_shapes
 
 _op = Op(
@@ -44,6 +47,9 @@ _op = Op(
     saves=("a", "s", "weight", "bias", "causal_weight", "causal_bias", "edge_scale", "padding"),
     fake=lambda a, *rest: (a.new_empty(a.shape, dtype=rest[-1]),),
 )
+
+BY_TORCH = eager.launchers
+"""The passes of a layer by torch's operations, on any device: `zipformer_kernels.ops.conv_module.launchers`."""
 
 _op.variant(
     "infer",
@@ -69,6 +75,20 @@ _op.variant(
     outputs=2,
     fake=lambda src, in_weight, in_bias, left, *_: (torch.empty_like(src), left.new_empty(left.shape)),
 )
+
+
+def in_layer(device: torch.device, dtype: torch.dtype) -> ConvLaunchers:
+    """The launchers of a layer's passes, of the best backend that has them, or by torch's operations.
+
+    Args:
+        device, dtype: of the projection.
+    """
+    if dtype in GPU_DTYPES:
+        for name in backends.candidates(device.type, _op.backends):
+            own = _op.backends.get(name)
+            if isinstance(own, ConvLaunchers) and backends.unserved_device(name, device.type) is None:
+                return own
+    return BY_TORCH
 
 
 def conv_module(

@@ -93,18 +93,18 @@ class Arguments:
 class Gradients:
     """The gradients that are wanted, uninitialised: da and ds, both or none, and room for partial sums.
 
-    da and ds are dense, or with `beside` the halves of one tensor where a and s are; `step` is from row to row of them.
+    da and ds are dense, or the halves of one tensor where a and s are; `step` is from row to row of them.
 
     `partials` is (parts, P): in each row one part's share of the gradients of all parameters, one after another, a
     bias that is None included; `offsets` says where each begins.
     """
 
-    def __init__(self, arguments: Arguments, needs: tuple[bool, ...], parts: int, beside: bool = False) -> None:
+    def __init__(self, arguments: Arguments, needs: tuple[bool, ...], parts: int) -> None:
         self.arguments, self.needs, self.parts = arguments, needs, parts
         a, kernel = arguments.a, arguments.kernel
         self.da = self.ds = self.partials = None
         self.step = a.shape[2]
-        joint = side_by_side(a, arguments.s) if beside and needs[0] and needs[1] else None
+        joint = side_by_side(a, arguments.s) if needs[0] and needs[1] else None
         if joint is not None:
             self.step = joint.shape[2]
             self.da, self.ds = torch.empty_like(joint).chunk(2, dim=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,10 +20,38 @@ from zipformer_kernels.core.launch import (
     unsupported_dtypes,
 )
 from zipformer_kernels.core.op import Launchers
-from zipformer_kernels.ops.conv_module.arguments import Shape, chunk_length, unsupported
-from zipformer_kernels.ops.conv_module.native import launchers_by
+from zipformer_kernels.ops.conv_module.arguments import Arguments, Gradients, Shape, chunk_length, unsupported
+from zipformer_kernels.ops.conv_module.native import inputs
 
 PARTS = tuning.entry("conv_module.parts")
+PART_FRAMES = tuning.entry("conv_module.part_frames")
+
+
+def _forward(*args: Any) -> tuple[Tensor]:
+    arguments = Arguments(*args)
+    y = arguments.result()
+    if y.numel() > 0:
+        call_cpu("conv_module_forward", y, **inputs(arguments), y=pointer(y))
+    return (y,)
+
+
+def _backward(needs: tuple[bool, ...], grads: tuple[Tensor], saved: tuple[()], *args: Any) -> tuple[Tensor | None, ...]:
+    arguments = Arguments(*args)
+    dy = grads[0].contiguous()
+    out = Gradients(arguments, needs, arguments.parts(PART_FRAMES.value, PARTS.value))
+    if dy.numel() > 0:
+        call_cpu(
+            "conv_module_backward",
+            dy,
+            **inputs(arguments),
+            dy=pointer(dy),
+            da=pointer(out.da),
+            ds=pointer(out.ds),
+            partials=pointer(out.partials),
+            parts=out.parts,
+            gradient_step=out.step,
+        )
+    return out.returned()
 
 
 def _infer(
@@ -94,8 +121,10 @@ def _stream(*args: Any) -> tuple[Tensor, Tensor]:
     return y, following
 
 
-launchers = replace(
-    launchers_by(call_cpu, partial(unsupported, CPU_DTYPES), lambda _: PARTS.value, beside=True),
+launchers = Launchers(
+    partial(unsupported, CPU_DTYPES),
+    _forward,
+    _backward,
     variants={
         "infer": Launchers(_unsupported_infer, _infer, None),
         "stream": Launchers(

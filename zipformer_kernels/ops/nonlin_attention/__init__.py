@@ -23,7 +23,7 @@ from zipformer_kernels.ops.attention import AttentionWeights, RecomputedWeights
 from zipformer_kernels.ops.attention.deferred import Piece, average
 from zipformer_kernels.ops.attention.stored import dense_average
 from zipformer_kernels.ops.nonlin_attention import cpu, cuda, deferred, eager, reference
-from zipformer_kernels.ops.nonlin_attention.gates import BY_TORCH, GatedLaunchers
+from zipformer_kernels.ops.nonlin_attention.gates import BY_TORCH, GatedLaunchers, Gates
 from zipformer_kernels.ops.sizes import split_last
 
 _op = Op(
@@ -75,6 +75,12 @@ def nonlin_attention(weights: AttentionWeights, gate: Tensor, x: Tensor, y: Tens
     return weights.use(_Gated(gate, x, y))
 
 
+def gates_of(backend: str) -> Gates:
+    """The gates of a backend, or torch's."""
+    launchers = _op.backends.get(backend)
+    return launchers.gates if isinstance(launchers, GatedLaunchers) else BY_TORCH
+
+
 class _Gated(NamedTuple):
     """The use of weights that averages x tanh(gate) and gates the averages by y, all (T, B, H * C)."""
 
@@ -85,9 +91,7 @@ class _Gated(NamedTuple):
     def deferred(self, pieces: Sequence[Piece], backend: str) -> Tensor | None:
         """In one function where one piece is to be read, else by parts."""
         if deferred.serves(pieces, *self):
-            launchers = _op.backends[backend]
-            gates = launchers.gates if isinstance(launchers, GatedLaunchers) else BY_TORCH
-            return deferred.gated_average(gates, *pieces, *self)
+            return deferred.gated_average(gates_of(backend), *pieces, *self)
         values = self._values(sum(map(len, pieces)))
         if all(piece.serves(values) for piece in pieces):
             return self.y * average(pieces, values).flatten(2)
@@ -107,4 +111,4 @@ class _Gated(NamedTuple):
         return split_last(self.x * torch.tanh(self.gate), heads)
 
 
-__all__ = ["nonlin_attention"]
+__all__ = ["gates_of", "nonlin_attention"]

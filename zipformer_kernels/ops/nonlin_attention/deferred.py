@@ -19,7 +19,7 @@ from torch import Tensor
 from zipformer_kernels.core.autograd import reference_gradients, store, stored_tensors
 from zipformer_kernels.core.call import plain, without_autocast
 from zipformer_kernels.core.joint import empty_beside
-from zipformer_kernels.ops.attention.deferred import Part, Piece, Tensors, nodes_of
+from zipformer_kernels.ops.attention.deferred import Part, Piece, Tensors, nodes_of, part_of
 from zipformer_kernels.ops.attention.scores import Use
 from zipformer_kernels.ops.nonlin_attention.gates import Gates
 
@@ -54,7 +54,7 @@ def serves(pieces: Sequence[Piece], s: Tensor, x: Tensor, y: Tensor) -> bool:
 
 def gated_average(gates: Gates, piece: Piece, s: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """(W (x tanh(s))) y, (T, B, H * C)."""
-    part = Part(piece.reader, piece.uses, len(piece.tensors))
+    part = part_of(piece)
     if not torch.is_grad_enabled():
         return without_autocast(forward, gates, part, s, x, y, piece.tensors)[1]
     return _GatedAverage.apply(gates, part, s, x, y, *piece.tensors)

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipformer_kernels.core import tuning
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.core.launch import cdiv, next_power_of_2, on_device
 from zipformer_kernels.ops.attention.scores import Use, grouped
 from zipformer_kernels.ops.attention.triton import (
@@ -50,7 +51,7 @@ def store_tile(ptr, frame, sequence, t, b, c, inside, tile):
     tl.store(ptr + rows[:, None] + c[None, :], tile.to(ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["rows", "B"])
+@jit(do_not_specialize=["rows", "B"])
 def gate_kernel(
     a_ptr, a_st, a_sb, b_ptr, b_st, b_sb, c_ptr, c_st, c_sb, first_ptr, first_st, first_sb,
     second_ptr, second_st, second_sb, third_ptr, third_st, third_sb, rows, B, C,

@@ -72,6 +72,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -144,7 +145,8 @@ class Group:
     shards; `single` speaks of whole tensors.
 
     `dtypes` are those of parameters and gradients; `unreadable` says why kernels must not take the address of a tensor,
-    and is None where they may take all.
+    and is None where they may take all. `places`, (2, N) int64, are the addresses of parameters and of gradients,
+    0 for a missing one, where the caller has them already.
     """
 
     params: list[Tensor]
@@ -156,6 +158,7 @@ class Group:
     hyper: Hyper
     dtypes: Set[torch.dtype]
     unreadable: str | None = None
+    places: np.ndarray | None = None
 
 
 @dataclass

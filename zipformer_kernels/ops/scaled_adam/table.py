@@ -127,26 +127,33 @@ class Table:
             Tensors to hold until the step is launched, and pairs of parameters with other strides than their
             moments and the copies that the step moves in their stead.
         """
-        params = [p for group in groups for p in group.params]
-        copies = [(params[i], torch.empty_like(self._moments[i], dtype=params[i].dtype)) for i in self._copied]
-        for i, (p, copy) in zip(self._copied, copies, strict=True):
-            params[i] = copy.copy_(p)
-        grads = [g for group in groups for g in group.grads]
-        self._column("p", list(map(Tensor.data_ptr, params)))
-        self._column("g", [0 if g is None else g.data_ptr() for g in grads])
-        self._column("g_dtype", self._codes(groups, grads))
+        places = np.concatenate([_places(group) for group in groups], axis=1)
+        copies = self._copies(groups)
+        for i, (_, copy) in zip(self._copied, copies, strict=True):
+            places[0, i] = copy.data_ptr()
+        self._column("p", places[0])
+        self._column("g", places[1])
+        self._column("g_dtype", self._codes(groups))
         held: list[Tensor] = []
         for row, group in zip(self._group_rows, groups, strict=True):
             held.extend(_enter_options(row, group))
         return held, copies
 
+    def _copies(self, groups: Sequence[Group]) -> list[tuple[Tensor, Tensor]]:
+        """The parameters with other strides than their moments, and copies of them with the moments' strides."""
+        if not self._copied:
+            return []
+        params = [p for group in groups for p in group.params]
+        shaped = [(params[i], torch.empty_like(self._moments[i], dtype=params[i].dtype)) for i in self._copied]
+        return [(p, copy.copy_(p)) for p, copy in shaped]
+
     @staticmethod
-    def _codes(groups: Sequence[Group], grads: list[Tensor | None]) -> int | list[int]:
+    def _codes(groups: Sequence[Group]) -> int | list[int]:
         """The codes of the gradients' dtypes; of no matter where there is no gradient."""
         dtypes = set().union(*(group.dtypes for group in groups))
         if len(dtypes) == 1:
             return DTYPE_CODES[dtypes.pop()]
-        return [0 if g is None else DTYPE_CODES[g.dtype] for g in grads]
+        return [0 if g is None else DTYPE_CODES[g.dtype] for group in groups for g in group.grads]
 
     def arguments(self) -> tuple[int, ...]:
         """What compiled kernels are given first: addresses and counts of the rows of tensors and of groups, chunks and
@@ -231,8 +238,16 @@ def run(
         launch(name, table, loss_scale, found_inf)
     for p, copy in copies:
         p.copy_(copy)
-    torch.autograd.graph.increment_version([p for group in groups for p in group.params])
+    for group in groups:
+        torch.autograd.graph.increment_version(group.params)
     del held  # the launches are on the stream: memory may be reused behind them
+
+
+def _places(group: Group) -> np.ndarray:
+    """(2, N) where the parameters and the gradients of a group lie; 0 for a missing one."""
+    if group.places is not None:
+        return group.places
+    return np.array([[0 if x is None else x.data_ptr() for x in row] for row in (group.params, group.grads)], np.int64)
 
 
 def _strides_differ(p: Tensor, v: Tensor) -> bool:

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipformer_kernels.core import tuning
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.core.launch import DTYPE_CODES, GPU_DTYPES, on_device
 from zipformer_kernels.ops.scaled_adam import reference
 from zipformer_kernels.ops.scaled_adam.stepper import Stepper
@@ -126,7 +127,7 @@ def find_chunk(words, tensors, index, CHUNK: tl.constexpr):
     return row, low, begin, tl.minimum(begin + CHUNK, tl.load(row + NUMEL))
 
 
-@triton.jit(do_not_specialize=["tensors", "chunks"])
+@jit(do_not_specialize=["tensors", "chunks"])
 def partials_kernel(words, partials_ptr, tensors, chunks, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     row, _, begin, end = find_chunk(words, tensors, tl.program_id(0).to(tl.int64), CHUNK)
     p_address, p_dtype = tl.load(row + P), tl.load(row + P_DTYPE)
@@ -148,7 +149,7 @@ def partials_kernel(words, partials_ptr, tensors, chunks, CHUNK: tl.constexpr, B
     tl.store(out + 2 * chunks, tl.sum(gg))
 
 
-@triton.jit(do_not_specialize=["tensors", "chunks"])
+@jit(do_not_specialize=["tensors", "chunks"])
 def sums_kernel(words, partials_ptr, sums_ptr, tensors, chunks, LANES: tl.constexpr):
     """Adds up the partial sums of one tensor."""
     i = tl.program_id(0).to(tl.int64)
@@ -277,7 +278,7 @@ def plan_tensors(group, sums_ptr, plans_ptr, tensors, t, grad_scale, LANES: tl.c
         tl.store(plans_ptr + i * PLAN + 1, move, inside)
 
 
-@triton.jit(do_not_specialize=["tensors", "groups"])
+@jit(do_not_specialize=["tensors", "groups"])
 def plan_kernel(words, sums_ptr, plans_ptr, loss_scale_ptr, found_inf_ptr, tensors, groups, LANES: tl.constexpr):
     """One program: measures the gradients, and plans the updates."""
     group_rows = words + tensors * ROW
@@ -316,7 +317,7 @@ def plan_kernel(words, sums_ptr, plans_ptr, loss_scale_ptr, found_inf_ptr, tenso
             tl.store(plan_ptr, 0.0)
 
 
-@triton.jit(do_not_specialize=["tensors"])
+@jit(do_not_specialize=["tensors"])
 def update_kernel(words, plans_ptr, tensors, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
     row, index, begin, end = find_chunk(words, tensors, tl.program_id(0).to(tl.int64), CHUNK)
     number = tl.load(row + GROUP)

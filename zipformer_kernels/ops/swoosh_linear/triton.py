@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from zipformer_kernels.core import tuning
+from zipformer_kernels.core.jit import jit
 from zipformer_kernels.core.launch import GPU_DTYPES, as_empty_like, cdiv, next_power_of_2, on_device
 from zipformer_kernels.ops.swoosh.reference import OFFSET, SHIFT
 from zipformer_kernels.ops.swoosh.triton import swoosh_derivative, swoosh_value
@@ -41,7 +42,7 @@ def place(mask_ptr, shared, inner, across, down, MASKED: tl.constexpr, ROWS: tl.
     return i, inside, mask[None, :]
 
 
-@triton.jit
+@jit
 def forward_kernel(
     x_ptr,
     mask_ptr,
@@ -62,7 +63,7 @@ def forward_kernel(
     tl.store(a_ptr + i, a.to(a_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@jit
 def backward_kernel(
     da_ptr,
     x_ptr,

@@ -1,0 +1,1 @@
+"""What stands between the products of a branch that runs as one node: one file for each op."""

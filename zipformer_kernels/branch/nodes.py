@@ -1,0 +1,145 @@
+"""What the branches of one call of a layer share where each runs as one node: products, casts, gradients handed on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from zipformer_kernels.branch.branch import Branch
+from zipformer_kernels.branch.node import Call, Handed, Site, Weights, acting, add
+from zipformer_kernels.branch.products import choose
+from zipformer_kernels.branch.project import project
+from zipformer_kernels.core.call import without_autocast
+
+_ALIGNED = 8  # elements of half precision in 16 bytes
+
+
+class Nodes:
+    """The nodes of one call of a layer.
+
+    Attributes:
+        low: the dtype of products.
+
+    Args:
+        src: the layer's input.
+        low: as above; that of src without autocast.
+        linears: the modules of all products whose calls are left out.
+    """
+
+    def __init__(self, src: Tensor, low: torch.dtype, linears: Iterable[nn.Module]) -> None:
+        self.low, self._products, self._handed = low, choose(src, low), Handed()
+        self._source: tuple[Tensor | None, Tensor | None, bool] = (None, None, False)
+        self._weights: dict[int, Tensor] | None = None
+        if low != src.dtype:
+            parameters = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
+            self._weights = dict(zip(map(id, parameters), cast(parameters, low), strict=True))
+
+    def add(
+        self,
+        branch: Branch,
+        src: Tensor,
+        state: Tensor | None,
+        context: Sequence[Any],
+        settings: dict[str, Any],
+        balancer: nn.Module | None,
+        chosen: Callable[[], Tensor | None],
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """src plus a branch, and the next state; None where a call with gradients has to call the modules.
+
+        Args:
+            branch: the module.
+            src: (T, batch, channels).
+            state: left context in a stream, or None.
+            context, settings: other arguments of its forward.
+            balancer: of the branch's result, or None.
+            chosen: draws which sequences get the branch, (batch, 1), or None for all.
+        """
+        src, parameters = src.contiguous(), Weights(*_of(branch.in_proj), *_of(branch.out_proj))
+        site = self._site(src, parameters)
+        plan = branch.plan(site, *context, **settings) if state is None else None
+        if plan is None and torch.is_grad_enabled():
+            return None
+        weights = self._low(parameters)
+        if plan is None:
+            return self._by_middle(branch, src, state, context, settings, weights, chosen())
+        if balancer is not None:
+            plan = plan._replace(changes=acting(*plan.changes, balancer.change(site.result, src.shape[-1])))
+        x, made = self._lowered(src)
+        call = Call(plan, self._products, self.low, self._handed, made, (weights, chosen()))
+        y, low = add(call, src, x, parameters)
+        self._source = y, low, True
+        return y, None
+
+    def project(self, linear: nn.Module, x: Tensor, passes: bool = True) -> tuple[Tensor, Tensor]:
+        """``linear(x)``, and x for all that uses it further, so that gradients are added inside of a product.
+
+        Args:
+            linear: a plain `torch.nn.Linear`.
+            x: (..., channels).
+            passes: whether x is used further.
+        """
+        low, _ = self._lowered(x.contiguous()) if passes else (x.detach().to(self.low), False)
+        parameters = linear.weight, linear.bias
+        given = [self._weights.get(id(p)) if self._weights and p is not None else p for p in parameters]
+        hidden, passed = project(self._products, self.low, given, x if passes else None, low, *parameters)
+        if passes:
+            self._source = passed, low, False
+        return hidden, passed
+
+    def _site(self, src: Tensor, parameters: Weights) -> Site:
+        hidden = result = False
+        if torch.is_grad_enabled():
+            hidden = src.requires_grad or _any(parameters[:2])
+            result = hidden or _any(parameters[2:])
+        return Site(src.shape, self.low, src.device, hidden, result)
+
+    def _by_middle(
+        self,
+        branch: Branch,
+        src: Tensor,
+        state: Tensor | None,
+        context: Sequence[Any],
+        settings: dict[str, Any],
+        weights: Weights,
+        chosen: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Without gradients, by what the branch computes between its products."""
+        hidden = F.linear(self._lowered(src)[0], weights.first, weights.first_bias)
+        x, state = branch.middle(hidden, state, *context, **settings)
+        x = branch.activated(x).to(self.low)
+        y, low = without_autocast(self._products.added, src, x, weights.last, weights.last_bias, chosen, self.low)
+        self._source = y, low, True
+        return y, state
+
+    def _lowered(self, src: Tensor) -> tuple[Tensor, bool]:
+        """src in `low`, and whether a node has made it so."""
+        if self._source[0] is not src:
+            self._source = src, src if src.dtype == self.low else src.to(self.low), False
+        return self._source[1:]
+
+    def _low(self, parameters: Weights) -> Weights:
+        if self._weights is None:
+            return parameters
+        return Weights(*(None if p is None else self._weights[id(p)] for p in parameters))
+
+
+def cast(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The parameters in another dtype, side by side in one piece of memory, each aligned to 16 bytes: one launch."""
+    sizes = [-(-p.numel() // _ALIGNED) * _ALIGNED for p in parameters]
+    with torch.no_grad():
+        memory = torch.empty(sum(sizes), dtype=dtype, device=parameters[0].device).split(sizes)
+        casts = [part[: p.numel()].view(p.shape) for part, p in zip(memory, parameters, strict=True)]
+        torch._foreach_copy_(casts, parameters)
+    return casts
+
+
+def _of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
+    return linear.weight, linear.bias
+
+
+def _any(parameters: Iterable[Tensor | None]) -> bool:
+    return any(p is not None and p.requires_grad for p in parameters)
