@@ -35,7 +35,7 @@ from zipformer_kernels.ops.attention.kernels import (
 )
 
 
-@triton.jit(
+@jit(
     do_not_specialize=["T", "S", "B", "H", "first"],
     do_not_specialize_on_alignment=["v_ptr", "g_ptr", "out_ptr", "values_ptr", "grads_ptr"],
 )
