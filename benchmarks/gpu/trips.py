@@ -120,13 +120,11 @@ def offset_rows(n: dict[str, Any]) -> int:
 
 
 def pack_uses(n: dict[str, Any], body: Body, depth: int) -> float:
-    """Four rows one after the other, of targets or of sources; of each the uses; eight lanes share a row's channels,
+    """The uses; of each four rows one after the other, of targets or of sources; eight lanes share a row's channels,
     four at a time. Of a use that is not packed only targets are read, of its own heads.
     """
     uses = n["uses"]
     if depth == 0:
-        return 4
-    if depth == 1:
         return len(uses)
     targets = n["targets"] / (n["targets"] + (n["sources"] if n["width"] else 0))
     spans = (ceil_div(one.end - one.first, 32) for one in uses)
@@ -138,7 +136,7 @@ def attention_offsets(n: dict[str, Any], body: Body, depth: int) -> float:
     """Parts whose rows have the offset; eight groups of threads share the sequences, four at once, then the rest."""
     share = n["share"] + 1 + ceil_div(n["sources"], 64)
     parts = n["parts"] * min(1, 64 * share / (n["targets"] + n["sources"] - 1))
-    sequences, at_once = ceil_div(n["sequences"], 8), body["LDG"] // 2
+    sequences, at_once = ceil_div(n["sequences"], 8), body["LDG"]
     if depth == 0:
         return parts if body["LDG"] else 1
     return sequences // at_once if at_once > 1 else sequences % 4

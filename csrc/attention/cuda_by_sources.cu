@@ -19,7 +19,8 @@ struct Layout {
 };
 
 template <class T, bool wide>
-__global__ void __launch_bounds__(attention_threads, 2) by_sources(const AttentionScoresGradients args, int blocks) {
+__global__ void __launch_bounds__(attention_threads, wide && sizeof(T) == 2 ? 3 : 2)
+    by_sources(const AttentionScoresGradients args, int blocks) {
   using Memory = Layout<T, wide>;
   using Stage = typename Memory::Stage;
   constexpr int MT = Memory::MT;
@@ -52,7 +53,8 @@ __global__ void __launch_bounds__(attention_threads, 2) by_sources(const Attenti
   auto values = ChannelRows<T>::of(uses.v, uses.values, sources, args, b, h);
   auto grads = ChannelRows<T>::of(uses.grad, uses.grads, targets, args, b, h);
   TargetLoader<T, MT, true> loader(w, static_cast<const float*>(uses.delta), b, h, first_source, begin);
-  TileLoader<T, 32, 8, int> grads_loader(grads.piece(begin, 0).from, grads.packed_channels, grads.packed_channels);
+  TileLoader<T, 32, 8, int> grads_loader(grads.packed + int64_t(begin) * grads.packed_channels, grads.packed_channels,
+                                         grads.packed_channels);
   ChannelBlocks<T> channel_blocks(reinterpret_cast<T*>(memory + Memory::channels), values, first_source, sources, grads,
                                   begin, targets, steps);
   for (int n = 0; n < 2; ++n) loader.clear(stage_of(n));

@@ -69,8 +69,8 @@ __global__ void __launch_bounds__(attention_threads, wide ? 2 : 3) by_targets(co
     const int steps = end > begin ? (end - begin + attention_step - 1) / attention_step : 0;
 
     TileLoader<T, score_channels, 8> keys(head_of<T>(w.k, b, h) + begin * w.k.frame, w.k.frame, int(w.query_channels));
-    TileLoader<T, 32, 8, int> values_loader(values.piece(begin, 0).from, values.packed_channels,
-                                            values.packed_channels);
+    TileLoader<T, 32, 8, int> values_loader(values.packed + int64_t(begin) * values.packed_channels,
+                                            values.packed_channels, values.packed_channels);
     // The first row of a window is that of the offset before the lowest.
     WindowLoader<T, Stage::window_rows> window(head_of<T>(w.e, 0, h), w.e.frame, targets + sources - 1,
                                                targets - 1 - (first_target + attention_step - 1) + begin - 1,

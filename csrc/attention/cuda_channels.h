@@ -10,8 +10,7 @@ namespace zk {
 template <class T>
 struct ChannelRows {
   const T* direct;
-  int64_t stride;
-  int channels;  // of these
+  int stride, channels;  // of these
   const T* packed;
   int packed_channels;
 
@@ -19,7 +18,7 @@ struct ChannelRows {
                                                    const AttentionScoresGradients& args, int b, int h) {
     const AttentionChannels& uses = args.uses;
     int64_t pair = h * args.weights.sequences + b;
-    return {head_of<T>(direct, b, h), direct.frame, int(uses.channels),
+    return {head_of<T>(direct, b, h), int(direct.frame), int(uses.channels),
             static_cast<const T*>(packed) + pair * frames * uses.packed, int(uses.packed)};
   }
 
@@ -28,11 +27,12 @@ struct ChannelRows {
   // Rows from `row` on, of eight channels from c on.
   struct Piece {
     const T* from;
-    int64_t stride;
+    int stride;
   };
   __device__ __forceinline__ Piece piece(int row, int c) const {
-    if (c < channels) return {direct + row * stride + c, stride};
-    return {packed + row * int64_t(packed_channels) + (c - channels), packed_channels};
+    const bool first = c < channels;
+    const int own = first ? stride : packed_channels;
+    return {(first ? direct : packed - channels) + int64_t(row) * own + c, own};
   }
 };
 
@@ -66,8 +66,8 @@ class ChannelBlocks {
     auto a = a_.piece(a_row, c), b = b_.piece(b_row, c);
 #pragma unroll
     for (int rows = 0; rows < attention_step; rows += pass) {
-      copy_elements<8>(to + rows * width, a.from + rows * a.stride, exists && a_row + rows < a_end_);
-      copy_elements<8>(to + tile + rows * width, b.from + rows * b.stride, exists && b_row + rows < b_end_);
+      copy_elements<8>(to + rows * width, a.from + rows * int64_t(a.stride), exists && a_row + rows < a_end_);
+      copy_elements<8>(to + tile + rows * width, b.from + rows * int64_t(b.stride), exists && b_row + rows < b_end_);
     }
     ++loaded_;
     if (++block_ == blocks_) {

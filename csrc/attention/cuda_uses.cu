@@ -10,7 +10,7 @@ namespace zk {
 
 namespace {
 
-constexpr int pack_threads = 256, lanes = 8, turns = 4, pack_rows = turns * pack_threads / lanes;
+constexpr int pack_threads = 256, lanes = 8, turns = 4, step = pack_threads / lanes, pack_rows = turns * step;
 constexpr int most_uses = 8;  // of a launch
 
 // What a launch packs.
@@ -43,36 +43,40 @@ __global__ void __launch_bounds__(pack_threads) pack_kernel(const Packed n) {
   T* packed = static_cast<T*>(target ? n.grads : n.values) + pair * frames * n.width;
   float* delta = static_cast<float*>(n.delta) + pair * frames;
   const int lane = threadIdx.x % lanes;
+  const int64_t begin = first + threadIdx.x / lanes;
+  float sums[turns] = {};
 #pragma unroll 1
-  for (int turn = 0; turn < turns; ++turn) {
-    const int64_t frame = first + turn * (pack_threads / lanes) + threadIdx.x / lanes;
-    float sum = 0.0f;
-#pragma unroll 1
-    for (int u = 0; u < n.count && frame < frames; ++u) {
-      const AttentionPackedUse& own = n.uses[u];
-      const int64_t head = h - own.first_head;
-      const int channels = head >= 0 && head < own.heads ? int(own.use.channels) : 0, width = int(own.end - own.first);
-      const T *row = nullptr, *result = nullptr;
-      if (channels > 0) {
-        row = row_of_use<T>(target ? own.use.grad : own.use.v, frame, b, head);
-        result = row_of_use<T>(own.use.out, frame, b, head);
-      }
-      T* to = packed + frame * n.width + own.first;
-      const int end = width > 0 ? width : target ? channels : 0;
+  for (int u = 0; u < n.count; ++u) {
+    const AttentionPackedUse& own = n.uses[u];
+    const AttentionRows& rows = target ? own.use.grad : own.use.v;
+    const int64_t head = h - own.first_head;
+    const int channels = head >= 0 && head < own.heads ? int(own.use.channels) : 0, width = int(own.end - own.first);
+    const int end = width > 0 ? width : target ? channels : 0;
+    const T* row = channels > 0 ? row_of_use<T>(rows, begin, b, head) : nullptr;
+    const T* result = channels > 0 && target ? row_of_use<T>(own.use.out, begin, b, head) : nullptr;
+    T* to = packed + begin * n.width + own.first;
+#pragma unroll
+    for (int turn = 0; turn < turns; ++turn) {
+      if (begin + turn * step >= frames) break;
 #pragma unroll 1
       for (int c = lane * N; c < end; c += lanes * N) {
         Pack<T, N> x{};
-        if (c < channels) x = *reinterpret_cast<const Pack<T, N>*>(row + c);
-        if (width > 0) store_pack(to + c, x);
+        if (c < channels) x = *reinterpret_cast<const Pack<T, N>*>(row + turn * step * rows.frame + c);
+        if (width > 0) store_pack(to + turn * step * n.width + c, x);
         if (!target || c >= channels) continue;
-        auto y = *reinterpret_cast<const Pack<T, N>*>(result + c);
+        auto y = *reinterpret_cast<const Pack<T, N>*>(result + turn * step * own.use.out.frame + c);
 #pragma unroll
-        for (int i = 0; i < N; ++i) sum += widen(x.element[i]) * widen(y.element[i]);
+        for (int i = 0; i < N; ++i) sums[turn] += widen(x.element[i]) * widen(y.element[i]);
       }
     }
-    if (!target) continue;
+  }
+  if (!target) return;
+#pragma unroll
+  for (int turn = 0; turn < turns; ++turn) {
+    float sum = sums[turn];
 #pragma unroll
     for (int distance = lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+    const int64_t frame = begin + turn * step;
     if (frame < frames && lane == 0) delta[frame] = n.add ? delta[frame] + sum : sum;
   }
 }
@@ -90,17 +94,17 @@ __global__ void __launch_bounds__(columns* groups) offsets_kernel(const Attentio
   float sum = 0.0f;
   if (offset < projections) {
     const int64_t of_part = rows * 8, of_sequence = n.parts * of_part;
-#pragma unroll 1
-    for (int part = 0; part < n.parts; ++part) {
-      const int64_t row = PartOfTargets(int(n.targets), int(n.share), part).row_of(offset);
-      const bool odd = row >= 0 && row < rows, even = row + 1 >= 0 && row + 1 < rows;
-      if (!odd && !even) continue;
-      const float* from =
-          static_cast<const float*>(n.offsets) + h * n.sequences * of_sequence + part * of_part + row * 8;
+    const float* of_group = static_cast<const float*>(n.offsets) + (h * n.sequences + group) * of_sequence + c;
+    const int sequences = (int(n.sequences) - group + groups - 1) / groups;
+    auto add = [&](const float* from) {
 #pragma unroll 4
-      for (int64_t b = group; b < n.sequences; b += groups) {
-        sum += (even ? from[b * of_sequence + 8 + c] : 0.0f) + (odd ? from[b * of_sequence + 4 + c] : 0.0f);
-      }
+      for (int b = 0; b < sequences; ++b, from += groups * of_sequence) sum += *from;
+    };
+#pragma unroll 1
+    for (int part = 0; part < int(n.parts); ++part, of_group += of_part) {
+      const int64_t row = PartOfTargets(int(n.targets), int(n.share), part).row_of(offset);
+      if (row + 1 >= 0 && row + 1 < rows) add(of_group + (row + 1) * 8);
+      if (row >= 0 && row < rows) add(of_group + row * 8 + 4);
     }
   }
   shared[group][column] = sum;

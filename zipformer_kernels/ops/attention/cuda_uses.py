@@ -121,9 +121,13 @@ def _told_apart(q: Tensor, uses: Sequence[Use]) -> tuple[list[_Own], list[_Own]]
 
 
 def _readable(x: Tensor) -> bool:
-    """Whether all rows are aligned as copies of `COPIED` bytes want them."""
+    """Whether all rows are aligned as copies of `COPIED` bytes want them, and frames as far apart as 31 bits count."""
     size = x.element_size()
-    return x.data_ptr() % COPIED == 0 and all(stride * size % COPIED == 0 for stride in x.stride()[:3])
+    return (
+        x.stride(0) < 1 << 31
+        and x.data_ptr() % COPIED == 0
+        and all(stride * size % COPIED == 0 for stride in x.stride()[:3])
+    )
 
 
 def _channels(
