@@ -51,7 +51,8 @@ class _Tiles:
 
 
 def _forward(arguments: Arguments, y: Tensor | None, activated: Tensor | None, x_bias: Tensor | None) -> None:
-    tiles = _Tiles(arguments, WARPS.value)
+    warps = WARPS if x_bias is None else BACKWARD_WARPS  # with both the bias and chunks four warps would spill
+    tiles = _Tiles(arguments, warps.value)
     a = arguments.a
     weight, bias, causal_weight, causal_bias, edge_scale = arguments.parameters
     with on_device(a):
