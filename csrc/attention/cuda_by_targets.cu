@@ -21,16 +21,8 @@ struct Layout {
   static constexpr int bytes = channels + (wide ? ChannelBlocks<T>::bytes : 0);
 };
 
-// Three blocks of narrow uses share a multiprocessor; before compute capability 9.0 registers would spill.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int narrow_resident = 2;
-#else
-constexpr int narrow_resident = 3;
-#endif
-
 template <class T, bool wide>
-__global__ void __launch_bounds__(attention_threads, wide ? 2 : narrow_resident)
-    by_targets(const AttentionScoresGradients args) {
+__global__ void __launch_bounds__(attention_threads, 2) by_targets(const AttentionScoresGradients args) {
   using Memory = Layout<T, wide>;
   using Stage = typename Memory::Stage;
   const AttentionWeights& w = args.weights;
