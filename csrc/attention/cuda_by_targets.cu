@@ -22,7 +22,7 @@ struct Layout {
 };
 
 template <class T, bool wide>
-__global__ void __launch_bounds__(attention_threads, wide ? 2 : 3) by_targets(const AttentionScoresGradients args) {
+__global__ void __launch_bounds__(attention_threads, 2) by_targets(const AttentionScoresGradients args) {
   using Memory = Layout<T, wide>;
   using Stage = typename Memory::Stage;
   const AttentionWeights& w = args.weights;
