@@ -20,14 +20,14 @@ from benchmarks.gpu.roofline import MACHINES, Machine, predicted, resident_block
 from benchmarks.gpu.sass import Kernel, disassemble, disassemble_cubin
 from benchmarks.gpu.trips import block_of_targets, executed
 from benchmarks.harness import models
-from benchmarks.harness.op_jobs import RESIDUAL
 from zipformer_kernels import ops
 from zipformer_kernels.ops.cases import BATCH, FRAMES, Case
 from zipformer_kernels.ops.scaled_adam.cases import CASES as ADAM_CASES
 
-RESIDUAL_OPS = ("bias_norm", "bias_norm.bypass", "bypass")
+RESIDUAL_OPS = ("bias_norm", "bias_norm.bypass", "bypass", "downsample", "upsample_bypass")
 OPS = ("swoosh", "swoosh_linear", *RESIDUAL_OPS, "conv_module", "attention", "nonlin_attention")
 STACKS = tuple(f"L stack {i}, {BATCH} x 30 s" for i in range(4))
+BETWEEN = ("into L stack", "around L stack", "output of L")
 BACKENDS = ("triton", "cuda")
 ATTENTION = ("attention", "nonlin_attention")
 ADAM_BYTES = {"scaled_adam.partials_kernel": 8, "scaled_adam.update_kernel": 28}
@@ -139,7 +139,7 @@ def op_rows(native: ModuleType, kernels: Kernels, step: Callable[[str], None]) -
     """
     for name in OPS:
         op = ops.get(name)
-        for case in (case for case in ops.cases_of(name) if case.name in STACKS):
+        for case in cases_of(name):
             step(f"{name}, {case.name}")
             for backend in (b for b in BACKENDS if b in op.backends):
                 for direction, launches, args in both_ways(native, op, op.backends[backend], case):
@@ -149,9 +149,15 @@ def op_rows(native: ModuleType, kernels: Kernels, step: Callable[[str], None]) -
         yield adam_row(native, kernels, backend)
 
 
+def cases_of(name: str) -> list[Case]:
+    """The cases of an op at preset L's stacks, or between them."""
+    found = ops.cases_of(name)
+    return [case for case in found if case.name in STACKS or (case.large and case.name.startswith(BETWEEN))]
+
+
 def dtype_of(name: str) -> torch.dtype:
     """What the model calls an op on under bfloat16 autocast."""
-    return torch.float32 if name.startswith(RESIDUAL) else torch.bfloat16
+    return torch.float32 if name in RESIDUAL_OPS else torch.bfloat16
 
 
 def both_ways(native: ModuleType, op: Any, launchers: Any, case: Case) -> Iterator[tuple[str, list[Launch], tuple]]:
@@ -191,6 +197,7 @@ def op_row(
         "direction": direction,
         "dtype": str(dtype).removeprefix("torch."),
         "bytes": moved,
+        "moved": sum(launch.bytes for launch in launches),
         "flops": case.flops[direction],
         "kernels": rows,
         "torch": len(others),
@@ -247,6 +254,8 @@ def encoder_launches(native: ModuleType, peer: str, work: str) -> list[Launch]:
     for part in encoder.modules():
         if hasattr(part, "batch_count"):
             part.batch_count = models.BATCH_COUNT
+        if hasattr(part, "min_prob"):
+            part.prob = part.min_prob  # of a Whiten that has looked and found nothing to change
     models.seed(0)
     x = torch.empty(FRAMES, BATCH, 192, requires_grad=training)
     lengths = torch.full((BATCH,), FRAMES)
@@ -279,7 +288,7 @@ def model_row(native: ModuleType, kernels: Kernels, peer: str, work: str) -> dic
     """Predicted milliseconds of the encoder, by category, and of its own kernels, by name."""
     launches = encoder_launches(native, peer, work)
     milliseconds: dict[str, Counter[str]] = {m.name: Counter() for m in MACHINES}
-    count, moved, shortest = Counter(), Counter(), Counter()
+    count, moved, shortest, multiplied = Counter(), Counter(), Counter(), 0
     own: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     cache: dict[Any, dict[str, Any]] = {}
     for launch in launches:
@@ -293,6 +302,7 @@ def model_row(native: ModuleType, kernels: Kernels, peer: str, work: str) -> dic
             row = cache[key]
             name = row["kernel"].split(".")[0]
             own[row["kernel"], launch.kind].append(row)
+            multiplied += row["matrix_flops"] if name == "products" else 0
             times = {machine: us / 1e3 for machine, us in row["predicted_us"].items()}
         count[name] += 1
         moved[name] += launch.bytes
@@ -305,7 +315,7 @@ def model_row(native: ModuleType, kernels: Kernels, peer: str, work: str) -> dic
         "launches": dict(count),
         "shortest": dict(shortest),
         "bytes": dict(moved),
-        "flops": sum(launch.flops for launch in launches),
+        "flops": sum(launch.flops for launch in launches) + multiplied,
         "predicted_ms": {m: {name: round(ms, 3) for name, ms in row.items()} for m, row in milliseconds.items()},
         "kernels": [kernel_sum(*key, rows) for key, rows in own.items()],
     }

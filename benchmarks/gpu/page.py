@@ -229,6 +229,7 @@ def ops_table(rows: list[dict[str, Any]], found: dict[tuple[str, ...], dict[str,
                 row["backend"],
                 row["dtype"].replace("bfloat", "bf").replace("float", "f"),
                 f"{row['bytes'] / 1e6:.0f}",
+                overhead(row),
                 f"{row['flops'] / 1e9:.1f}",
                 len(row["kernels"]) + row["torch"],
                 pair(row["floor_us"]),
@@ -236,8 +237,19 @@ def ops_table(rows: list[dict[str, Any]], found: dict[tuple[str, ...], dict[str,
                 by_machine(times),
             )
         )
-    head = "op, case, direction, backend, dtype, MB, GFLOP, launches, floor us, predicted us, measured us"
-    return "Whole ops, PyTorch's launches inside them included; us on H100 / H200.\n\n" + table(head, lines)
+    head = "op, case, direction, backend, dtype, MB, moved, GFLOP, launches, floor us, predicted us, measured us"
+    about = (
+        "Whole ops, PyTorch's launches inside them included; us on H100 / H200. *MB* must pass; *moved* is what all "
+        "launches pass, over that, of ops without products. A tensor counts once a launch, however often it is read."
+    )
+    return f"{about}\n\n{table(head, lines)}"
+
+
+def overhead(row: dict[str, Any]) -> str:
+    """Bytes that launches pass over those that must, where nothing is multiplied beside them."""
+    if row["op"] == "swoosh_linear" or row["op"] == "scaled_adam":
+        return ""
+    return f"{row['moved'] / row['bytes']:.2f}"
 
 
 def kernels_table(rows: list[dict[str, Any]], profiled: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]]) -> str:

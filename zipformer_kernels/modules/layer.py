@@ -343,7 +343,7 @@ class ZipformerEncoderLayer(Module):
         """Which sequences of x, (T, batch, channels), that get a branch: (batch, 1) of 0 and 1, or None for all."""
         if dropout_rate == 0.0 or not self.training:
             return None
-        mask = (torch.rand(x.shape[1], 1, device=x.device) > dropout_rate).to(x.dtype)
+        mask = torch.rand(x.shape[1], 1, device=x.device).gt_(dropout_rate).to(x.dtype)
         return None if all_ones(mask) else mask
 
     def sequence_dropout(self, x: Tensor, dropout_rate: float) -> Tensor:
