@@ -10,7 +10,7 @@ namespace zk {
 
 namespace {
 
-constexpr int pack_threads = 256, lanes = 8, turns = 4, step = pack_threads / lanes, pack_rows = turns * step;
+constexpr int pack_threads = 256, lanes = 4, turns = 4, step = pack_threads / lanes, pack_rows = turns * step;
 constexpr int most_uses = 8;  // of a launch
 
 // What a launch packs.
@@ -32,7 +32,7 @@ __device__ __forceinline__ const T* row_of_use(const AttentionRows& x, int64_t f
   return static_cast<const T*>(x.data) + frame * x.frame + b * x.sequence + head * x.head;
 }
 
-// Eight lanes have a target or a source of a sequence and head, N channels at a time.
+// Four lanes have a target or a source of a sequence and head, N channels at a time.
 template <class T, int N>
 __global__ void __launch_bounds__(pack_threads) pack_kernel(const Packed n) {
   const unsigned of_targets = blocks_of(n.targets), blocks = of_targets + (n.values ? blocks_of(n.sources) : 0);
