@@ -120,7 +120,7 @@ def offset_rows(n: dict[str, Any]) -> int:
 
 
 def pack_uses(n: dict[str, Any], body: Body, depth: int) -> float:
-    """The uses; of each four rows one after the other, of targets or of sources; four lanes share a row's channels,
+    """The uses; of each eight rows one after the other, of targets or of sources; four lanes share a row's channels,
     four at a time. Of a use that is not packed only targets are read, of its own heads.
     """
     uses = n["uses"]
