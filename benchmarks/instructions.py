@@ -35,7 +35,11 @@ def count() -> dict[str, Any]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         work = [(peer, work) for work in counts.WORK for peer in ("ours", "upstream")]
         bar = progress.add_task(
-            "CUDA kernels", total=2 + sum(map(len, map(counts.cases_of, counts.OPS))) + len(layer.KINDS) * len(counts.STACKS) + len(work)
+            "CUDA kernels",
+            total=2
+            + sum(map(len, map(counts.cases_of, counts.OPS)))
+            + len(layer.KINDS) * len(counts.STACKS)
+            + len(work),
         )
 
         def step(name: str) -> None:

@@ -120,15 +120,15 @@ def offset_rows(n: dict[str, Any]) -> int:
 
 
 def pack_uses(n: dict[str, Any], body: Body, depth: int) -> float:
-    """The uses; of each four rows one after the other, of targets or of sources; eight lanes share a row's channels,
+    """The uses; of each eight rows one after the other, of targets or of sources; four lanes share a row's channels,
     four at a time. Of a use that is not packed only targets are read, of its own heads.
     """
     uses = n["uses"]
     if depth == 0:
         return len(uses)
     targets = n["targets"] / (n["targets"] + (n["sources"] if n["width"] else 0))
-    spans = (ceil_div(one.end - one.first, 32) for one in uses)
-    own = (targets * one.heads / n["heads"] * ceil_div(one.use.channels, 32) for one in uses)
+    spans = (ceil_div(one.end - one.first, 16) for one in uses)
+    own = (targets * one.heads / n["heads"] * ceil_div(one.use.channels, 16) for one in uses)
     return sum(span or mine for span, mine in zip(spans, own, strict=True)) / len(uses)
 
 

@@ -10,7 +10,7 @@ namespace zk {
 
 namespace {
 
-constexpr int pack_threads = 256, lanes = 8, turns = 4, step = pack_threads / lanes, pack_rows = turns * step;
+constexpr int pack_threads = 256, lanes = 4, turns = 8, step = pack_threads / lanes, pack_rows = turns * step;
 constexpr int most_uses = 8;  // of a launch
 
 // What a launch packs.
@@ -32,7 +32,7 @@ __device__ __forceinline__ const T* row_of_use(const AttentionRows& x, int64_t f
   return static_cast<const T*>(x.data) + frame * x.frame + b * x.sequence + head * x.head;
 }
 
-// Eight lanes have a target or a source of a sequence and head, N channels at a time.
+// Four lanes have a target or a source of a sequence and head, N channels at a time.
 template <class T, int N>
 __global__ void __launch_bounds__(pack_threads) pack_kernel(const Packed n) {
   const unsigned of_targets = blocks_of(n.targets), blocks = of_targets + (n.values ? blocks_of(n.sources) : 0);
@@ -49,22 +49,25 @@ __global__ void __launch_bounds__(pack_threads) pack_kernel(const Packed n) {
   for (int u = 0; u < n.count; ++u) {
     const AttentionPackedUse& own = n.uses[u];
     const AttentionRows& rows = target ? own.use.grad : own.use.v;
-    const int64_t head = h - own.first_head;
-    const int channels = head >= 0 && head < own.heads ? int(own.use.channels) : 0, width = int(own.end - own.first);
+    const int head = int(h) - int(own.first_head), width = int(own.end) - int(own.first);
+    const int channels = unsigned(head) < unsigned(own.heads) ? int(own.use.channels) : 0;
     const int end = width > 0 ? width : target ? channels : 0;
     const T* row = channels > 0 ? row_of_use<T>(rows, begin, b, head) : nullptr;
     const T* result = channels > 0 && target ? row_of_use<T>(own.use.out, begin, b, head) : nullptr;
     T* to = packed + begin * n.width + own.first;
-#pragma unroll
-    for (int turn = 0; turn < turns; ++turn) {
-      if (begin + turn * step >= frames) break;
+    const int64_t next_row = step * rows.frame, next_result = step * own.use.out.frame, next = step * n.width;
 #pragma unroll 1
-      for (int c = lane * N; c < end; c += lanes * N) {
+    for (int c = lane * N; c < end; c += lanes * N) {
+      const T *from = row + c, *beside = result + c;
+      T* place = to + c;
+#pragma unroll
+      for (int turn = 0; turn < turns; ++turn, from += next_row, beside += next_result, place += next) {
+        if (begin + turn * step >= frames) break;
         Pack<T, N> x{};
-        if (c < channels) x = *reinterpret_cast<const Pack<T, N>*>(row + turn * step * rows.frame + c);
-        if (width > 0) store_pack(to + turn * step * n.width + c, x);
+        if (c < channels) x = *reinterpret_cast<const Pack<T, N>*>(from);
+        if (width > 0) store_pack(place, x);
         if (!target || c >= channels) continue;
-        auto y = *reinterpret_cast<const Pack<T, N>*>(result + turn * step * own.use.out.frame + c);
+        auto y = *reinterpret_cast<const Pack<T, N>*>(beside);
 #pragma unroll
         for (int i = 0; i < N; ++i) sums[turn] += widen(x.element[i]) * widen(y.element[i]);
       }
@@ -77,7 +80,9 @@ __global__ void __launch_bounds__(pack_threads) pack_kernel(const Packed n) {
 #pragma unroll
     for (int distance = lanes / 2; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
     const int64_t frame = begin + turn * step;
-    if (frame < frames && lane == 0) delta[frame] = n.add ? delta[frame] + sum : sum;
+    if (frame >= frames || lane != 0) continue;
+    if (n.add) sum += delta[frame];
+    delta[frame] = sum;
   }
 }
 

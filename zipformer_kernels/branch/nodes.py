@@ -46,9 +46,9 @@ class Nodes:
         context: Sequence[Any],
         settings: dict[str, Any],
         balancer: nn.Module | None,
-        chosen: Callable[[], Tensor | None],
+        chosen: Callable[[Tensor], Tensor | None],
     ) -> tuple[Tensor, Tensor | None] | None:
-        """src plus a branch, and the next state; None where a call with gradients has to call the modules.
+        """src plus a branch, and the next state; None where modules have to be called, before anything is drawn.
 
         Args:
             branch: the module.
@@ -56,20 +56,20 @@ class Nodes:
             state: left context in a stream, or None.
             context, settings: other arguments of its forward.
             balancer: of the branch's result, or None.
-            chosen: draws which sequences get the branch, (batch, 1), or None for all.
+            chosen: draws which sequences of a tensor get the branch, (batch, 1), or None for all.
         """
         src, parameters = src.contiguous(), Weights(*_of(branch.in_proj), *_of(branch.out_proj))
         site = self._site(src, parameters)
         plan = branch.plan(site, *context, **settings) if state is None else None
-        if plan is None and torch.is_grad_enabled():
+        if plan is None and (torch.is_grad_enabled() or branch.training):
             return None
         weights = self._low(parameters)
         if plan is None:
-            return self._by_middle(branch, src, state, context, settings, weights, chosen())
+            return self._by_middle(branch, src, state, context, settings, weights)
         if balancer is not None:
             plan = plan._replace(changes=acting(*plan.changes, balancer.change(site.result, src.shape[-1])))
         x, made = self._lowered(src)
-        call = Call(plan, self._products, self.low, self._handed, made, (weights, chosen()))
+        call = Call(plan, self._products, self.low, self._handed, made, (weights, chosen(src)))
         y, low = add(call, src, x, parameters)
         self._source = y, low, True
         return y, None
@@ -105,13 +105,12 @@ class Nodes:
         context: Sequence[Any],
         settings: dict[str, Any],
         weights: Weights,
-        chosen: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         """Without gradients, by what the branch computes between its products."""
         hidden = F.linear(self._lowered(src)[0], weights.first, weights.first_bias)
         x, state = branch.middle(hidden, state, *context, **settings)
         x = branch.activated(x).to(self.low)
-        y, low = without_autocast(self._products.added, src, x, weights.last, weights.last_bias, chosen, self.low)
+        y, low = without_autocast(self._products.added, src, x, weights.last, weights.last_bias, None, self.low)
         self._source = y, low, True
         return y, state
 

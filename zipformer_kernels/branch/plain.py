@@ -25,9 +25,11 @@ from torch import Tensor, nn
 from torch.compiler import is_dynamo_compiling
 from torch.nn.parameter import Parameter
 
-from zipformer_kernels.branch.answer import Answer
+from zipformer_kernels.branch.answer import Answer, reads
 from zipformer_kernels.core.private import has_global_hooks
 from zipformer_kernels.training import Balancer, ScaleGrad, Whiten
+
+reads(Balancer, "channel_dim")
 
 
 class When:
@@ -201,6 +203,15 @@ def convolution(kind: type[nn.Module], **settings: object) -> Expected:
 
     def expected(module: nn.Module, when: int) -> bool:
         return matches(module, kind, when) and all(getattr(module, name) == wanted[name] for name in wanted)
+
+    return expected
+
+
+def balancer(channel_dim: int) -> Expected:
+    """Expects a Balancer of the channels along this dimension."""
+
+    def expected(module: nn.Module, when: int) -> bool:
+        return matches(module, Balancer, when) and module.channel_dim == channel_dim
 
     return expected
 

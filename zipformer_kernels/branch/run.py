@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from zipformer_kernels.branch.branch import Branch
 from zipformer_kernels.branch.nodes import Nodes
 from zipformer_kernels.branch.plain import When, matches, takes
-from zipformer_kernels.branch.ways import MODULES, WAYS, Given, has_nodes, settle
+from zipformer_kernels.branch.ways import MODULES, WAYS, Added, Given, has_nodes, settle
 from zipformer_kernels.core.call import PLAIN, unreadable
 from zipformer_kernels.ops.attention import AttentionWeights
 from zipformer_kernels.training import FloatLike
@@ -112,43 +113,60 @@ class Run:
             balancer = None
         if state is not None:
             settings |= state.settings
-        module = self.parts[name]
+        rate = self.rate(skip)  # read before the module runs, so that numbers are drawn in upstream's order
+        chosen = partial(self._chosen, rate, mask)
         added = None
         if name in self.settled.fused and (balancer is None or balancer in self.settled.fused):
-            rate = self.rate(skip) if self.nodes is not None else 0.0
-            shaping = self.parts[balancer] if balancer is not None else None
-            chosen = lambda: self._chosen(src, rate, mask)  # noqa: E731
-            given = Given(
-                self.settled.backend,
-                src,
-                state and state.value,
-                context,
-                settings,
-                self._owns,
-                self.nodes,
-                shaping,
-                chosen,
-            )
-            added = next(filter(None, (way.add(module, given) for way in self.settled.ways)), None)
-        if added is not None:
-            src, following = added
-        elif state is not None:
-            context = _taken(module, context)
-            result, following = module.streaming_forward(src, *context, **{state.name: state.value}, **settings)
-            src = src + result
-            self.check(src)
-        else:
-            rate = self.rate(skip)  # read before the module runs, so that numbers are drawn in upstream's order
-            result = module(src, *_taken(module, context), **settings)
-            if balancer is not None:
-                result = self.parts[balancer](result)
-            mask = self._chosen(result, rate, mask)
-            src = src + result if mask is None else torch.addcmul(src, result, mask)
-            self.check(src)
+            added = self._by_way(name, src, state, context, settings, balancer, chosen)
+        if added is None:
+            added = self._by_modules(name, src, state, context, settings, balancer, chosen)
+        src, following = added
         if state is not None:
             self.states[name] = state._replace(value=following)
         self._owns = True
         return src
+
+    def _by_way(
+        self,
+        name: str,
+        src: Tensor,
+        state: State | None,
+        context: Sequence[Any],
+        settings: dict[str, Any],
+        balancer: str | None,
+        chosen: Callable[[Tensor], Tensor | None],
+    ) -> Added | None:
+        """src plus a branch, and the next state, by the first way that serves; None if none does."""
+        given = Given(self.settled.backend, src, state and state.value, context, settings, self._owns)
+        if self.nodes is not None:
+            shaping = None if balancer is None else self.parts[balancer]
+            given = given._replace(nodes=self.nodes, balancer=shaping, chosen=chosen)
+        ways = self.settled.ways
+        return next(filter(None, (way.add(self.parts[name], given) for way in ways)), None)
+
+    def _by_modules(
+        self,
+        name: str,
+        src: Tensor,
+        state: State | None,
+        context: Sequence[Any],
+        settings: dict[str, Any],
+        balancer: str | None,
+        chosen: Callable[[Tensor], Tensor | None],
+    ) -> Added:
+        """src plus a branch, and the next state, by calls of its modules."""
+        module, following = self.parts[name], None
+        context = _taken(module, context)
+        if state is not None:
+            result, following = module.streaming_forward(src, *context, **{state.name: state.value}, **settings)
+        else:
+            result = module(src, *context, **settings)
+        if balancer is not None:
+            result = self.parts[balancer](result)
+        mask = None if state is not None else chosen(result)
+        src = src + result if mask is None else torch.addcmul(src, result, mask)
+        self.check(src)
+        return src, following
 
     def project(self, linear: nn.Module, x: Tensor, passes: bool = True) -> tuple[Tensor, Tensor]:
         """What a linear module makes of x, and x for its other uses; see `Nodes.project`."""
@@ -156,8 +174,8 @@ class Run:
             return linear(x), x
         return self.nodes.project(linear, x, passes)
 
-    def _chosen(self, like: Tensor, rate: float, mask: Tensor | None) -> Tensor | None:
-        """Which sequences get a branch: as drawn before, or at a rate."""
+    def _chosen(self, rate: float, mask: Tensor | None, like: Tensor) -> Tensor | None:
+        """Which sequences get a branch: as drawn before, or at a rate; for a result like that tensor."""
         return mask if rate == 0.0 else self.layer.get_sequence_dropout_mask(like, rate)
 
     def _linears(self) -> Iterator[nn.Module]:

@@ -47,7 +47,7 @@ class Given(NamedTuple):
         over: whether src may be overwritten.
         nodes: what the layer's nodes share, for `NODE`.
         balancer: of the branch's result, or None; likewise.
-        chosen: draws which sequences get the branch, (batch, 1), or None for all; likewise.
+        chosen: draws which sequences of a tensor get the branch, (batch, 1), or None for all; likewise.
     """
 
     backend: SettledBackend | None
@@ -58,7 +58,7 @@ class Given(NamedTuple):
     over: bool
     nodes: Nodes | None = None
     balancer: nn.Module | None = None
-    chosen: Callable[[], Tensor | None] = lambda: None
+    chosen: Callable[[Tensor], Tensor | None] = lambda _: None
 
 
 def _one_kernel(branch: Branch, given: Given) -> Added | None:

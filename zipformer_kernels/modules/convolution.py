@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from zipformer_kernels.branch.branch import Branch
 from zipformer_kernels.branch.middles.conv_module import ConvMiddle
 from zipformer_kernels.branch.node import Plan, Site, acting
-from zipformer_kernels.branch.plain import When, depthwise, made_of, matches, plain_parts
+from zipformer_kernels.branch.plain import When, balancer, depthwise, made_of, matches, plain_parts
 from zipformer_kernels.core.joint import split
 from zipformer_kernels.core.module import Module
 from zipformer_kernels.core.op import SettledBackend
@@ -109,10 +109,10 @@ def _swoosh_r(module: nn.Module, when: int) -> bool:
 
 @made_of(
     {
-        "balancer1": Balancer,
+        "balancer1": balancer(-1),
         "activation1": nn.Identity,
         "activation2": nn.Identity,
-        "balancer2": Balancer,
+        "balancer2": balancer(1),
         "whiten": Whiten,
     },
     in_proj=nn.Linear,
@@ -220,6 +220,8 @@ class ConvolutionModule(Branch):
         return self.out_proj.activated(x)
 
     def plan(self, site: Site, *, src_key_padding_mask: Tensor | None, chunk_size: int = -1) -> Plan | None:
+        if self.out_proj.dropout_p != 0.0:  # also a schedule
+            return None
         self._check_chunks(chunk_size)
         frames, batch, channels = site.shape
         _check_padding(src_key_padding_mask, frames, batch)

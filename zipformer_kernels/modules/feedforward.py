@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from zipformer_kernels.branch.branch import Branch
 from zipformer_kernels.branch.middles.swoosh_linear import SwooshMiddle
 from zipformer_kernels.branch.node import Plan, Site, acting
-from zipformer_kernels.branch.plain import made_of
+from zipformer_kernels.branch.plain import balancer, made_of
 from zipformer_kernels.core.op import SettledBackend
 from zipformer_kernels.modules.activation_dropout_linear import ACTIVATIONS, ActivationDropoutAndLinear
 from zipformer_kernels.ops.swoosh import swoosh_
@@ -15,7 +15,7 @@ from zipformer_kernels.ops.swoosh_linear import infer_feed_forward
 from zipformer_kernels.training import Balancer, FloatLike, Whiten, whitening_schedule
 
 
-@made_of(in_proj=nn.Linear, hidden_balancer=Balancer, out_proj=ActivationDropoutAndLinear, out_whiten=Whiten)
+@made_of(in_proj=nn.Linear, hidden_balancer=balancer(-1), out_proj=ActivationDropoutAndLinear, out_whiten=Whiten)
 class FeedforwardModule(Branch):
     """Linear, SwooshL, dropout with a mask shared over time, linear.
 
@@ -59,8 +59,10 @@ class FeedforwardModule(Branch):
     def activated(self, x: Tensor) -> Tensor:
         return self.out_proj.activated(x)
 
-    def plan(self, site: Site) -> Plan:
+    def plan(self, site: Site) -> Plan | None:
         last, (_, batch, _) = self.out_proj, site.shape
+        if last.dropout_shared_dim != 0:
+            return None
         change = self.hidden_balancer.change(site.hidden, last.weight.shape[1])
         draws, rate = last.draws((1, batch, last.weight.shape[1]), site.low, site.device)
         whiten = self.out_whiten.change(site.result, site.shape[2])

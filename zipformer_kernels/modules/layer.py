@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from zipformer_kernels.branch.plain import When, made_of, plain_parts
+from zipformer_kernels.branch.plain import When, balancer, made_of, plain_parts
 from zipformer_kernels.branch.run import Run, State
 from zipformer_kernels.core.module import Module
 from zipformer_kernels.modules.attention import RelPositionMultiheadAttentionWeights, SelfAttention, given_mask
@@ -29,11 +29,11 @@ BYPASS_SKIP_RATE = ScheduledFloat((0.0, 0.5), (4000.0, 0.02), default=0)
 
 @made_of(
     {
-        "balancer1": Balancer,
-        "balancer2": Balancer,
-        "balancer_na": Balancer,
-        "balancer_ff2": Balancer,
-        "balancer_ff3": Balancer,
+        "balancer1": balancer(-1),
+        "balancer2": balancer(-1),
+        "balancer_na": balancer(-1),
+        "balancer_ff2": balancer(-1),
+        "balancer_ff3": balancer(-1),
         "whiten": Whiten,
     },
     bypass=BypassModule,

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from zipformer_kernels.branch.branch import Branch
 from zipformer_kernels.branch.middles.nonlin_attention import GatedMiddle
 from zipformer_kernels.branch.node import Plan, Site, acting
-from zipformer_kernels.branch.plain import When, made_of, plain_parts
+from zipformer_kernels.branch.plain import When, balancer, made_of, plain_parts
 from zipformer_kernels.core.joint import split
 from zipformer_kernels.core.op import SettledBackend
 from zipformer_kernels.modules.scaled_init import ScaledLinear
@@ -27,7 +27,7 @@ from zipformer_kernels.training import Balancer, ScheduledFloat, Whiten, whiteni
 
 @made_of(
     {
-        "balancer": Balancer,
+        "balancer": balancer(-1),
         "identity1": nn.Identity,
         "identity2": nn.Identity,
         "identity3": nn.Identity,
