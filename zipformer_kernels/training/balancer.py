@@ -73,7 +73,7 @@ class Balancer(Module):
             channels: how many x has.
             channel_dim: along which dimension.
         """
-        if not wanted or (being_traced() and not self.training):
+        if not wanted or (not self.training and being_traced()):
             return None
         limits = self.draw()
         if limits is None:

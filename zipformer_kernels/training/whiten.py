@@ -83,7 +83,7 @@ class Whiten(Module):
             channels: how many x has, along its last dimension.
         """
         grad_scale = number(self.grad_scale)
-        if not wanted or (being_traced() and not self.training):
+        if not wanted or (not self.training and being_traced()):
             return None
         if not happens(self.prob) or grad_scale == 0:
             return None

@@ -68,7 +68,7 @@ def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def multiplies_widely(x: Tensor) -> bool:
     """Whether torch multiplies tensors like x, in half precision, to a result in float32."""
-    return MM_HAS_OUT_DTYPE and x.is_cuda
+    return MM_HAS_OUT_DTYPE and x.is_cuda and torch.version.hip is None
 
 
 def _lowered(grad: Tensor, chosen: Tensor | None, low: torch.dtype) -> tuple[Tensor, Tensor]:
