@@ -286,7 +286,7 @@ def add(call: Call, src: Tensor, x: Tensor, parameters: Weights) -> tuple[Tensor
         x: src in `low`, or src itself.
         parameters: of the products, as the modules have them.
     """
-    context = call.plan.context
+    context, call.plan = call.plan.context, call.plan._replace(context=())  # autograd alone shall hold it
     if torch.is_grad_enabled():
         return _apply(call, src, x, *parameters, *context)
     return without_autocast(call.add, src, x, context, False)[:2]
