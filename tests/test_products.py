@@ -221,7 +221,10 @@ def test_added_gradient(lane, low, shape, grad_dtype):
     assert dsrc.dtype == grad_dtype
     assert_near(dsrc, g64 + d64 @ w64, hidden_channels + 1, size + g64.abs(), "dsrc", (low, 2 * size))
     assert_low_copy(dsrc, dsrc_low, low)
-    assert_sums(sums, dsrc_low, channels)
+    if lane == "torch":  # where sums would be a pass of their own
+        assert sums is None
+    else:
+        assert_sums(sums, dsrc_low, channels)
 
 
 @lanes

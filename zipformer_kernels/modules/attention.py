@@ -160,7 +160,7 @@ class RelPositionMultiheadAttentionWeights(Module):
         pos_emb: Tensor,
         key_padding_mask: Tensor | None = None,
         attn_mask: Tensor | ChunkMask | None = None,
-        project: Projection = called,
+        project: Projection | None = None,
     ) -> tuple[AttentionWeights | Tensor, Tensor]:
         """The weights as a handle that averages values, and x for all that uses it further.
 
@@ -169,9 +169,9 @@ class RelPositionMultiheadAttentionWeights(Module):
 
         Args:
             x, pos_emb, key_padding_mask, attn_mask: as of `forward`.
-            project: computes the projections.
+            project: computes the projections; None: their modules, which are called.
         """
-        projected, x = project(self.in_proj, x)
+        projected, x = (project or called)(self.in_proj, x)
         q, k, p = split(projected, self._widths())
         q = self.copy_query(q)
         k = self.whiten_keys(self.balance_keys(k))
@@ -272,7 +272,7 @@ class RelPositionMultiheadAttentionWeights(Module):
         attn_mask: Tensor | ChunkMask | None = None,
         penalty: float = 0.0,
         limit: float = 0.0,
-        project: Projection = called,
+        project: Projection | None = None,
     ) -> AttentionWeights:
         """The handle over flat q, k, p, (frames, batch, heads * channels); None for `pos_emb` leaves positions out."""
         q, k, p = (split_last(x, self.num_heads) for x in (q, k, p))
@@ -282,7 +282,7 @@ class RelPositionMultiheadAttentionWeights(Module):
         self._check_positions(pos_emb, q.shape[0], k.shape[0])
         if pos_emb.shape[0] == 1 and being_traced():  # to flatten 1 x n rows ties torch.export to some lengths
             pos_emb = pos_emb[0]
-        e = split_last(project(self.linear_pos, pos_emb, passes=False)[0], self.num_heads)
+        e = split_last((project or called)(self.linear_pos, pos_emb, passes=False)[0], self.num_heads)
         e = e.squeeze(0) if e.ndim == 4 and e.shape[0] == 1 else e  # backward of e[0] would be a launch
         return AttentionWeights(q, k, p, e, *rest, stored_bytes=self.stored_bytes)
 
