@@ -362,8 +362,9 @@ def test_more_elements_than_32_bits_count():
 def test_what_triton_cannot_take_is_pytorchs():
     src = torch.zeros(2, 3, 8)
     with use_backend("triton,eager"):
-        assert choose(src, torch.float32) is BY_TORCH
-        assert choose(src.double(), torch.bfloat16) is BY_TORCH
+        for own in (choose(src, torch.float32), choose(src.double(), torch.bfloat16)):
+            assert own.added is BY_TORCH.added
+            assert own is not BY_TORCH, "with Triton's passes for Swoosh"
     many = torch.empty(0, products.MOST_SEQUENCES + 1, 8)
     assert "sequences at most, got 65537" in unsupported(many, torch.bfloat16)
     assert "half precision, got torch.float32" in unsupported(src, torch.float32)
@@ -372,7 +373,7 @@ def test_what_triton_cannot_take_is_pytorchs():
 
 def test_the_choice_of_a_backend_holds():
     src = torch.zeros(2, 3, 8, device=device_of("triton"))
-    assert choose(src.cpu(), torch.bfloat16) is BY_TORCH, "auto on a CPU"
+    assert choose(src.cpu(), torch.bfloat16).added is BY_TORCH.added, "auto on a CPU"
     triton = products_of("triton")
     for request, expected in (("triton", triton), ("eager", BY_TORCH), ("triton,eager", triton)):
         with use_backend(request):

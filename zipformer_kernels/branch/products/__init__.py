@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -33,11 +32,8 @@ def choose(src: Tensor, low: torch.dtype) -> Products:
         own, x = swoosh_linear.backends.get(name), src.new_empty(0, dtype=low)
         serves = isinstance(own, SwooshLinearLaunchers) and backends.unserved_device(name, device) is None
         if serves and own.supports(x, None, None, None, "l", low) is None:
-            return _beside(own)
+            return around(own)
     return BY_TORCH
-
-
-_beside = lru_cache(around)
 
 
 def unsupported(src: Tensor, low: torch.dtype) -> str | None:

@@ -5,6 +5,8 @@ It takes every dtype and device. `zipformer_kernels.branch.products.interface.Pr
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,7 @@ from zipformer_kernels.ops.swoosh_linear.product import SwooshLinearLaunchers
 MM_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype")  # since torch 2.8
 
 
+@lru_cache
 def around(passes: SwooshLinearLaunchers) -> Products:
     """Products by PyTorch, with a backend's passes for Swoosh beside them."""
 
