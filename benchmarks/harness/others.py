@@ -175,6 +175,29 @@ def bypass_upstream(src_orig: Tensor, src: Tensor, scale: Tensor) -> Call:
     return run, (src_orig, src, scale)
 
 
+def downsample_upstream(src: Tensor, bias: Tensor, mask: Tensor | None, channels: int) -> Call:
+    """``SimpleDownsample``."""
+    if mask is not None or channels != src.shape[2]:
+        raise Unserved("upstream masks and widens elsewhere")
+    (module,) = _upstream("zipformer")
+    made = module.SimpleDownsample(channels, len(bias), 0.0, False)
+    made.bias = nn.Parameter(bias.detach().clone())
+    return (lambda src, *_: made(src)), (src, made.bias)
+
+
+def upsample_bypass_upstream(src_orig: Tensor, src: Tensor, scale: Tensor, mask: Tensor | None, factor: int) -> Call:
+    """``SimpleUpsample``, and ``BypassModule`` with the scale that it would draw."""
+    if mask is not None or src.shape[2] != src_orig.shape[2]:
+        raise Unserved("upstream masks and widens elsewhere")
+    (module,) = _upstream("zipformer")
+    repeated, (mixed, _) = module.SimpleUpsample(src.shape[2], factor), bypass_upstream(src_orig, src, scale)
+
+    def run(src_orig: Tensor, src: Tensor, scale: Tensor) -> Tensor:
+        return mixed(src_orig, repeated(src)[: len(src_orig)], scale)
+
+    return run, (src_orig, src, scale)
+
+
 def attention_flex(*args: Any) -> Call:
     """torch's flex_attention with the positional term as a score modification; 12 channels padded to 16."""
     if DEVICE.type != "cuda":
@@ -224,6 +247,8 @@ OTHERS: dict[str, dict[str, Callable[..., Call]]] = {
     "conv_module": {"upstream": conv_module_upstream},
     "depthwise_conv2d": {"upstream": depthwise_conv2d_upstream},
     "bypass": {"upstream": bypass_upstream},
+    "downsample": {"upstream": downsample_upstream},
+    "upsample_bypass": {"upstream": upsample_bypass_upstream},
     "balancer": {"upstream": balancer_upstream},
 }
 """By op, then by peer."""

@@ -51,7 +51,8 @@ class Attentions(nn.Module):
         self.attention = bare(modules.SelfAttention(1, 1, 1), "in_proj", "out_proj", "whiten")
 
     def forward(self, x: Tensor, positions: Tensor, parts: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        w = getattr(self.weights, "handle", self.weights)(x, positions)  # upstream's has no handles
+        handle = getattr(self.weights, "handle", None)
+        w = self.weights(x, positions) if handle is None else handle(x, positions)[0]  # upstream's has no handles
         return torch.cat([self.nonlin(parts, w[0:1]), self.attention(first, w), self.attention(second, w)], dim=2)
 
 
