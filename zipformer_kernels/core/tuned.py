@@ -191,7 +191,7 @@ _ON_GPU = [
     _warps("bypass.triton_warps"),
     _tile("conv_module.triton_frames", 64, "frames", "of a tile"),
     _tile("conv_module.triton_channels", 64, "channels", "of a tile"),
-    _tile("conv_module.triton_fill", 32, "frames", "of a tile and around it that are prepared at a time"),
+    _tile("conv_module.triton_fill", 16, "frames", "of a tile and around it that are prepared at a time"),
     _tile("conv_module.triton_sum_frames", 16, "frames", "of a tile of sums over frames"),
     _tile("conv_module.triton_sum_taps", 8, "taps", "of a tile of sums over frames"),
     _tile("conv_module.triton_sum_channels", 32, "channels", "of a tile of sums over frames"),
