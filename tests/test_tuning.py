@@ -35,6 +35,9 @@ in_checkout = pytest.mark.skipif(not (ROOT / "csrc").is_dir(), reason="no checko
 
 ROOMS = ("core", "ops", "training", "branch", "modules", "optim")
 HARD = {
+    "PARAMETERS": "of two products",
+    "PIECE": "as csrc has it",
+    "_ALIGNED": "16 bytes of half precision",
     "ALIGNMENT": "as Triton has it",
     "ACCESS": "16 bytes is the most that an instruction moves",
     "BACK": "tiles are at most half as long",
