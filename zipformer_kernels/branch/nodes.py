@@ -128,6 +128,8 @@ class Nodes:
 
 def cast(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The parameters in another dtype, side by side in one piece of memory, each aligned to 16 bytes: one launch."""
+    if not parameters:
+        return []
     sizes = [-(-p.numel() // _ALIGNED) * _ALIGNED for p in parameters]
     with torch.no_grad():
         memory = torch.empty(sum(sizes), dtype=dtype, device=parameters[0].device).split(sizes)
