@@ -226,7 +226,7 @@ _ATTENTION_TILES = {  # by bytes of an element
         "weights": (64, 64, 4, 16, 1),
         "aggregate": (64, 64, 4, 64, 1),
         "wide_aggregate": (32, 32, 4, 192, 1),
-        "value": (32, 64, 4, 128, 1),
+        "value": (64, 64, 4, 128, 1),
         "masked_value": (32, 64, 4, 128, 1),
         "score": (64, 32, 4, 64, 1),
         "gather": (32, 32, 4, 64, 1),

@@ -86,7 +86,8 @@ def values_gradient(scores: Scores, softmax: Tensor, masks: Masks, grad: Tensor)
         weights, grad = weights_of(scores, softmax, masks), unit_stride(grad)
         channels = grad.shape[3]
         by_pair = weights.masks.attn_mask is not None or masks.chunk > 0
-        tile = weights.tile("masked_value" if by_pair else "value")
+        wide = channels > 16  # than one matrix instruction: some widths would spill in the larger tile
+        tile = weights.tile("masked_value" if by_pair or wide else "value")
         programs, shares = tile.shares(channels)
         with on_device(grad):
             gradients.value_gradient_kernel[(weights.programs(weights.sources, tile.sources), programs)](
