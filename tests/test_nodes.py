@@ -261,7 +261,7 @@ def test_a_layer_all_of_whose_products_are_called():
     module = layer(dtype=torch.float32, batch_count=60_000.0)
 
     def patch(module):
-        for name, part in module.named_children():
+        for part in module.children():
             if hasattr(part, "in_proj"):
                 part.forward = part.forward
         module.self_attn_weights.in_proj.forward = module.self_attn_weights.in_proj.forward
@@ -269,7 +269,7 @@ def test_a_layer_all_of_whose_products_are_called():
 
     found = {}
     for ways in (MODULES, NODES):
-        found[ways], state = run(ways, module, after=patch, precision=rounded(torch.bfloat16))
+        found[ways], _ = run(ways, module, after=patch, precision=rounded(torch.bfloat16))
     for name, wanted in found[MODULES].items():
         assert error(found[NODES][name], wanted.double()) < 1e-5, name
 

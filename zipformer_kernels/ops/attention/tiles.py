@@ -70,9 +70,9 @@ TILES = {
 }
 """Their entries by kernel and bytes of an element, read at every launch.
 
-With masks for pairs the kernels `softmax` and `value` have tiles of their own, `value` also for wide heads: in the others
-they would spill. Chosen
-from machine code for sm_90 (docs/kernels.md): none spills, and at least two programs share a multiprocessor.
+With masks for pairs the kernels `softmax` and `value` have tiles of their own, `value` also for wide heads, for in the
+others they would spill. Chosen from machine code for sm_90 (docs/kernels.md): none spills, and at least two programs
+share a multiprocessor.
 """
 
 
