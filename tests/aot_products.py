@@ -17,6 +17,7 @@ from triton.runtime.jit import JITFunction
 sys.path.append(str(Path(__file__).parent.parent))  # where benchmarks/ is
 
 from benchmarks.gpu import roofline, sass
+from zipformer_kernels.branch.products import Dropout
 from zipformer_kernels.branch.products import triton as products
 
 CAPABILITY = {"sm_80": "8.0", "sm_90": "9.0", "sm_100": "10.0"}  # those whose multiprocessors `roofline` knows
@@ -28,12 +29,12 @@ def launch(low: torch.dtype, channels: int, hidden_channels: int, training: bool
     x, hidden = (torch.empty(frames, sequences, size, dtype=low) for size in (channels, hidden_channels))
     first, last = torch.empty(hidden_channels, channels, dtype=low), torch.empty(channels, hidden_channels, dtype=low)
     src = torch.empty(frames, sequences, channels, dtype=torch.float32 if training else low)
-    mask = torch.empty(1, sequences, hidden_channels, dtype=low) if training else None
+    dropout = Dropout(torch.empty(1, sequences, hidden_channels, dtype=low), 0.1) if training else None
     chosen = torch.empty(sequences, 1) if training else None
-    triton.activated(x, first, torch.empty(hidden_channels, dtype=low), mask, "l", training)
+    triton.activated(x, first, torch.empty(hidden_channels, dtype=low), dropout, "l", training)
     triton.added(src, hidden, last, torch.empty(channels, dtype=low), chosen, low)
     if training:
-        triton.activated_gradient(x, last, hidden, mask, "l")
+        triton.activated_gradient(x, last, hidden, dropout, "l")
         triton.added_gradient(src, hidden, first, low)
         triton.lowered(src, chosen, low)
 
