@@ -167,7 +167,7 @@ _ON_GPU = [
     _tile("upsample_bypass.triton_channels", 64, "channels", "of a program"),
     _tile("upsample_bypass.triton_parts", 64, "programs", "whose shares of sums are added up at a time"),
     _tile("upsample_bypass.triton_columns", 32, "columns", "that are added up by a program"),
-    _warps("upsample_bypass.triton_warps"),
+    _warps("upsample_bypass.triton_warps", 8),
     _tile("swoosh.triton_block", 1024, "elements", "of a program"),
     _warps("swoosh.triton_warps"),
     _tile("swoosh_linear.triton_forward", 4096, "elements", "of a program, forward"),
