@@ -14,6 +14,7 @@ from zipformer_kernels.branch.node import Call, Handed, Site, Weights, acting, a
 from zipformer_kernels.branch.products import choose
 from zipformer_kernels.branch.project import project
 from zipformer_kernels.core.call import without_autocast
+from zipformer_kernels.core.private import views_like
 
 _ALIGNED = 8  # elements of half precision in 16 bytes
 
@@ -35,7 +36,7 @@ class Nodes:
         self._source: tuple[Tensor | None, Tensor | None, bool] = (None, None, False)
         self._weights: dict[int, Tensor] | None = None
         if low != src.dtype:
-            parameters = [p for linear in linears for p in (linear.weight, linear.bias) if p is not None]
+            parameters = [p for linear in linears for p in _of(linear) if p is not None]
             self._weights = dict(zip(map(id, parameters), cast(parameters, low), strict=True))
 
     def add(
@@ -83,7 +84,7 @@ class Nodes:
             passes: whether x is used further.
         """
         low, _ = self._lowered(x.contiguous()) if passes else (x.detach().to(self.low), False)
-        parameters = linear.weight, linear.bias
+        parameters = _of(linear)
         given = [self._weights.get(id(p)) if self._weights and p is not None else p for p in parameters]
         hidden, passed = project(self._products, self.low, given, x if passes else None, low, *parameters)
         if passes:
@@ -127,19 +128,28 @@ class Nodes:
 
 
 def cast(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The parameters in another dtype, side by side in one piece of memory, each aligned to 16 bytes: one launch."""
+    """The parameters in another dtype, side by side in one piece of memory: one launch.
+
+    Those with whole groups of 16 bytes come first, so that each of them is aligned.
+    """
     if not parameters:
         return []
-    sizes = [-(-p.numel() // _ALIGNED) * _ALIGNED for p in parameters]
+    sizes = [p.numel() for p in parameters]
+    order = sorted(range(len(sizes)), key=lambda i: sizes[i] % _ALIGNED != 0)
+    ordered = [parameters[i] for i in order]
     with torch.no_grad():
-        memory = torch.empty(sum(sizes), dtype=dtype, device=parameters[0].device).split(sizes)
-        casts = [part[: p.numel()].view(p.shape) for part, p in zip(memory, parameters, strict=True)]
-        torch._foreach_copy_(casts, parameters)
+        memory = torch.empty(sum(sizes), dtype=dtype, device=parameters[0].device)
+        views = views_like(memory, ordered)
+        torch._foreach_copy_(views, ordered)
+    casts: list[Tensor] = [memory] * len(sizes)
+    for i, view in zip(order, views, strict=True):
+        casts[i] = view if sizes[i] else view.view(parameters[i].shape)
     return casts
 
 
 def _of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    return linear.weight, linear.bias
+    parameters = linear._parameters  # by `nn.Module.__getattr__` each would take five times as long
+    return parameters["weight"], parameters["bias"]
 
 
 def _any(parameters: Iterable[Tensor | None]) -> bool:

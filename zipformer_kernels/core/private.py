@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
@@ -134,6 +135,21 @@ def _asks_for_global_hooks() -> Callable[[], bool]:
 
 has_global_hooks: Callable[[], bool] = _asks_for_global_hooks()
 """Whether anyone looks on at every module. Without: so it is held to be, and every module is called."""
+
+
+# ---- weights cast together: `zipformer_kernels.branch.nodes` ----
+
+
+def _views(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
+    parts = flat.split([x.numel() for x in like])
+    return [part.view(x.shape) for part, x in zip(parts, like, strict=True)]
+
+
+views_like: Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]] = private(
+    "torch._C._nn.unflatten_dense_tensors", _views
+)
+"""Views of a flat tensor, one after another, with the shapes of others; ones of no elements may be flat. One call takes
+a fifth of the time of a view each."""
 
 
 # ---- recording and compiling ----

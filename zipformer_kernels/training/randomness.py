@@ -72,7 +72,7 @@ def logging_draw(probability: float) -> bool:
     training step gets: under the same seed a run here and a run of upstream then take the same decisions. While a graph
     is recorded there is no draw and no log.
     """
-    return not being_traced() and happens(probability)
+    return _drawing and not being_traced() and random.random() < probability
 
 
 def logging_draw_unrecorded() -> None:

@@ -64,7 +64,9 @@ def _added_gradient(
 def weight_gradient(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """grad^T x over all rows, (out, in), in `dtype`; accumulated in float32."""
     grad, x = grad.flatten(0, -2), x.flatten(0, -2)
-    if dtype == torch.float32 != x.dtype and multiplies_widely(x):
+    if dtype == x.dtype:
+        return torch.mm(grad.t(), x)
+    if dtype == torch.float32 and multiplies_widely(x):
         return torch.mm(grad.t(), x, out_dtype=dtype)
     return torch.mm(grad.t(), x).to(dtype)
 

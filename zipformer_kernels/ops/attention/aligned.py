@@ -27,11 +27,19 @@ def aligned(x: Tensor, channels: int, elements: int) -> Tensor:
     """
     if x.shape[-1] != channels:
         return F.pad(x, (0, channels - x.shape[-1]))
-    strides = (stride for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1)
-    whole = all(stride % elements == 0 for stride in strides) and x.data_ptr() % (elements * x.element_size()) == 0
-    if whole and x.stride(-1) == 1:
-        return x
+    *strides, last = x.stride()
+    if last == 1 and x.data_ptr() % (elements * x.element_size()) == 0:
+        for size, stride in zip(x.shape, strides, strict=False):
+            if stride % elements and size > 1:
+                break
+        else:
+            return x
     return x.clone() if x.is_contiguous() else x.contiguous()
+
+
+def cut(x: Tensor, channels: int) -> Tensor:
+    """The first channels of x, contiguous."""
+    return x if x.shape[-1] == channels else x[..., :channels].contiguous()
 
 
 def aligned_scores(scores: Scores) -> Scores:

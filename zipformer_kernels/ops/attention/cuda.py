@@ -12,7 +12,7 @@ from torch import Tensor
 
 from zipformer_kernels.core.launch import GPU_DTYPES, as_empty_like, call_cuda, pointer, unsupported_dtype
 from zipformer_kernels.core.op import Launchers
-from zipformer_kernels.ops.attention.aligned import GROUP, aligned_scores, aligned_values
+from zipformer_kernels.ops.attention.aligned import GROUP, aligned_scores, aligned_values, cut
 from zipformer_kernels.ops.attention.arguments import Arguments, rows
 from zipformer_kernels.ops.attention.cuda_gradients import scores_gradients, values_gradient
 from zipformer_kernels.ops.attention.launchers import AttentionLaunchers
@@ -49,7 +49,7 @@ def average_values(scores: Scores, softmax: Tensor, masks: Masks, values: Tensor
     if out.numel() > 0:
         weights = Arguments(aligned_scores(scores), softmax, masks)
         call_cuda("attention_forward", values, weights.struct(), rows(values), pointer(out), values.shape[3])
-    return out[..., :channels].contiguous()
+    return cut(out, channels)
 
 
 def gated_average(scores: Scores, softmax: Tensor, masks: Masks, values: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ def gated_average(scores: Scores, softmax: Tensor, masks: Masks, values: Tensor,
         weights = Arguments(aligned_scores(scores), softmax, masks)
         given = weights.struct(), rows(values), pointer(out), values.shape[3], rows(y), pointer(gated)
         call_cuda("attention_gated_forward", values, *given)
-    return out[..., :channels].contiguous(), gated[..., :channels].contiguous()
+    return cut(out, channels), cut(gated, channels)
 
 
 def _forward(*args: Tensor | int | float | None) -> tuple[Tensor]:

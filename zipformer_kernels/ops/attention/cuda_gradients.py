@@ -10,7 +10,7 @@ from torch import Tensor
 from zipformer_kernels.core import tuning
 from zipformer_kernels.core.joint import empty_beside
 from zipformer_kernels.core.launch import DTYPE_CODES, call_cuda, cdiv, multiprocessors, pointer
-from zipformer_kernels.ops.attention.aligned import GROUP, aligned_scores, aligned_values
+from zipformer_kernels.ops.attention.aligned import GROUP, aligned_scores, aligned_values, cut
 from zipformer_kernels.ops.attention.arguments import NO_ROWS, Arguments, projections, rows
 from zipformer_kernels.ops.attention.cuda_uses import Together, bring_together
 from zipformer_kernels.ops.attention.scores import Masks, Penalty, Scores, Use
@@ -40,7 +40,7 @@ def values_gradient(scores: Scores, softmax: Tensor, masks: Masks, grad: Tensor)
         call_cuda("attention_values_gradient", grad, weights.struct(), rows(grad), rows(dv), grad.shape[3])
     else:
         dv.zero_()
-    return dv[..., :channels].contiguous()
+    return cut(dv, channels)
 
 
 def scores_gradients(

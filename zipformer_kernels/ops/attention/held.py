@@ -271,7 +271,7 @@ def hold(
     scores: Scores, masks: Masks, penalty: Penalty, backend: str | None, stored_bytes: int | None = None
 ) -> Weights:
     """The weights, held as suits the backend that they get and their size. Raises `BackendError`."""
-    name = _op.variants["softmax"].select(backend, *without_gradients(scores), *masks)
+    name = _op.variants["softmax"].select(backend, *scores, *masks)
     place = Place(name, backends.requested(backend) != "auto")
     kind = StoredWeights if name == "eager" or fits(name, scores, stored_bytes) else RecomputedWeights
     return kind(scores, masks, penalty, place)

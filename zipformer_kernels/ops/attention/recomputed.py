@@ -12,7 +12,7 @@ from zipformer_kernels.core.call import plain, without_autocast
 from zipformer_kernels.ops.attention import reference
 from zipformer_kernels.ops.attention.deferred import Piece, Tensors, Uses, differentiable_gradients, swap
 from zipformer_kernels.ops.attention.launchers import AttentionLaunchers
-from zipformer_kernels.ops.attention.scores import Masks, Scores, Use, by_heads
+from zipformer_kernels.ops.attention.scores import Masks, Scores, Use, by_heads, is_whole
 
 
 class Recomputed(NamedTuple):
@@ -47,7 +47,10 @@ class Recomputed(NamedTuple):
 
     def _of(self, tensors: Tensors) -> tuple[Scores, Tensor, Masks]:
         softmax, q, k, p, e, *masks = tensors
-        return Scores(q, k, p, e).of_heads(self.heads), softmax[self.heads], Masks(*masks, *self.rule)
+        scores, masks = Scores(q, k, p, e), Masks(*masks, *self.rule)
+        if is_whole(self.heads, len(softmax)):
+            return scores, softmax, masks
+        return scores.of_heads(self.heads), softmax[self.heads], masks
 
 
 class _Rows(torch.autograd.Function):

@@ -30,7 +30,7 @@ class Scores(NamedTuple):
 
     def of_heads(self, heads: slice) -> Scores:
         """Those of some heads."""
-        if heads == slice(None):
+        if is_whole(heads, self.q.shape[2]):
             return self
         by_head = (None if x is None else x[:, :, heads] for x in self[:3])
         return Scores(*by_head, None if self.e is None else self.e[..., heads, :])
@@ -78,6 +78,11 @@ class Use(NamedTuple):
     values: Tensor
     out: Tensor
     grad: Tensor
+
+
+def is_whole(heads: slice, count: int) -> bool:
+    """Whether these are all of so many heads."""
+    return heads.indices(count) == (0, count, 1)
 
 
 def by_heads(heads: int, uses: Sequence[Use]) -> list[tuple[slice, list[tuple[Tensor, Tensor, Tensor]]]]:
