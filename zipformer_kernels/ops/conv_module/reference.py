@@ -35,13 +35,24 @@ def conv_module(
         None if p is None else p.to(dtype) for p in (weight, bias, causal_weight, causal_bias, edge_scale)
     )
     if causal_weight is None:
-        y = F.conv1d(x, weight, bias, padding="same", groups=weight.shape[0])
+        y = depthwise(x, weight, bias, padding="same")
     else:
-        channels = weight.shape[0]
-        past = partial(F.conv1d, weight=causal_weight, bias=causal_bias, groups=channels)
-        within = partial(F.conv1d, weight=weight, bias=bias, padding="same", groups=channels)
+        past = partial(depthwise, weight=causal_weight, bias=causal_bias)
+        within = partial(depthwise, weight=weight, bias=bias, padding="same")
         y = chunk_convolution(x, past, within, edge_scale, chunk_size)
     return compact(y.permute(2, 0, 1))
+
+
+def depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, padding: str = "valid") -> Tensor:
+    """The convolution of every channel of x, (batch, channels, T), with its own taps.
+
+    On the CPU float16 is computed in float32 and rounded: there oneDNN (3.12, in torch 2.13) never returns from a
+    convolution of 2 to 16 channels, if the processor has AVX-512 FP16.
+    """
+    convolve = partial(F.conv1d, padding=padding, groups=weight.shape[0])
+    if x.dtype != torch.float16 or x.device.type != "cpu":
+        return convolve(x, weight, bias)
+    return convolve(*(None if t is None else t.float() for t in (x, weight, bias))).to(x.dtype)
 
 
 def chunk_convolution(
@@ -146,8 +157,5 @@ def chunk_with_context(
     edge_scale: Tensor,
 ) -> Tensor:
     """The two convolutions of one chunk x, (batch, channels, T), the causal one over `joined`: left context and x."""
-    channels = weight.shape[0]
-    within = F.conv1d(x, weight, bias, padding="same", groups=channels) * chunk_factors(
-        edge_scale, x.shape[2], x.shape[2]
-    )
-    return within + F.conv1d(joined, causal_weight, causal_bias, groups=channels)
+    within = depthwise(x, weight, bias, padding="same") * chunk_factors(edge_scale, x.shape[2], x.shape[2])
+    return within + depthwise(joined, causal_weight, causal_bias)
