@@ -192,6 +192,8 @@ def activated_gradient_kernel(
         hidden = tl.load(hidden_ptr + i, inside, other=0.0).to(tl.float32)
         mask = mask_of(draws_ptr, rate, factor, m, r, c, B, N, inside)
         tl.store(a_ptr + i, (swoosh_value(hidden, SHIFT, OFFSET) * mask).to(low), inside)
+        # Read again: the mask kept takes so many registers that one program fills a multiprocessor of an H100.
+        mask = mask_of(draws_ptr, rate, factor, m, r, c, B, N, inside)
         da = q0 if q == 0 else q1 if q == 1 else q2 if q == 2 else q3
         dhidden = da.to(tl.float32) * mask * swoosh_derivative(hidden, SHIFT)
         tl.store(dhidden_ptr + i, dhidden.to(low), inside)
