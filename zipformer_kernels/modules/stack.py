@@ -204,14 +204,14 @@ class DownsampledZipformerEncoder(Module):
         """
         ds, chunk_size = self.downsample_factor, chunk_size // self.downsample_factor  # -1 stays -1
         attn_mask = downsample_mask(attn_mask, ds)
-        channels = len(self.out_combiner.bypass_scale)
-        mask = mask_of(feature_mask)
-        if self._is_plain() and has_kernels(src) and (mask is None or _drops_channels(mask, src)):
-            mask = None if mask is None else mask.expand(1, src.shape[1], channels)[0]
-            output = downsample(src, self.downsample.bias, mask, channels)
-            output = self.encoder.run_layers(output, mask, chunk_size, attn_mask, src_key_padding_mask)
-            return self._combine(src, output, mask)
-        src = F.pad(src, (0, channels - src.shape[2])) if src.shape[2] < channels else src
+        if self._is_plain() and has_kernels(src):
+            channels, mask = len(self.out_combiner.bypass_scale), mask_of(feature_mask)
+            if mask is None or _drops_channels(mask, src):
+                mask = None if mask is None else mask.expand(1, src.shape[1], channels)[0]
+                output = downsample(src, self.downsample.bias, mask, channels)
+                output = self.encoder.run_layers(output, mask, chunk_size, attn_mask, src_key_padding_mask)
+                return self._combine(src, output, mask)
+            src = F.pad(src, (0, channels - src.shape[2])) if src.shape[2] < channels else src
         output = self.downsample(src)
         output = self.encoder(
             output,
