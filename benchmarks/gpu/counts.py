@@ -61,6 +61,10 @@ class Kernels:
         return launch.name, self._triton[key]
 
 
+COPIES = ("attention.pack_kernel",)
+"""Kernels of attention that know the sizes of scores and make none."""
+
+
 def scores_of(launch: Launch) -> int:
     """Scores that an attention kernel turns into weights: one for each target, source, sequence and head.
 
@@ -70,7 +74,7 @@ def scores_of(launch: Launch) -> int:
     if launch.kind == "cuda":
         weights = n.get("weights")
         return 0 if weights is None else weights.targets * weights.sources * weights.sequences * weights.heads
-    if "S" not in n or "H" not in n:
+    if "S" not in n or "H" not in n or launch.name in COPIES:
         return 0
     return (block_of_targets(n) if "targets" in n else n["T"]) * n["S"] * n["B"] * n["H"]
 
