@@ -30,7 +30,7 @@ class Scores(NamedTuple):
 
     def of_heads(self, heads: slice) -> Scores:
         """Those of some heads."""
-        if is_whole(heads, self.q.shape[2]):
+        if heads == slice(None):
             return self
         by_head = (None if x is None else x[:, :, heads] for x in self[:3])
         return Scores(*by_head, None if self.e is None else self.e[..., heads, :])
