@@ -95,7 +95,8 @@ class Whiten(Module):
         if not has_values(x):
             return grad
         centred, offset, covariance = grouped_covariance(x, self.num_groups)
-        metric = whitening_metric(covariance)
+        norm, trace = norm_and_trace(covariance)
+        metric = whitening_metric(norm, trace, covariance.shape[:2].numel())
         if logging_draw(0.005):
             limit = number(self.whitening_limit)
             logger.debug("Whiten %s: metric %.2f, limit %.2f", self.name, metric, limit)
@@ -103,9 +104,9 @@ class Whiten(Module):
             self.prob = self.min_prob
             return grad
         self.prob = self.max_prob
-        direction = whitening_direction(centred - offset, covariance).reshape(x.shape)
-        norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, direction.dtype))
-        scale = number(self.grad_scale) * norm / (torch.linalg.vector_norm(direction) + TINY)
+        direction = whitening_direction(centred - offset, covariance, norm * norm / trace).reshape(x.shape)
+        norm_of_grad = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, direction.dtype))
+        scale = number(self.grad_scale) * norm_of_grad / (torch.linalg.vector_norm(direction) + TINY)
         return torch.addcmul(grad, direction, scale).to(grad.dtype)
 
 
@@ -132,33 +133,36 @@ def grouped_covariance(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tens
     return centred, offset, torch.baddbmm(known, centred.transpose(1, 2), centred, beta=-1.0, alpha=share)
 
 
-def whitening_metric(covariance: Tensor) -> Tensor:
-    """mean(eigenvalues^2) / mean(eigenvalues)^2 over all groups: a scalar, 1 for white features and more
-    otherwise.
+def norm_and_trace(covariance: Tensor) -> tuple[float, float]:
+    """The Frobenius norm of C, (groups, channels, channels), and its trace, over all groups. The host waits for them."""
+    both = torch.linalg.vector_norm(covariance), covariance.diagonal(dim1=1, dim2=2).sum()
+    norm, trace = torch.stack(both).tolist()
+    return norm, trace
+
+
+def whitening_metric(norm: float, trace: float, eigenvalues: int) -> float:
+    """mean(eigenvalues^2) / mean(eigenvalues)^2 over all groups: 1 for white features and more otherwise.
 
     Args:
-        covariance: (groups, channels, channels); no eigenvalue is computed, tr(C^2) and tr(C) suffice.
+        norm, trace: of C; no eigenvalue is computed, tr(C^2) and tr(C) suffice.
+        eigenvalues: how many there are.
     """
-    groups, channels, _ = covariance.shape
-    mean_square = covariance.square().sum() / (groups * channels)
-    mean = covariance.diagonal(dim1=1, dim2=2).mean()
-    return mean_square / (mean.square() + TINY)
+    mean = trace / eigenvalues
+    return norm * norm / eigenvalues / (mean * mean + TINY)
 
 
-def whitening_direction(centred: Tensor, covariance: Tensor) -> Tensor:
-    """The gradient of the metric with respect to the features, up to a positive factor: X (C - tr(C^2) /
-    tr(C) I). A new tensor.
+def whitening_direction(centred: Tensor, covariance: Tensor, balance: float) -> Tensor:
+    """The gradient of the metric with respect to the features, up to a positive factor: X (C - tr(C^2) / tr(C) I).
 
     Centring needs no term of its own: the result already has zero mean over the frames.
 
     Args:
         centred: X, (groups, frames, channels).
-        covariance: C, (groups, channels, channels).
+        covariance: C, (groups, channels, channels); it is overwritten.
+        balance: tr(C^2) / tr(C).
 
     Returns:
         (frames, groups, channels).
     """
-    balance = covariance.square().sum() / covariance.diagonal(dim1=1, dim2=2).sum()
-    push = covariance.clone()
-    push.diagonal(dim1=1, dim2=2).sub_(balance)
-    return (centred @ push).transpose(0, 1)
+    covariance.diagonal(dim1=1, dim2=2).sub_(balance)
+    return (centred @ covariance).transpose(0, 1)
