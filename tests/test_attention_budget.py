@@ -33,14 +33,14 @@ from zipformer_kernels.ops.cases import stacks
 native, kinds = None, [kind for kind in layer.KINDS if kind[0] != "cuda"]
 if sys.argv[1] == "cuda":
     native, kinds = recording.load_module(recording.build_module()), layer.KINDS
-stack, kernels = stacks("L")[0], counts.Kernels()
+stack, kernels = stacks("L")[0], counts.Kernels(*counts.ATTENTION)
 for backend, kind in kinds:
     for direction, recorded in layer.launches(native, stack, backend, kind):
         print(json.dumps(layer.row(stack, backend, kind, direction, recorded, kernels)))
 
 binaries = {target: {} for target in TARGETS}
 for target, machine in TARGETS.items():
-    for op, path in recording.cuda_objects() if native else ():
+    for op, path in recording.cuda_objects(*counts.ATTENTION) if native else ():
         binaries[target] |= disassemble(path, f"sm_{target.replace('.', '')}")
     for backend, kind in kinds:
         for _, recorded in layer.launches(native, stack, backend, kind, target):

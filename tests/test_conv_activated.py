@@ -126,7 +126,7 @@ def test_forward(lane, dtype):
 @pytest.mark.parametrize("lane", LANES)
 def test_gradients(lane, dtype):
     torch.manual_seed(1)
-    for case in CASES:
+    for case in CASES if lane.backend != "triton" or dtype == torch.float32 else CASES[::2]:  # simulation takes long
         frames, batch, channels = case[:3]
         projected, *conv = made(*case, dtype, lane.device)
         da = torch.randn(frames, batch, channels).to(dtype).to(lane.device)

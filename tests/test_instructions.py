@@ -222,7 +222,7 @@ CUDA = """
 from benchmarks.gpu import counts, recording
 from zipformer_kernels.ops.bias_norm import _op, cases
 
-native, kernels = recording.load_module(recording.build_module()), counts.Kernels()
+native, kernels = recording.load_module(recording.build_module()), counts.Kernels("bias_norm")
 (case,) = (case for case in cases.CASES if case.name == counts.STACKS[0])
 for direction, launches, args in counts.both_ways(native, _op, _op.backends["cuda"], case):
     row = counts.op_row("bias_norm", case, "cuda", direction, launches, args, kernels)

@@ -43,12 +43,16 @@ def short_name(mangled: str) -> str:
 
 
 class Kernels:
-    """The compiled kernels behind launches."""
+    """The compiled kernels behind launches.
 
-    def __init__(self) -> None:
+    Args:
+        *ops: whose CUDA kernels are wanted; none: of all.
+    """
+
+    def __init__(self, *ops: str) -> None:
         self._cuda: dict[str, tuple[str, Kernel]] = {}
         self._triton: dict[str, Kernel] = {}
-        for op, path in recording.cuda_objects():
+        for op, path in recording.cuda_objects(*ops):
             self._cuda |= {name: (f"{op}.{short_name(name)}", kernel) for name, kernel in disassemble(path).items()}
 
     def __call__(self, launch: Launch) -> tuple[str, Kernel]:

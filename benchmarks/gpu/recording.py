@@ -206,12 +206,12 @@ def build_module() -> Path:
     return output
 
 
-def cuda_objects() -> Iterator[tuple[str, Path]]:
-    """Ops and the objects with their CUDA kernels, which `build_module` has compiled."""
+def cuda_objects(*ops: str) -> Iterator[tuple[str, Path]]:
+    """Ops, if none is given all of them, and the objects with their CUDA kernels, which `build_module` has compiled."""
     suffix = "_".join(csrc_build().cuda_plan(every=True)[0])
     for path in sorted(OBJECTS.glob(f"csrc_*_{suffix}.o")):
         found = re.match(r"csrc_(\w+?)_cuda", path.name)
-        if found:
+        if found and (not ops or found[1] in ops):
             yield found[1], path
 
 
