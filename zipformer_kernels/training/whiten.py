@@ -134,7 +134,7 @@ def grouped_covariance(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tens
 
 
 def norm_and_trace(covariance: Tensor) -> tuple[float, float]:
-    """The Frobenius norm of C, (groups, channels, channels), and its trace, over all groups. The host waits for them."""
+    """The Frobenius norm of C, (groups, channels, channels), and its trace, over all groups: the host waits."""
     both = torch.linalg.vector_norm(covariance), covariance.diagonal(dim1=1, dim2=2).sum()
     norm, trace = torch.stack(both).tolist()
     return norm, trace
