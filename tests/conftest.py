@@ -6,6 +6,7 @@ the group ``large`` takes tens of gigabytes each: with several workers, ``--dist
 
 import os
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -22,6 +23,9 @@ from hypothesis import settings
 from interpreter import mend_bfloat16_dot, mend_bfloat16_rounding, quicken
 from lanes import ISAS, instruction_set
 from poison import poison_memory
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts jobs in the background so, and they their own
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # but some tests interrupt what they start
 
 torch.backends.cudnn.allow_tf32 = False  # what ours is compared with is float32
 
