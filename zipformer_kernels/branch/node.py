@@ -227,16 +227,19 @@ class Call:
 
 
 class AddBranch(torch.autograd.Function):
-    """y = src + branch(src), and y in `low`, of which nothing but further derivatives asks for a gradient."""
+    """y = src + branch(src), and y in `low`, or None if that is y itself.
+
+    Nothing but further derivatives asks for a gradient of the second.
+    """
 
     @staticmethod
-    def forward(ctx: Any, call: Call, src: Tensor, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, call: Call, src: Tensor, x: Tensor, *tensors: Tensor | None) -> tuple[Tensor, Tensor | None]:
         y, low, stored = without_autocast(call.add, src, x, tensors[PARAMETERS:], True)
         ctx.call, ctx.count, ctx.request = call, len(tensors), backends.requested()
         store(ctx, x, *tensors, *stored)
         ctx.src = src.dtype
         ctx.set_materialize_grads(False)
-        return y, (torch.ops.aten.alias(low) if low is y else low)
+        return y, None if low is y else low
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, low: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -288,5 +291,6 @@ def add(call: Call, src: Tensor, x: Tensor, parameters: Weights) -> tuple[Tensor
     """
     context, call.plan = call.plan.context, call.plan._replace(context=())  # autograd alone shall hold it
     if torch.is_grad_enabled():
-        return _apply(call, src, x, *parameters, *context)
+        y, low = _apply(call, src, x, *parameters, *context)
+        return y, y if low is None else low
     return without_autocast(call.add, src, x, context, False)[:2]

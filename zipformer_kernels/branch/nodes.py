@@ -60,6 +60,8 @@ class Nodes:
             chosen: draws which sequences of a tensor get the branch, (batch, 1), or None for all.
         """
         src, parameters = src.contiguous(), Weights(*_of(branch.in_proj), *_of(branch.out_proj))
+        if parameters.last.shape[0] != src.shape[2]:  # the sum has other channels, or is an error
+            return None
         site = self._site(src, parameters)
         plan = branch.plan(site, *context, **settings) if state is None else None
         if plan is None and (torch.is_grad_enabled() or branch.training):
@@ -68,7 +70,8 @@ class Nodes:
         if plan is None:
             return self._by_middle(branch, src, state, context, settings, weights)
         if balancer is not None:
-            plan = plan._replace(changes=acting(*plan.changes, balancer.change(site.result, src.shape[-1])))
+            result = site.result or _any(plan.context)
+            plan = plan._replace(changes=acting(*plan.changes, balancer.change(result, src.shape[-1])))
         x, made = self._lowered(src)
         call = Call(plan, self._products, self.low, self._handed, made, (weights, chosen(src)))
         y, low = add(call, src, x, parameters)
@@ -83,13 +86,19 @@ class Nodes:
             x: (..., channels).
             passes: whether x is used further.
         """
-        low, _ = self._lowered(x.contiguous()) if passes else (x.detach().to(self.low), False)
+        low, _ = self._lowered(x.contiguous()) if passes else (x.to(self.low), False)
         parameters = _of(linear)
         given = [self._weights.get(id(p)) if self._weights and p is not None else p for p in parameters]
-        hidden, passed = project(self._products, self.low, given, x if passes else None, low, *parameters)
-        if passes:
-            self._source = passed, low, False
+        through = passes and x.requires_grad  # else the result of a node would have a gradient that x has not
+        hidden, passed = project(self._products, self.low, given, x if through else None, low, *parameters)
+        if not through:
+            return hidden, x
+        self._source = passed, low, False
         return hidden, passed
+
+    def forget(self) -> None:
+        """To be called where somebody may have changed the last result in place: what it is in `low` is cast anew."""
+        self._source = None, None, False
 
     def _site(self, src: Tensor, parameters: Weights) -> Site:
         hidden = result = False
@@ -152,5 +161,5 @@ def _of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     return parameters["weight"], parameters["bias"]
 
 
-def _any(parameters: Iterable[Tensor | None]) -> bool:
-    return any(p is not None and p.requires_grad for p in parameters)
+def _any(tensors: Iterable[Tensor | None]) -> bool:
+    return any(x is not None and x.requires_grad for x in tensors)

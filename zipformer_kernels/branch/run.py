@@ -166,7 +166,7 @@ class Run:
         mask = None if state is not None else chosen(result)
         src = src + result if mask is None else torch.addcmul(src, result, mask)
         self.check(src)
-        return src, following
+        return src, following  # a new tensor, of which nodes know nothing
 
     def project(self, linear: nn.Module, x: Tensor, passes: bool = True) -> tuple[Tensor, Tensor]:
         """What a linear module makes of x, and x for its other uses; see `Nodes.project`."""
@@ -193,7 +193,7 @@ class Run:
             return src
         for name in names:
             if self._differentiates or name not in self.settled.fused:
-                src = self.parts[name](src)
+                src = self._seen(name, self.parts[name](src))
                 self._owns = False
         return src
 
@@ -202,10 +202,16 @@ class Run:
         bypass = self.parts[name]
         if name in self.settled.fused and not self._differentiates and bypass.bypass_scale.shape == src.shape[-1:]:
             return torch.lerp(src_orig, src, bypass.bypass_scale, out=src if self._owns else None)
-        src = bypass(src_orig, src)
+        src = self._seen(name, bypass(src_orig, src))
         self.check(src)
         self._owns = False  # who has seen its result may hold it
         return src
+
+    def _seen(self, name: str, result: Tensor) -> Tensor:
+        """What a part made of src; unless it is plain it may have done so in place."""
+        if self.nodes is not None and name not in self.settled.fused:
+            self.nodes.forget()
+        return result
 
     def joins(self, *names: str) -> bool:
         """Whether the calls of these modules may be left out for a function of all of them, also with gradients."""
@@ -217,7 +223,7 @@ class Run:
         if name in self.settled.fused and self.settled.backend is not None:
             src, self._owns = norm.settled(self.settled.backend, src), True
             return src
-        src = norm(src)
+        src = self._seen(name, norm(src))
         self.check(src)
         self._owns = name in self.settled.fused
         return src

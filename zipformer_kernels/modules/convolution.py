@@ -225,8 +225,13 @@ class ConvolutionModule(Branch):
         self._check_chunks(chunk_size)
         frames, batch, channels = site.shape
         _check_padding(src_key_padding_mask, frames, batch)
+        if chunk_size == 0:
+            raise ValueError("chunk_size must not be 0")
         conv, padding = _parameters_of(self.depthwise_conv), as_mask("src_key_padding_mask", src_key_padding_mask)
-        conv = conv if self.causal else (*conv, None, None, None)
+        if len(conv) == 2:  # whatever `causal` says
+            if chunk_size >= 0:
+                return None
+            conv = *conv, None, None, None
         gate = self.balancer1.change(site.hidden, channels)
         trained = torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in conv)
         result = site.hidden or trained

@@ -244,7 +244,7 @@ class ZipformerEncoderLayer(Module):
         src = run.add("feed_forward3", src, balancer="balancer_ff3", skip=self.ff3_skip_rate)
 
         src = run.watch(src, "balancer1")
-        if run.joins("norm", "bypass"):
+        if run.joins("norm", "bypass") and self.norm.channel_dim in (-1, 2):
             src = norm_and_bypass(self.norm, self.bypass, src_orig, src)
         else:
             src = run.mix("bypass", src_orig, run.normalise("norm", src))

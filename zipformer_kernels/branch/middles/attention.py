@@ -39,7 +39,7 @@ class AverageMiddle(NamedTuple):
         da, split = grad @ weights.last, (split_last(x, self.heads) for x in stored)
         given = self.parts, asked.nodes, asked.hidden, *split, context, split_last(da, self.heads)
         dvalues = deferred.leave_uses(*given)
-        return Back(dvalues.flatten(2).contiguous(), None, out)
+        return Back(None if dvalues is None else dvalues.flatten(2).contiguous(), None, out)
 
     def reference(self, x: Tensor, weights: Weights, context: Tensors) -> Tensor:
         values = F.linear(x, weights.first, weights.first_bias)

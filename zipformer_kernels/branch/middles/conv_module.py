@@ -45,6 +45,8 @@ class ConvMiddle(NamedTuple):
         hidden, y = stored
         da = grad @ weights.last
         needs = asked.hidden, *asked.context[:5]
+        if not any(needs):
+            return Back(None, None, curve.swoosh(y, "r"))
         if self.changes:
             a, dy = curve.swoosh(y, "r"), da * curve.derivative(y, "r")
             for change in reversed(self.changes):
