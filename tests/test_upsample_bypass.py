@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lanes import lanes
 
+from zipformer_kernels import modules, use_backend
+from zipformer_kernels.core import backend as backends
 from zipformer_kernels.ops.upsample_bypass import _op, upsample_bypass
 
 
@@ -116,3 +118,22 @@ def test_bad_input_is_named():
     raises(ValueError, r"src must have shape \(3, 2, 5 or more\), got \(3, 2, 4\)", src=src[..., 1:])
     raises(ValueError, r"scale must have shape \(5,\) or \(2, 5\), got \(4,\)", scale=scale[1:])
     raises(ValueError, r"mask must have shape \(2, 5\), got \(5,\)", mask=scale)
+
+
+@pytest.mark.skipif(backends.missing["triton"] is not None, reason=f"triton: {backends.missing['triton']}")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="the simulated kernels of Triton would run this, beside the CPU's"
+)
+def test_a_mask_reaches_the_bypass_beside_ways_of_the_cpu():
+    """Where kernels of a GPU are simulated on tensors of the CPU, its ways without gradients could take them too."""
+    torch.manual_seed(0)
+    layer = modules.ZipformerEncoderLayer(16, 8, 2, 4, 2, 3, 16, cnn_module_kernel=5)
+    inner = modules.ZipformerEncoder(layer, 1, pos_dim=8, dropout=0.0, warmup_begin=0.0, warmup_end=1.0)
+    stack = modules.DownsampledZipformerEncoder(inner, 16, downsample=2, dropout=0.0, causal=False).eval()
+    src, mask = torch.randn(5, 2, 16), (torch.rand(1, 2, 16) > 0.4).float()
+    with torch.no_grad():
+        with use_backend("eager"):
+            expected = stack(src, feature_mask=mask)
+        with use_backend("cpu,triton"):
+            actual = stack(src, feature_mask=mask)
+    assert (actual - expected).abs().max() < 1e-5

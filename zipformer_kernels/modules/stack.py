@@ -250,7 +250,7 @@ class DownsampledZipformerEncoder(Module):
     def _combine(self, src: Tensor, output: Tensor, mask: Tensor | None = None) -> Tensor:
         """The bypass from src to the masked output, repeated."""
         settled = settle(self, src, (output,), When.INFERENCE)
-        if IN_PLACE in settled.ways and settled.fused == AROUND:
+        if mask is None and IN_PLACE in settled.ways and settled.fused == AROUND:
             scale, factor = self.out_combiner.bypass_scale, self.upsample.upsample
             fits = output.shape == (-(-src.shape[0] // factor), *src.shape[1:])
             if fits and scale.shape == src.shape[-1:]:
